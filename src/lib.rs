@@ -1,0 +1,6 @@
+//! Kinglet: an on-device LLM runtime.
+
+pub mod error;
+pub mod quant;
+
+pub use error::{Error, Result};

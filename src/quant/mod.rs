@@ -1,0 +1,270 @@
+//! Weight formats: block layouts (bit-compatible with ggml), sizes, dequantize, quantize. One file per format.
+//!
+//! A row of `n` weights is `n / block_len` blocks. Blocks are plain structs cast from the mapped bytes; half floats
+//! are kept as their bits (`u16`, little endian). Blocks have an alignment of 1 or 2, GGUF aligns tensors to at
+//! least 8.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytemuck::Pod;
+
+mod float;
+mod iq4_nl;
+mod iq4_xs;
+mod mxfp4;
+mod q2_k;
+mod q3_k;
+mod q4_0;
+mod q4_1;
+mod q4_k;
+mod q5_0;
+mod q5_1;
+mod q5_k;
+mod q6_k;
+mod q8_0;
+mod tq1_0;
+mod tq2_0;
+
+pub use self::{
+    float::{BlockBF16, BlockF16, BlockF32},
+    iq4_nl::BlockIQ4NL,
+    iq4_xs::BlockIQ4XS,
+    mxfp4::BlockMXFP4,
+    q2_k::BlockQ2K,
+    q3_k::BlockQ3K,
+    q4_0::BlockQ4_0,
+    q4_1::BlockQ4_1,
+    q4_k::BlockQ4K,
+    q5_0::BlockQ5_0,
+    q5_1::BlockQ5_1,
+    q5_k::BlockQ5K,
+    q6_k::BlockQ6K,
+    q8_0::BlockQ8_0,
+    tq1_0::BlockTQ1_0,
+    tq2_0::BlockTQ2_0,
+};
+
+/// Length of a super-block: the K, IQ4_XS and TQ formats.
+pub const QK_K: usize = 256;
+
+/// A block of a weight format, as it lies in the file.
+pub trait Block: Pod {
+    /// The format.
+    const DTYPE: DType;
+    /// Weights in a block.
+    const LEN: usize;
+    /// Writes the `LEN` weights of the block to `out`.
+    fn dequantize(&self, out: &mut [f32]);
+}
+
+/// A block that can be made from floats.
+pub trait Quantize: Block {
+    /// The block nearest to the `LEN` weights of `x`, chosen as ggml's reference quantizer chooses.
+    fn quantize(x: &[f32]) -> Self;
+}
+
+macro_rules! dtypes {
+    ($($(#[$doc:meta])* $variant:ident = $id:literal, $name:literal, $block:ty;)*) => {
+        /// The weight formats that Kinglet reads. The numbers are GGUF's.
+        #[allow(non_camel_case_types, reason = "the field writes these names so")]
+        #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+        #[repr(u32)]
+        pub enum DType { $($(#[$doc])* $variant = $id,)* }
+
+        impl DType {
+            /// Every format, in the order of GGUF's numbers.
+            pub const ALL: &[DType] = &[$(DType::$variant),*];
+
+            /// The name as ggml writes it: `Q4_K`.
+            pub const fn name(self) -> &'static str {
+                match self { $(DType::$variant => $name,)* }
+            }
+
+            /// Weights in a block.
+            pub const fn block_len(self) -> usize {
+                match self { $(DType::$variant => <$block as Block>::LEN,)* }
+            }
+
+            /// Bytes of a block.
+            pub const fn block_bytes(self) -> usize {
+                match self { $(DType::$variant => size_of::<$block>(),)* }
+            }
+        }
+
+        /// Writes the weights of `bytes` (whole blocks of `dtype`) to `out`.
+        ///
+        /// # Panics
+        /// If `bytes` and `out` do not hold the same number of whole blocks.
+        pub fn dequantize(dtype: DType, bytes: &[u8], out: &mut [f32]) {
+            match dtype { $(DType::$variant => dequantize_blocks::<$block>(bytes, out),)* }
+        }
+    };
+}
+
+dtypes! {
+    /// 32-bit float.
+    F32 = 0, "F32", BlockF32;
+    /// 16-bit float.
+    F16 = 1, "F16", BlockF16;
+    /// 4 bits, one scale per 32.
+    Q4_0 = 2, "Q4_0", BlockQ4_0;
+    /// 4 bits, scale and minimum per 32.
+    Q4_1 = 3, "Q4_1", BlockQ4_1;
+    /// 5 bits, one scale per 32.
+    Q5_0 = 6, "Q5_0", BlockQ5_0;
+    /// 5 bits, scale and minimum per 32.
+    Q5_1 = 7, "Q5_1", BlockQ5_1;
+    /// 8 bits, one scale per 32.
+    Q8_0 = 8, "Q8_0", BlockQ8_0;
+    /// 2 bits, 4-bit scale and minimum per 16, super-blocks of 256.
+    Q2_K = 10, "Q2_K", BlockQ2K;
+    /// 3 bits, 6-bit scale per 16, super-blocks of 256.
+    Q3_K = 11, "Q3_K", BlockQ3K;
+    /// 4 bits, 6-bit scale and minimum per 32, super-blocks of 256.
+    Q4_K = 12, "Q4_K", BlockQ4K;
+    /// 5 bits, 6-bit scale and minimum per 32, super-blocks of 256.
+    Q5_K = 13, "Q5_K", BlockQ5K;
+    /// 6 bits, 8-bit scale per 16, super-blocks of 256.
+    Q6_K = 14, "Q6_K", BlockQ6K;
+    /// 4 bits through a table of 16 values, one scale per 32.
+    IQ4_NL = 20, "IQ4_NL", BlockIQ4NL;
+    /// 4 bits through a table of 16 values, 6-bit scale per 32, super-blocks of 256.
+    IQ4_XS = 23, "IQ4_XS", BlockIQ4XS;
+    /// The upper half of a 32-bit float.
+    BF16 = 30, "BF16", BlockBF16;
+    /// Ternary, five to a byte, one scale per 256.
+    TQ1_0 = 34, "TQ1_0", BlockTQ1_0;
+    /// Ternary, four to a byte, one scale per 256.
+    TQ2_0 = 35, "TQ2_0", BlockTQ2_0;
+    /// OCP microscaling: 4-bit floats (E2M1), one power of two per 32.
+    MXFP4 = 39, "MXFP4", BlockMXFP4;
+}
+
+impl DType {
+    /// The format with GGUF's number `id`.
+    pub fn from_id(id: u32) -> Option<Self> {
+        Self::ALL.iter().copied().find(|t| *t as u32 == id)
+    }
+
+    /// The format called `name` in either case: `q4_k`, `Q4_K`.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL
+            .iter()
+            .copied()
+            .find(|t| t.name().eq_ignore_ascii_case(name))
+    }
+
+    /// Bytes of a row of `n` weights; `None` if `n` is no whole number of blocks or the size overflows.
+    pub fn row_bytes(self, n: usize) -> Option<usize> {
+        (n.is_multiple_of(self.block_len()))
+            .then(|| (n / self.block_len()).checked_mul(self.block_bytes()))?
+    }
+}
+
+impl std::fmt::Display for DType {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// The blocks that `bytes` holds.
+///
+/// # Panics
+/// If `bytes` is misaligned or ends inside a block; the loader has checked both.
+#[inline]
+pub fn blocks<B: Block>(bytes: &[u8]) -> &[B] {
+    bytemuck::cast_slice(bytes)
+}
+
+fn dequantize_blocks<B: Block>(bytes: &[u8], out: &mut [f32]) {
+    let blocks = blocks::<B>(bytes);
+    assert_eq!(
+        blocks.len() * B::LEN,
+        out.len(),
+        "{}: blocks and output differ in length",
+        B::DTYPE
+    );
+    for (block, out) in blocks.iter().zip(out.chunks_exact_mut(B::LEN)) {
+        block.dequantize(out);
+    }
+}
+
+/// Half float bits to `f32`.
+#[inline]
+pub fn f16_to_f32(bits: u16) -> f32 {
+    half::f16::from_bits(bits).to_f32()
+}
+
+/// `f32` to half float bits, rounding to nearest even.
+#[inline]
+pub fn f32_to_f16(x: f32) -> u16 {
+    half::f16::from_f32(x).to_bits()
+}
+
+/// A range of bytes that somebody keeps alive: a mapped file, or an owned buffer.
+#[derive(Clone)]
+pub struct Bytes {
+    owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    range: Range<usize>,
+}
+
+impl Bytes {
+    /// The bytes `range` of `owner`.
+    ///
+    /// # Panics
+    /// If `range` does not lie in `owner`.
+    pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, range: Range<usize>) -> Self {
+        assert!(
+            range.start <= range.end && range.end <= (*owner).as_ref().len(),
+            "byte range outside its owner"
+        );
+        Self { owner, range }
+    }
+}
+
+impl std::ops::Deref for Bytes {
+    type Target = [u8];
+    #[inline]
+    fn deref(&self) -> &[u8] {
+        &(*self.owner).as_ref()[self.range.clone()]
+    }
+}
+
+impl std::fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Bytes({:?})", self.range)
+    }
+}
+
+/// A tensor of a model file: weights by reference.
+#[derive(Clone, Debug)]
+pub struct Tensor {
+    /// The name in the file: `blk.3.attn_q.weight`.
+    pub name: String,
+    /// The weight format.
+    pub dtype: DType,
+    /// Sizes in GGUF's order: the contiguous dimension first, four entries, trailing ones are 1.
+    pub shape: [usize; 4],
+    /// Whole blocks, `shape` many weights.
+    pub data: Bytes,
+}
+
+impl Tensor {
+    /// The contiguous dimension: the inputs of a matrix.
+    pub fn n_in(&self) -> usize {
+        self.shape[0]
+    }
+
+    /// The rows: the outputs of a matrix.
+    pub fn n_out(&self) -> usize {
+        self.shape[1..].iter().product()
+    }
+
+    /// All weights as floats.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut out = vec![0.0; self.shape.iter().product()];
+        dequantize(self.dtype, &self.data, &mut out);
+        out
+    }
+}

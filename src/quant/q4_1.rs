@@ -1,0 +1,26 @@
+//! 4 bits, scale and minimum per 32 weights: `w[i] = d * q[i] + m`.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::{Block, DType};
+
+/// A block of Q4_1.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct BlockQ4_1 {
+    /// The scale, a half float.
+    pub d: u16,
+    /// The minimum, a half float.
+    pub m: u16,
+    /// Low nibbles are weights 0..16, high nibbles 16..32.
+    pub qs: [u8; 16],
+}
+
+impl Block for BlockQ4_1 {
+    const DTYPE: DType = DType::Q4_1;
+    const LEN: usize = 32;
+
+    fn dequantize(&self, out: &mut [f32]) {
+        unimplemented!("{out:?}")
+    }
+}

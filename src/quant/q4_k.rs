@@ -1,0 +1,28 @@
+//! 4 bits, 6-bit scale and minimum per 32 weights, super-blocks of 256.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::{Block, DType, QK_K};
+
+/// A block of Q4_K.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct BlockQ4K {
+    /// Scale of the scales, a half float.
+    pub d: u16,
+    /// Scale of the minima, a half float.
+    pub dmin: u16,
+    /// Eight 6-bit scales and eight 6-bit minima.
+    pub scales: [u8; 12],
+    /// Per 64 weights 32 bytes: low nibbles first.
+    pub qs: [u8; 128],
+}
+
+impl Block for BlockQ4K {
+    const DTYPE: DType = DType::Q4_K;
+    const LEN: usize = QK_K;
+
+    fn dequantize(&self, out: &mut [f32]) {
+        unimplemented!("{out:?}")
+    }
+}
