@@ -1,5 +1,6 @@
 //! Kinglet: an on-device LLM runtime.
 
+pub mod backend;
 pub mod error;
 pub mod quant;
 

@@ -1,0 +1,85 @@
+//! Activations as kernels read them: floats, and 8-bit blocks where the weights are quantized.
+//!
+//! `q8`: per 32 values `x[i] = d * q[i]` with `d = max|x| / 127` in `f32`, and the sums of `q` over each 16 for
+//! formats with an offset or a minimum.
+
+/// Values in a block of quantized activations.
+pub const Q8_LEN: usize = 32;
+
+/// A batch of activation rows, `(n_tokens, n_in)`.
+#[derive(Clone, Copy)]
+pub struct Acts<'a> {
+    /// Rows.
+    pub n_tokens: usize,
+    /// Row length.
+    pub n_in: usize,
+    /// The floats, `(n_tokens, n_in)`.
+    pub f32: &'a [f32],
+    /// The same in 8 bits, `n_tokens` rows of [`Q8Row::bytes`]; empty if no kernel asked for them.
+    pub q8: &'a [u8],
+}
+
+/// One quantized row.
+#[derive(Clone, Copy)]
+pub struct Q8Row<'a> {
+    /// `(n_in)`, in -127..=127.
+    pub q: &'a [i8],
+    /// Scales, `(n_in / 32)`.
+    pub d: &'a [f32],
+    /// Sums of `q` over each 16, `(n_in / 16)`.
+    pub sums: &'a [i16],
+}
+
+/// One row to be quantized.
+pub struct Q8RowMut<'a> {
+    /// As in [`Q8Row`].
+    pub q: &'a mut [i8],
+    /// As in [`Q8Row`].
+    pub d: &'a mut [f32],
+    /// As in [`Q8Row`].
+    pub sums: &'a mut [i16],
+}
+
+impl Q8Row<'_> {
+    /// Bytes of a row of `n_in` values: a multiple of 64, so that rows keep the alignment of their buffer.
+    pub const fn bytes(n_in: usize) -> usize {
+        (n_in + n_in / 8 + n_in / 8).next_multiple_of(64)
+    }
+}
+
+impl<'a> Q8RowMut<'a> {
+    /// The parts of a row's bytes.
+    ///
+    /// # Panics
+    /// If `bytes` is shorter than [`Q8Row::bytes`] or not aligned to 4.
+    pub fn new(bytes: &'a mut [u8], n_in: usize) -> Self {
+        let (q, rest) = bytes.split_at_mut(n_in);
+        let (d, rest) = rest.split_at_mut(n_in / 8);
+        Self {
+            q: bytemuck::cast_slice_mut(q),
+            d: bytemuck::cast_slice_mut(d),
+            sums: bytemuck::cast_slice_mut(&mut rest[..n_in / 8]),
+        }
+    }
+}
+
+impl<'a> Acts<'a> {
+    /// Row `token` as floats.
+    pub fn row(&self, token: usize) -> &'a [f32] {
+        &self.f32[token * self.n_in..][..self.n_in]
+    }
+
+    /// Row `token` in 8 bits.
+    ///
+    /// # Panics
+    /// If the rows were not quantized; the backend quantizes them for every kernel whose table row says so.
+    pub fn q8_row(&self, token: usize) -> Q8Row<'a> {
+        let n = self.n_in;
+        let bytes = &self.q8[token * Q8Row::bytes(n)..][..n + n / 4];
+        Q8Row {
+            q: bytemuck::cast_slice(&bytes[..n]),
+            d: bytemuck::cast_slice(&bytes[n..n + n / 8]),
+            sums: bytemuck::cast_slice(&bytes[n + n / 8..]),
+        }
+    }
+}

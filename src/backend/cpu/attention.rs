@@ -1,0 +1,249 @@
+//! Keys and values in pages, and attention over them with the streaming softmax kernels.
+//!
+//! A page holds `PAGE` positions: `(n_kv_heads, PAGE, head_dim)` keys, and values likewise. So a span of keys of one
+//! head is contiguous, and a cache grows without moving.
+
+use std::ops::Range;
+
+use super::pool::{Output, Pool};
+use super::scratch::Scratch;
+use super::table::{AttendSpan, Operations, Ready, ToF16};
+use crate::backend::{Attention, KvType};
+use crate::error::{Error, Result};
+
+/// Positions in a page.
+const PAGE: usize = 256;
+
+/// Queries that share a pass over the keys: few enough for their sums to stay in the first-level cache.
+const MAX_QUERIES: usize = 64;
+
+/// Keys and values of one layer.
+pub struct KvCache {
+    keys: Vec<Vec<u8>>,
+    values: Vec<Vec<u8>>,
+    kind: KvType,
+    n_kv_heads: usize,
+    head_dim: usize,
+}
+
+impl KvType {
+    /// Bytes of an element.
+    pub fn bytes(self) -> usize {
+        match self {
+            KvType::F32 => 4,
+            KvType::F16 => 2,
+        }
+    }
+}
+
+impl KvCache {
+    pub(super) fn new(attention: &Attention, kind: KvType) -> Self {
+        let (n_kv_heads, head_dim) = (attention.n_kv_heads, attention.head_dim);
+        Self {
+            keys: Vec::new(),
+            values: Vec::new(),
+            kind,
+            n_kv_heads,
+            head_dim,
+        }
+    }
+
+    /// Makes room for `n` positions.
+    pub(super) fn reserve(&mut self, n: usize) -> Result<()> {
+        let bytes = self.n_kv_heads * PAGE * self.head_dim * self.kind.bytes();
+        for pages in [&mut self.keys, &mut self.values] {
+            while pages.len() < n.div_ceil(PAGE) {
+                let mut page = Vec::new();
+                let no_memory = |_| Error::OutOfMemory {
+                    what: "keys and values".into(),
+                    bytes,
+                };
+                page.try_reserve_exact(bytes).map_err(no_memory)?;
+                page.resize(bytes, 0);
+                pages.push(page);
+            }
+        }
+        Ok(())
+    }
+
+    /// Stores the keys and values of one position, `(n_kv_heads, head_dim)` each.
+    pub(super) fn write(&mut self, position: usize, k: &[f32], v: &[f32], to_f16: Ready<ToF16>) {
+        let (page, slot) = (position / PAGE, position % PAGE);
+        let row = self.head_dim * self.kind.bytes();
+        for (pages, x) in [(&mut self.keys, k), (&mut self.values, v)] {
+            for (head, x) in x.chunks_exact(self.head_dim).enumerate() {
+                let out = &mut pages[page][(head * PAGE + slot) * row..][..row];
+                match self.kind {
+                    KvType::F32 => out.copy_from_slice(bytemuck::cast_slice(x)),
+                    KvType::F16 => to_f16.run(x, bytemuck::cast_slice_mut(out)),
+                }
+            }
+        }
+    }
+
+    fn span<'a>(&self, pages: &'a [Vec<u8>], page: usize, head: usize) -> &'a [u8] {
+        let bytes = PAGE * self.head_dim * self.kind.bytes();
+        &pages[page][head * bytes..][..bytes]
+    }
+}
+
+/// One attention: a batch of queries at positions `start..` against a cache that holds them.
+pub(super) struct Attend<'a> {
+    pub(super) cache: &'a KvCache,
+    pub(super) shape: &'a Attention,
+    pub(super) start: usize,
+    pub(super) operations: &'a Operations,
+    pub(super) scratch: &'a Scratch,
+}
+
+/// Running sums of some queries in one buffer: largest scores, sums of weights, weighted values.
+struct Sums<'a> {
+    max: &'a mut [f32],
+    sum: &'a mut [f32],
+    out: &'a mut [f32],
+}
+
+impl<'a> Sums<'a> {
+    fn floats(n_queries: usize, head_dim: usize) -> usize {
+        n_queries * (head_dim + 2)
+    }
+
+    fn fresh(buffer: &'a mut [f32], n_queries: usize) -> Self {
+        buffer.fill(0.0);
+        let (max, rest) = buffer.split_at_mut(n_queries);
+        max.fill(f32::NEG_INFINITY);
+        let (sum, out) = rest.split_at_mut(n_queries);
+        Self { max, sum, out }
+    }
+}
+
+impl Attend<'_> {
+    fn group(&self) -> usize {
+        self.shape.n_heads / self.shape.n_kv_heads
+    }
+
+    /// Positions that a query at `position` sees.
+    fn visible(&self, position: usize) -> Range<usize> {
+        let first = self
+            .shape
+            .window
+            .map_or(0, |window| (position + 1).saturating_sub(window));
+        first..position + 1
+    }
+
+    /// Pages that the queries at `positions` see.
+    fn pages(&self, positions: Range<usize>) -> Range<usize> {
+        self.visible(positions.start).start / PAGE..positions.end.div_ceil(PAGE)
+    }
+
+    /// Adds one page to the sums of queries `q`, of which the first is at `position` and each position has a group.
+    fn add_page(&self, page: usize, kv_head: usize, q: &[f32], position: usize, sums: &mut Sums) {
+        let n = self.shape.head_dim;
+        let kernel = match self.cache.kind {
+            KvType::F32 => self.operations.attend_f32,
+            KvType::F16 => self.operations.attend_f16,
+        };
+        for first in (0..sums.max.len()).step_by(MAX_QUERIES) {
+            let queries = first..(first + MAX_QUERIES).min(sums.max.len());
+            let mut visible = [(0, 0); MAX_QUERIES];
+            for (visible, query) in visible.iter_mut().zip(queries.clone()) {
+                let sees = self.visible(position + query / self.group());
+                let in_page = |p: usize| p.saturating_sub(page * PAGE).min(PAGE);
+                *visible = (in_page(sees.start), in_page(sees.end));
+            }
+            kernel.run(&mut AttendSpan {
+                q: &q[queries.start * n..queries.end * n],
+                k: self.cache.span(&self.cache.keys, page, kv_head),
+                v: self.cache.span(&self.cache.values, page, kv_head),
+                head_dim: n,
+                visible: &visible[..queries.len()],
+                max: &mut sums.max[queries.clone()],
+                sum: &mut sums.sum[queries.clone()],
+                out: &mut sums.out[queries.start * n..queries.end * n],
+            });
+        }
+    }
+
+    /// One token: the pages are spread over the threads and their sums merged. The result does not depend on the
+    /// number of threads.
+    pub(super) fn one(&self, pool: &Pool, q: &[f32], out: &mut [f32]) {
+        let (n, group) = (self.shape.head_dim, self.group());
+        let pages = self.pages(self.start..self.start + 1);
+        let mut scaled = self.scratch.take(q.len());
+        scaled
+            .iter_mut()
+            .zip(q)
+            .for_each(|(scaled, q)| *scaled = q * self.shape.scale);
+        let floats = Sums::floats(group, n);
+        let mut partial = self
+            .scratch
+            .take(self.shape.n_kv_heads * pages.len() * floats);
+        pool.run_pieces(&mut partial, floats, &|i, buffer| {
+            let (kv_head, page) = (i / pages.len(), pages.start + i % pages.len());
+            let mut sums = Sums::fresh(buffer, group);
+            self.add_page(
+                page,
+                kv_head,
+                &scaled[kv_head * group * n..][..group * n],
+                self.start,
+                &mut sums,
+            );
+        });
+        for (head, out) in out.chunks_exact_mut(n).enumerate() {
+            let (kv_head, query) = (head / group, head % group);
+            let parts = partial[kv_head * pages.len() * floats..]
+                .chunks_exact(floats)
+                .take(pages.len());
+            let max = parts
+                .clone()
+                .fold(f32::NEG_INFINITY, |max, part| max.max(part[query]));
+            out.fill(0.0);
+            let mut sum = 0.0;
+            for part in parts {
+                let weight = (part[query] - max).exp();
+                sum += weight * part[group + query];
+                let values = &part[2 * group + query * n..][..n];
+                out.iter_mut()
+                    .zip(values)
+                    .for_each(|(out, v)| *out += weight * v);
+            }
+            out.iter_mut().for_each(|out| *out /= sum);
+        }
+    }
+
+    /// Many tokens: each task takes some of them and one kv head through all keys they see.
+    pub(super) fn many(&self, pool: &Pool, q: &[f32], out: &mut [f32]) {
+        let (n, group) = (self.shape.head_dim, self.group());
+        let n_cols = self.shape.n_heads * n;
+        let n_tokens = (MAX_QUERIES / group).max(1);
+        let mut outputs = [Output::new(out, n_cols)];
+        pool.run_tiles(&mut outputs, (n_tokens, group * n), &|mut tile| {
+            let kv_head = tile.first_col / (group * n);
+            let n_queries = tile.out.n_tokens() * group;
+            let mut scaled = self.scratch.take(n_queries * n);
+            for (t, scaled) in scaled.chunks_exact_mut(group * n).enumerate() {
+                let q = &q[(tile.first_row + t) * n_cols + tile.first_col..][..group * n];
+                scaled
+                    .iter_mut()
+                    .zip(q)
+                    .for_each(|(scaled, q)| *scaled = q * self.shape.scale);
+            }
+            let mut buffer = self.scratch.take(Sums::floats(n_queries, n));
+            let mut sums = Sums::fresh(&mut buffer, n_queries);
+            let first = self.start + tile.first_row;
+            for page in self.pages(first..first + tile.out.n_tokens()) {
+                self.add_page(page, kv_head, &scaled, first, &mut sums);
+            }
+            for t in 0..tile.out.n_tokens() {
+                for (i, out) in tile.out.row(t).chunks_exact_mut(n).enumerate() {
+                    let query = t * group + i;
+                    let inverse = 1.0 / sums.sum[query];
+                    let values = &sums.out[query * n..][..n];
+                    out.iter_mut()
+                        .zip(values)
+                        .for_each(|(out, v)| *out = v * inverse);
+                }
+            }
+        });
+    }
+}

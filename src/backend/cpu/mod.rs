@@ -1,0 +1,401 @@
+//! The CPU backend: runs each operation at once, on the pool, with kernels from the table.
+
+pub mod acts;
+mod attention;
+pub mod isa;
+pub mod pool;
+mod scalar;
+mod scratch;
+pub mod table;
+
+use std::sync::Arc;
+
+use self::acts::{Acts, Q8Row, Q8RowMut};
+use self::attention::KvCache;
+use self::pool::{Output, Pool};
+use self::scratch::{Buffer, Scratch};
+use self::table::{ActFormat, MatMul, Operations, Ready, ShortConvRows};
+use super::{Activation, Attention, Backend, KvType, Linear, Rope, RopePairs};
+use crate::error::{Error, Result};
+use crate::quant::{self, Bytes, DType, Tensor as FileTensor};
+
+/// The CPU: a pool of threads, the kernels of this machine, scratch memory.
+pub struct Cpu {
+    pool: Arc<Pool>,
+    operations: Operations,
+    scratch: Scratch,
+}
+
+/// Weights that lie in the mapped file.
+pub struct Matrix {
+    data: Bytes,
+    dtype: DType,
+    n_in: usize,
+    n_out: usize,
+    row_bytes: usize,
+    gemv: Ready<MatMul>,
+    gemm: Ready<MatMul>,
+}
+
+/// Activations, `(n_tokens, n_cols)`.
+pub struct Tensor {
+    data: Buffer,
+    n_tokens: usize,
+    n_cols: usize,
+}
+
+/// What a short convolution remembers: `(n_rows, n_channels)`, oldest first.
+#[derive(Clone)]
+pub struct ConvState {
+    u: Vec<f32>,
+    n_channels: usize,
+}
+
+/// Weight bytes that a task of a decode step reads: some microseconds of memory bandwidth.
+const TASK_BYTES: usize = 32 << 10;
+
+/// Rows of a batch that are worth a region of their own for elementwise work.
+const PARALLEL_ROWS: usize = 8;
+
+impl Cpu {
+    /// A backend on `pool` with the best kernels of this machine.
+    pub fn new(pool: Arc<Pool>) -> Self {
+        Self {
+            pool,
+            operations: Operations::best(),
+            scratch: Scratch::default(),
+        }
+    }
+
+    /// The kernels of the operations without weights.
+    pub fn operations(&self) -> &Operations {
+        &self.operations
+    }
+
+    fn tensor(&self, n_tokens: usize, n_cols: usize) -> Tensor {
+        Tensor {
+            data: self.scratch.take(n_tokens * n_cols),
+            n_tokens,
+            n_cols,
+        }
+    }
+
+    /// Calls `row` with each row of `out` and its index, in parallel where that pays.
+    fn for_rows(&self, out: &mut Tensor, row: &(dyn Fn(usize, &mut [f32]) + Sync)) {
+        let n = out.n_cols;
+        if out.n_tokens < PARALLEL_ROWS {
+            return out
+                .data
+                .chunks_exact_mut(n)
+                .enumerate()
+                .for_each(|(i, out)| row(i, out));
+        }
+        let rows = out.n_tokens.div_ceil(4 * self.pool.n_threads());
+        self.pool.run_pieces(&mut out.data, rows * n, &|i, piece| {
+            piece
+                .chunks_exact_mut(n)
+                .enumerate()
+                .for_each(|(j, out)| row(i * rows + j, out));
+        });
+    }
+
+    fn quantize(&self, x: &Tensor) -> Buffer {
+        let row_bytes = Q8Row::bytes(x.n_cols);
+        let mut rows = self.scratch.take(x.n_tokens * row_bytes / size_of::<f32>());
+        let quantize = |i: usize, bytes: &mut [u8]| {
+            let row = Q8RowMut::new(bytes, x.n_cols);
+            self.operations
+                .quantize
+                .run(x.row(i), row.q, row.d, row.sums);
+        };
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut rows);
+        if x.n_tokens < PARALLEL_ROWS {
+            bytes
+                .chunks_exact_mut(row_bytes)
+                .enumerate()
+                .for_each(|(i, bytes)| quantize(i, bytes));
+        } else {
+            self.pool.run_pieces(bytes, row_bytes, &quantize);
+        }
+        rows
+    }
+}
+
+impl Tensor {
+    fn row(&self, i: usize) -> &[f32] {
+        &self.data[i * self.n_cols..][..self.n_cols]
+    }
+}
+
+impl Backend for Cpu {
+    type Matrix = Matrix;
+    type Vector = Vec<f32>;
+    type Tensor = Tensor;
+    type Kv = KvCache;
+    type Conv = ConvState;
+
+    fn matrix(&self, tensor: &FileTensor) -> Result<Matrix> {
+        let dtype = tensor.dtype;
+        let missing = || Error::Unsupported {
+            kind: "tensor type on the CPU",
+            found: format!("{dtype} of {}", tensor.name),
+            supported: table::formats(),
+        };
+        let gemv = table::gemv(dtype).ok_or_else(missing)?;
+        let row_bytes = dtype.row_bytes(tensor.n_in()).filter(|bytes| *bytes > 0);
+        let row_bytes =
+            row_bytes.filter(|bytes| bytes.checked_mul(tensor.n_out()) == Some(tensor.data.len()));
+        let row_bytes = row_bytes.ok_or_else(|| {
+            Error::BadModel(format!(
+                "tensor {}: expected {} rows of {} weights, found {} bytes",
+                tensor.name,
+                tensor.n_out(),
+                tensor.n_in(),
+                tensor.data.len()
+            ))
+        })?;
+        Ok(Matrix {
+            data: tensor.data.clone(),
+            dtype,
+            n_in: tensor.n_in(),
+            n_out: tensor.n_out(),
+            row_bytes,
+            gemv,
+            gemm: table::gemm(dtype).unwrap_or(gemv),
+        })
+    }
+
+    fn vector(&self, data: Vec<f32>) -> Vec<f32> {
+        data
+    }
+
+    fn kv(&self, attention: &Attention, kind: KvType) -> KvCache {
+        KvCache::new(attention, kind)
+    }
+
+    fn kv_reserve(&self, kv: &mut KvCache, n: usize) -> Result<()> {
+        kv.reserve(n)
+    }
+
+    fn conv(&self, n_rows: usize, n_channels: usize) -> ConvState {
+        ConvState {
+            u: vec![0.0; n_rows * n_channels],
+            n_channels,
+        }
+    }
+
+    fn conv_reset(&self, conv: &mut ConvState) {
+        conv.u.fill(0.0);
+    }
+
+    fn embed(&mut self, table: &Matrix, tokens: &[u32], scale: f32) -> Tensor {
+        let mut out = self.tensor(tokens.len(), table.n_in);
+        let data: &[u8] = &table.data;
+        self.for_rows(&mut out, &|i, out| {
+            let bytes = &data[tokens[i] as usize * table.row_bytes..][..table.row_bytes];
+            quant::dequantize(table.dtype, bytes, out);
+            if scale != 1.0 {
+                out.iter_mut().for_each(|x| *x *= scale);
+            }
+        });
+        out
+    }
+
+    fn rms_norm(&mut self, x: &Tensor, gain: &Vec<f32>, eps: f32) -> Tensor {
+        let mut out = self.tensor(x.n_tokens, x.n_cols);
+        self.for_rows(&mut out, &|i, out| {
+            for (x, out) in x
+                .row(i)
+                .chunks_exact(gain.len())
+                .zip(out.chunks_exact_mut(gain.len()))
+            {
+                self.operations.rms_norm.run(x, gain, eps, out);
+            }
+        });
+        out
+    }
+
+    fn linear<const N: usize>(&mut self, x: &Tensor, layers: [&Linear<Self>; N]) -> [Tensor; N] {
+        let kernels = layers.map(|l| {
+            if x.n_tokens == 1 {
+                l.weight.gemv
+            } else {
+                l.weight.gemm
+            }
+        });
+        let q8 = kernels
+            .iter()
+            .any(|k| k.acts() == ActFormat::Q8)
+            .then(|| self.quantize(x));
+        let acts = Acts {
+            n_tokens: x.n_tokens,
+            n_in: x.n_cols,
+            f32: &x.data,
+            q8: q8.as_deref().map_or(&[], bytemuck::cast_slice),
+        };
+        let mut outs = layers.map(|l| self.tensor(x.n_tokens, l.weight.n_out));
+        let n_rows: usize = layers.iter().map(|l| l.weight.n_out).sum();
+        let grain = if x.n_tokens == 1 {
+            // Enough tasks for an even spread, each long enough to hide the claim.
+            let bytes = layers
+                .iter()
+                .map(|l| l.weight.row_bytes)
+                .max()
+                .expect("at least one layer");
+            (TASK_BYTES / bytes)
+                .min(n_rows / (4 * self.pool.n_threads()))
+                .max(1)
+                .next_multiple_of(8)
+        } else {
+            (n_rows / (8 * self.pool.n_threads()))
+                .clamp(16, 64)
+                .next_multiple_of(16)
+        };
+        let weights = layers.map(|l| &*l.weight.data);
+        let mut outputs = outs
+            .each_mut()
+            .map(|out| Output::new(&mut out.data, out.n_cols));
+        self.pool
+            .run_tiles(&mut outputs, (x.n_tokens, grain), &|mut tile| {
+                let layer = layers[tile.which];
+                let bytes = layer.weight.row_bytes;
+                let cols = tile.first_col..tile.first_col + tile.out.n_cols();
+                let rows = &weights[tile.which][cols.start * bytes..cols.end * bytes];
+                kernels[tile.which].run(rows, &acts, &mut tile.out);
+                if let Some(bias) = &layer.bias {
+                    for t in 0..tile.out.n_tokens() {
+                        self.operations
+                            .add
+                            .run(tile.out.row(t), &bias[cols.clone()]);
+                    }
+                }
+            });
+        outs
+    }
+
+    fn rope_angles(&mut self, rope: &Rope, start: usize, n: usize) -> Tensor {
+        let half = rope.inv_freq.len();
+        let mut out = self.tensor(n, 2 * half);
+        self.for_rows(&mut out, &|i, out| {
+            let (cos, sin) = out.split_at_mut(half);
+            for ((cos, sin), freq) in cos.iter_mut().zip(sin).zip(&rope.inv_freq) {
+                // The product in f32, as the models were trained with; its sine in f64 keeps large angles exact.
+                let angle = f64::from((start + i) as f32 * freq);
+                *cos = angle.cos() as f32 * rope.magnitude;
+                *sin = angle.sin() as f32 * rope.magnitude;
+            }
+        });
+        out
+    }
+
+    fn rope(&mut self, x: &mut Tensor, head_dim: usize, pairs: RopePairs, angles: &Tensor) {
+        let operations = self.operations;
+        self.for_rows(x, &|i, row| {
+            let (cos, sin) = angles.row(i).split_at(angles.n_cols / 2);
+            for head in row.chunks_exact_mut(head_dim) {
+                match pairs {
+                    RopePairs::Halves => operations.rope_halves.run(head, cos, sin),
+                    RopePairs::Neighbours => operations.rope_neighbours.run(head, cos, sin),
+                }
+            }
+        });
+    }
+
+    fn attention(
+        &mut self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        kv: &mut KvCache,
+        start: usize,
+        attention: &Attention,
+    ) -> Tensor {
+        for i in 0..k.n_tokens {
+            kv.write(start + i, k.row(i), v.row(i), self.operations.to_f16);
+        }
+        let mut out = self.tensor(q.n_tokens, q.n_cols);
+        let attend = attention::Attend {
+            cache: kv,
+            shape: attention,
+            start,
+            operations: &self.operations,
+            scratch: &self.scratch,
+        };
+        if q.n_tokens == 1 {
+            attend.one(&self.pool, &q.data, &mut out.data);
+        } else {
+            attend.many(&self.pool, &q.data, &mut out.data);
+        }
+        out
+    }
+
+    fn short_conv(&mut self, bcx: &Tensor, taps: &Vec<f32>, conv: &mut ConvState) -> Tensor {
+        let n = conv.n_channels;
+        let mut out = self.tensor(bcx.n_tokens, n);
+        let rows = bcx
+            .n_tokens
+            .div_ceil(4 * self.pool.n_threads())
+            .max(PARALLEL_ROWS);
+        let state = &conv.u;
+        self.pool.run_pieces(&mut out.data, rows * n, &|i, out| {
+            let mut rows = ShortConvRows {
+                bcx: &bcx.data,
+                n_channels: n,
+                taps,
+                state,
+                first: i * rows,
+                out,
+            };
+            self.operations.short_conv.run(&mut rows);
+        });
+        conv.push(bcx);
+        out
+    }
+
+    fn glu(&mut self, mut gate: Tensor, up: &Tensor, activation: Activation) -> Tensor {
+        let glu = self.operations.glu;
+        if gate.n_tokens < PARALLEL_ROWS {
+            glu.run(activation, &mut gate.data, &up.data);
+        } else {
+            self.for_rows(&mut gate, &|i, gate| glu.run(activation, gate, up.row(i)));
+        }
+        gate
+    }
+
+    fn add(&mut self, x: &mut Tensor, y: &Tensor) {
+        let add = self.operations.add;
+        self.for_rows(x, &|i, x| add.run(x, y.row(i)));
+    }
+
+    fn rows_from(&mut self, x: Tensor, from: usize) -> Tensor {
+        if from == 0 {
+            return x;
+        }
+        let mut out = self.tensor(x.n_tokens - from, x.n_cols);
+        out.data.copy_from_slice(&x.data[from * x.n_cols..]);
+        out
+    }
+
+    fn read(&mut self, x: &Tensor, out: &mut Vec<f32>) {
+        out.clear();
+        out.extend_from_slice(&x.data);
+    }
+}
+
+impl ConvState {
+    /// Keeps the newest rows of `u = b * x`.
+    fn push(&mut self, bcx: &Tensor) {
+        let n = self.n_channels;
+        let n_rows = self.u.len() / n;
+        let keep = n_rows.saturating_sub(bcx.n_tokens);
+        self.u.copy_within((n_rows - keep) * n.., 0);
+        let newest = bcx.n_tokens - (n_rows - keep)..bcx.n_tokens;
+        for (u, t) in self.u[keep * n..].chunks_exact_mut(n).zip(newest) {
+            let row = bcx.row(t);
+            u.iter_mut()
+                .zip(&row[..n])
+                .zip(&row[2 * n..])
+                .for_each(|((u, b), x)| *u = b * x);
+        }
+    }
+}

@@ -1,0 +1,496 @@
+//! Threads of the token loop: the caller works, workers wait spinning for some tens of microseconds, then parked.
+//!
+//! A region hands out the indices `0..n_tasks` one by one, so a slow or stolen core holds nobody longer than a task.
+//! A model has some hundred regions a token: entering one costs a store and, if a worker sleeps, a wake-up.
+#![allow(
+    unsafe_code,
+    reason = "a region's closure borrows the caller's stack; disjoint parts of one output"
+)]
+
+use std::marker::PhantomData;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How long a worker spins for the next region before it parks. The gap between two regions of a token is shorter.
+const SPIN: Duration = Duration::from_micros(50);
+
+/// A team of threads: the caller of [`Pool::run`] and `n_threads - 1` workers.
+pub struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+    /// One region at a time; sessions on several threads take turns.
+    region: Mutex<()>,
+}
+
+/// The body of the running region: a borrowed closure, its lifetime erased.
+#[derive(Clone, Copy)]
+struct Body(*const (dyn Fn(usize) + Sync));
+
+// SAFETY: the closure is `Sync`, and `Pool::run` keeps it alive until no worker can touch it.
+unsafe impl Send for Body {}
+
+struct Shared {
+    /// Number of the region, whether it is open, workers inside: see [`State`].
+    state: AtomicU64,
+    body: Mutex<Option<Body>>,
+    n_tasks: AtomicUsize,
+    next: AtomicUsize,
+    panicked: AtomicBool,
+    stop: AtomicBool,
+    sleepers: AtomicUsize,
+    gate: Mutex<()>,
+    wake: Condvar,
+}
+
+/// The word that opens and closes a region. A worker enters by adding one while the region is open; the caller closes
+/// it when no task is left and then waits for those inside alone. So a worker that sleeps, or whose core was taken,
+/// delays nobody.
+struct State;
+
+impl State {
+    const INSIDE: u64 = (1 << 16) - 1;
+    const OPEN: u64 = 1 << 16;
+    const REGION: u64 = 1 << 32;
+
+    fn region(state: u64) -> u64 {
+        state / Self::REGION
+    }
+}
+
+impl Pool {
+    /// A pool of `n_threads` in all, at least one.
+    ///
+    /// # Errors
+    /// If the operating system refuses a thread.
+    pub fn new(n_threads: usize) -> std::io::Result<Self> {
+        let shared = Arc::new(Shared {
+            state: AtomicU64::new(0),
+            body: Mutex::new(None),
+            n_tasks: AtomicUsize::new(0),
+            next: AtomicUsize::new(0),
+            panicked: AtomicBool::new(false),
+            stop: AtomicBool::new(false),
+            sleepers: AtomicUsize::new(0),
+            gate: Mutex::new(()),
+            wake: Condvar::new(),
+        });
+        let mut pool = Self {
+            shared,
+            workers: Vec::new(),
+            region: Mutex::new(()),
+        };
+        for i in 1..n_threads.max(1) {
+            let shared = Arc::clone(&pool.shared);
+            let worker = std::thread::Builder::new()
+                .name(format!("kinglet-{i}"))
+                .spawn(move || shared.work())?;
+            pool.workers.push(worker);
+        }
+        Ok(pool)
+    }
+
+    /// Threads that work in a region.
+    pub fn n_threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Calls `body` once for each of `0..n_tasks`, spread over the threads, and returns when all are done.
+    ///
+    /// # Panics
+    /// If `body` panics, after every thread has left the region.
+    pub fn run(&self, n_tasks: usize, body: &(dyn Fn(usize) + Sync)) {
+        if n_tasks <= 1 || self.workers.is_empty() {
+            return (0..n_tasks).for_each(body);
+        }
+        let _turn = self
+            .region
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        let shared = &*self.shared;
+        // SAFETY: only the lifetime changes. Workers run the body while they are inside the region, and this function
+        // neither returns nor unwinds before the region is closed and empty.
+        let erased: Body = unsafe {
+            std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), Body>(
+                body as *const (dyn Fn(usize) + Sync),
+            )
+        };
+        *shared
+            .body
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(erased);
+        shared.n_tasks.store(n_tasks, Ordering::Relaxed);
+        shared.next.store(0, Ordering::Relaxed);
+        // SeqCst here and in `enter`: either the sleeper sees the open region, or this thread sees the sleeper.
+        shared
+            .state
+            .fetch_add(State::REGION | State::OPEN, Ordering::SeqCst);
+        if shared.sleepers.load(Ordering::SeqCst) > 0 {
+            let _gate = shared
+                .gate
+                .lock()
+                .unwrap_or_else(|poisoned| poisoned.into_inner());
+            shared.wake.notify_all();
+        }
+        let own = catch_unwind(AssertUnwindSafe(|| shared.claim(body)));
+        if own.is_err() {
+            shared.next.store(n_tasks, Ordering::Relaxed);
+        }
+        shared.state.fetch_and(!State::OPEN, Ordering::AcqRel);
+        let mut spins = 0u32;
+        while shared.state.load(Ordering::Acquire) & State::INSIDE > 0 {
+            spins = spins.wrapping_add(1);
+            // On a crowded machine the last worker may have lost its core: give it ours.
+            if spins.is_multiple_of(1 << 12) {
+                std::thread::yield_now()
+            } else {
+                std::hint::spin_loop()
+            }
+        }
+        let panicked = shared.panicked.swap(false, Ordering::Relaxed);
+        match own {
+            Err(payload) => resume_unwind(payload),
+            Ok(()) => assert!(!panicked, "a worker panicked in a region"),
+        }
+    }
+
+    /// Cuts the row-major matrices `ys` into tiles of `grain` rows and columns and calls `body` with each.
+    ///
+    /// # Panics
+    /// If a `y` is no whole number of rows.
+    pub fn run_tiles(
+        &self,
+        ys: &mut [Output],
+        grain: (usize, usize),
+        body: &(dyn Fn(Tile) + Sync),
+    ) {
+        let (row_grain, col_grain) = (grain.0.max(1), grain.1.max(1));
+        let count = |y: &Output| y.n_rows().div_ceil(row_grain) * y.n_cols.div_ceil(col_grain);
+        let n_tasks = ys.iter().map(count).sum();
+        let ys: &[Output] = ys;
+        self.run(n_tasks, &|i| {
+            let mut i = i;
+            let mut which = 0;
+            while i >= count(&ys[which]) {
+                i -= count(&ys[which]);
+                which += 1;
+            }
+            let y = &ys[which];
+            let across = y.n_cols.div_ceil(col_grain);
+            let (first_row, first_col) = (i / across * row_grain, i % across * col_grain);
+            let out = OutCols {
+                base: y.base.wrapping_add(first_row * y.n_cols + first_col),
+                n_tokens: row_grain.min(y.n_rows() - first_row),
+                stride: y.n_cols,
+                n_cols: col_grain.min(y.n_cols - first_col),
+                borrow: PhantomData,
+            };
+            body(Tile {
+                which,
+                first_row,
+                first_col,
+                out,
+            });
+        });
+    }
+
+    /// Cuts `y` into pieces of `len` and calls `body` with the index of each piece and the piece itself.
+    pub fn run_pieces<T: Send>(
+        &self,
+        y: &mut [T],
+        len: usize,
+        body: &(dyn Fn(usize, &mut [T]) + Sync),
+    ) {
+        let (total, len) = (y.len(), len.max(1));
+        let base = Base(y.as_mut_ptr());
+        self.run(total.div_ceil(len), &|i| {
+            let start = i * len;
+            // SAFETY: each `i` is run once, and `start..start + len` lies in `y` and overlaps no other piece.
+            let piece =
+                unsafe { std::slice::from_raw_parts_mut(base.at(start), len.min(total - start)) };
+            body(i, piece);
+        });
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        self.shared.state.fetch_add(State::REGION, Ordering::SeqCst);
+        {
+            let _gate = self
+                .shared
+                .gate
+                .lock()
+                .unwrap_or_else(|poisoned| poisoned.into_inner());
+            self.shared.wake.notify_all();
+        }
+        for worker in self.workers.drain(..) {
+            // A worker catches panics of a region; its own end cannot fail.
+            let _ = worker.join();
+        }
+    }
+}
+
+impl Shared {
+    fn claim(&self, body: &(dyn Fn(usize) + Sync)) {
+        let n = self.n_tasks.load(Ordering::Relaxed);
+        loop {
+            let i = self.next.fetch_add(1, Ordering::Relaxed);
+            if i >= n {
+                return;
+            }
+            body(i);
+        }
+    }
+
+    fn work(&self) {
+        let mut seen = 0;
+        while let Some(region) = self.enter(seen) {
+            seen = region;
+            let body = *self
+                .body
+                .lock()
+                .unwrap_or_else(|poisoned| poisoned.into_inner());
+            let body = body.expect("stored before the region opened");
+            // SAFETY: `Pool::run` keeps the closure alive until this thread has left the region, below.
+            let body = unsafe { &*body.0 };
+            if catch_unwind(AssertUnwindSafe(|| self.claim(body))).is_err() {
+                self.panicked.store(true, Ordering::Relaxed);
+            }
+            self.state.fetch_sub(1, Ordering::Release);
+        }
+    }
+
+    /// Waits for an open region after number `seen`, enters it and returns its number; `None` at the end of the pool.
+    fn enter(&self, mut seen: u64) -> Option<u64> {
+        let since = Instant::now();
+        let mut spins = 0u32;
+        loop {
+            if self.stop.load(Ordering::Relaxed) {
+                return None;
+            }
+            let state = self.state.load(Ordering::SeqCst);
+            let region = State::region(state);
+            if region != seen && state & State::OPEN != 0 {
+                let entered = self.state.compare_exchange_weak(
+                    state,
+                    state + 1,
+                    Ordering::AcqRel,
+                    Ordering::Relaxed,
+                );
+                if entered.is_ok() {
+                    return Some(region);
+                }
+                continue;
+            }
+            seen = region;
+            spins += 1;
+            // Reading the clock costs more than a spin.
+            if spins.is_multiple_of(64) && since.elapsed() > SPIN {
+                let gate = self
+                    .gate
+                    .lock()
+                    .unwrap_or_else(|poisoned| poisoned.into_inner());
+                self.sleepers.fetch_add(1, Ordering::SeqCst);
+                if State::region(self.state.load(Ordering::SeqCst)) == seen {
+                    drop(self.wake.wait(gate));
+                }
+                self.sleepers.fetch_sub(1, Ordering::SeqCst);
+                spins = 0;
+            } else {
+                std::hint::spin_loop();
+            }
+        }
+    }
+}
+
+struct Base<T>(*mut T);
+
+// SAFETY: used in `run_pieces` alone, where threads make disjoint pieces of one exclusively borrowed slice from it.
+unsafe impl<T: Send> Sync for Base<T> {}
+
+impl<T> Base<T> {
+    fn at(&self, i: usize) -> *mut T {
+        self.0.wrapping_add(i)
+    }
+}
+
+/// A row-major matrix of floats to be written in tiles.
+pub struct Output<'a> {
+    base: *mut f32,
+    len: usize,
+    n_cols: usize,
+    borrow: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: shared between the threads of `run_tiles` alone, where each makes its own disjoint tiles from it.
+unsafe impl Sync for Output<'_> {}
+
+impl<'a> Output<'a> {
+    /// The matrix `y` with rows of `n_cols`.
+    ///
+    /// # Panics
+    /// If `y` is no whole number of rows.
+    pub fn new(y: &'a mut [f32], n_cols: usize) -> Self {
+        assert!(
+            n_cols > 0 && y.len().is_multiple_of(n_cols),
+            "{} floats in rows of {n_cols}",
+            y.len()
+        );
+        Self {
+            base: y.as_mut_ptr(),
+            len: y.len(),
+            n_cols,
+            borrow: PhantomData,
+        }
+    }
+
+    fn n_rows(&self) -> usize {
+        self.len / self.n_cols
+    }
+}
+
+/// A part of one of the outputs of a region.
+pub struct Tile<'a> {
+    /// Index of the output.
+    pub which: usize,
+    /// Its first row.
+    pub first_row: usize,
+    /// Its first column.
+    pub first_col: usize,
+    /// Its elements.
+    pub out: OutCols<'a>,
+}
+
+/// Some adjacent columns of a row-major matrix of floats, held exclusively: where a kernel writes `(n_tokens, n_cols)`.
+pub struct OutCols<'a> {
+    base: *mut f32,
+    n_tokens: usize,
+    stride: usize,
+    n_cols: usize,
+    borrow: PhantomData<&'a mut [f32]>,
+}
+
+impl<'a> OutCols<'a> {
+    /// All columns of `y`, whose rows have `n_cols` elements.
+    ///
+    /// # Panics
+    /// If `y` is no whole number of rows.
+    pub fn whole(y: &'a mut [f32], n_cols: usize) -> Self {
+        assert!(
+            n_cols > 0 && y.len().is_multiple_of(n_cols),
+            "{} floats in rows of {n_cols}",
+            y.len()
+        );
+        let n_tokens = y.len() / n_cols;
+        Self {
+            base: y.as_mut_ptr(),
+            n_tokens,
+            stride: n_cols,
+            n_cols,
+            borrow: PhantomData,
+        }
+    }
+
+    /// Columns held.
+    pub fn n_cols(&self) -> usize {
+        self.n_cols
+    }
+
+    /// Rows.
+    pub fn n_tokens(&self) -> usize {
+        self.n_tokens
+    }
+
+    /// These columns of row `token`.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    #[inline]
+    pub fn row(&mut self, token: usize) -> &mut [f32] {
+        assert!(token < self.n_tokens, "row {token} of {}", self.n_tokens);
+        // SAFETY: `whole` or `run_tiles` made sure that this run of columns lies in the borrowed matrix and is ours alone.
+        unsafe { std::slice::from_raw_parts_mut(self.base.add(token * self.stride), self.n_cols) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_runs_once() {
+        for n_threads in [1, 2, 3, 8] {
+            let pool = Pool::new(n_threads).expect("threads");
+            for n_tasks in [0, 1, 2, 7, 1000] {
+                let counts: Vec<AtomicUsize> = (0..n_tasks).map(|_| AtomicUsize::new(0)).collect();
+                for _ in 0..20 {
+                    pool.run(n_tasks, &|i| {
+                        counts[i].fetch_add(1, Ordering::Relaxed);
+                    });
+                }
+                assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 20));
+            }
+        }
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
+        let pool = Pool::new(4).expect("threads");
+        for _ in 0..50 {
+            let caught = catch_unwind(AssertUnwindSafe(|| {
+                pool.run(64, &|i| assert!(i != 40, "task 40"));
+            }));
+            assert!(caught.is_err());
+            let mut y = vec![0.0; 64];
+            pool.run_pieces(&mut y, 3, &|i, piece| piece.fill(i as f32));
+            assert!(y.iter().enumerate().all(|(i, y)| *y == (i / 3) as f32));
+        }
+    }
+
+    #[test]
+    fn tiles_are_disjoint_and_complete() {
+        let pool = Pool::new(3).expect("threads");
+        let mut y = vec![0.0; 5 * 37];
+        let mut z = vec![0.0; 3 * 5];
+        let mut outputs = [Output::new(&mut y, 37), Output::new(&mut z, 3)];
+        pool.run_tiles(&mut outputs, (2, 4), &|mut tile| {
+            for t in 0..tile.out.n_tokens() {
+                for (i, y) in tile.out.row(t).iter_mut().enumerate() {
+                    *y += (100 * (tile.first_row + t) + tile.first_col + i) as f32;
+                }
+            }
+        });
+        assert!(
+            z.iter()
+                .enumerate()
+                .all(|(i, z)| *z == (100 * (i / 3) + i % 3) as f32)
+        );
+        assert!(
+            y.iter()
+                .enumerate()
+                .all(|(i, y)| *y == (100 * (i / 37) + i % 37) as f32)
+        );
+    }
+
+    #[test]
+    fn callers_on_several_threads_take_turns() {
+        let pool = Pool::new(2).expect("threads");
+        let total = AtomicUsize::new(0);
+        std::thread::scope(|s| {
+            for _ in 0..4 {
+                s.spawn(|| {
+                    for _ in 0..200 {
+                        pool.run(10, &|_| {
+                            total.fetch_add(1, Ordering::Relaxed);
+                        });
+                    }
+                });
+            }
+        });
+        assert_eq!(total.load(Ordering::Relaxed), 8000);
+    }
+}

@@ -1,0 +1,84 @@
+//! Norms, rotary embedding, gated units, conversions: one body for all levels.
+
+use crate::backend::Activation;
+use crate::backend::cpu::acts::Q8_LEN;
+use crate::quant::f32_to_f16;
+
+/// `x[i] = d * q[i]`, `d = max|x| / 127` per 32.
+#[inline(always)]
+pub(crate) fn quantize(x: &[f32], q: &mut [i8], d: &mut [f32], sums: &mut [i16]) {
+    let blocks = x.chunks_exact(Q8_LEN).zip(q.chunks_exact_mut(Q8_LEN));
+    for (((x, q), d), sums) in blocks.zip(d).zip(sums.chunks_exact_mut(2)) {
+        let max = x.iter().fold(0.0f32, |max, x| max.max(x.abs()));
+        *d = max / 127.0;
+        let inverse = if max > 0.0 { 127.0 / max } else { 0.0 };
+        for (x, q) in x.iter().zip(q.iter_mut()) {
+            *q = (x * inverse).round_ties_even() as i8;
+        }
+        for (q, sum) in q.chunks_exact(16).zip(sums) {
+            *sum = q.iter().map(|q| i16::from(*q)).sum();
+        }
+    }
+}
+
+/// `y = x / sqrt(mean(x^2) + eps) * gain`.
+#[inline(always)]
+pub(crate) fn rms_norm(x: &[f32], gain: &[f32], eps: f32, y: &mut [f32]) {
+    // Sixteen partial sums: a fixed order for every vector width up to that.
+    let mut partial = [0.0f32; 16];
+    let chunks = x.chunks_exact(16);
+    let rest: f32 = chunks.remainder().iter().map(|x| x * x).sum();
+    for chunk in chunks {
+        for (sum, x) in partial.iter_mut().zip(chunk) {
+            *sum += x * x;
+        }
+    }
+    let mean = (partial.iter().sum::<f32>() + rest) / x.len() as f32;
+    let scale = 1.0 / (mean + eps).sqrt();
+    for ((y, x), gain) in y.iter_mut().zip(x).zip(gain) {
+        *y = x * scale * gain;
+    }
+}
+
+/// Pairs `(x[i], x[i + n])`.
+#[inline(always)]
+pub(crate) fn rope_halves(x: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let (low, high) = x[..2 * cos.len()].split_at_mut(cos.len());
+    for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+        (*a, *b) = (*a * cos - *b * sin, *a * sin + *b * cos);
+    }
+}
+
+/// Pairs `(x[2i], x[2i + 1])`.
+#[inline(always)]
+pub(crate) fn rope_neighbours(x: &mut [f32], cos: &[f32], sin: &[f32]) {
+    for ((pair, cos), sin) in x.chunks_exact_mut(2).zip(cos).zip(sin) {
+        (pair[0], pair[1]) = (pair[0] * cos - pair[1] * sin, pair[0] * sin + pair[1] * cos);
+    }
+}
+
+/// `gate = activation(gate) * up`.
+#[inline(always)]
+pub(crate) fn glu(activation: Activation, gate: &mut [f32], up: &[f32]) {
+    let pairs = gate.iter_mut().zip(up);
+    match activation {
+        Activation::Silu => pairs.for_each(|(g, u)| *g = *g / (1.0 + (-*g).exp()) * u),
+        Activation::GeluTanh => pairs.for_each(|(g, u)| {
+            let inner = 0.797_884_6 * (*g + 0.044_715 * *g * *g * *g);
+            *g = 0.5 * *g * (1.0 + inner.tanh()) * u;
+        }),
+        Activation::Relu => pairs.for_each(|(g, u)| *g = g.max(0.0) * u),
+    }
+}
+
+/// `x += y`.
+#[inline(always)]
+pub(crate) fn add(x: &mut [f32], y: &[f32]) {
+    x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
+}
+
+/// Floats to half floats, nearest even.
+#[inline(always)]
+pub(crate) fn to_f16(x: &[f32], y: &mut [u16]) {
+    x.iter().zip(y).for_each(|(x, y)| *y = f32_to_f16(*x));
+}

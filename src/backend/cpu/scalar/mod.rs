@@ -1,0 +1,6 @@
+//! Plain Rust: the definition of every operation, and the bodies that faster levels compile again for themselves.
+
+pub(crate) mod attend;
+pub(crate) mod elementwise;
+pub(crate) mod gemv;
+pub(crate) mod short_conv;

@@ -1,0 +1,375 @@
+//! Every kernel of the CPU backend: dispatcher, test list and bench list. A kernel not named here does not exist.
+//!
+//! Rows of a table are ordered best first. The first row whose level this CPU has, and `KINGLET_ISA` allows, is taken;
+//! `KINGLET_KERNEL=name[,name]` puts the named rows first. Choice happens once, when weights are loaded or a backend
+//! is made.
+#![allow(
+    unsafe_code,
+    reason = "calls to target-feature kernels, each through a `Ready`"
+)]
+
+use super::acts::Acts;
+use super::isa::Isa;
+use super::pool::OutCols;
+use super::scalar;
+use crate::backend::Activation;
+use crate::quant::DType;
+
+/// What all rows of all tables have.
+pub trait Kernel: Sync + 'static {
+    /// Operation, weights, activations, level: `gemv_q8_0_q8_avx2`.
+    fn name(&self) -> &'static str;
+    /// The level it needs.
+    fn isa(&self) -> Isa;
+}
+
+/// A kernel that this CPU can run. Holding one is the proof.
+pub struct Ready<K: 'static>(&'static K);
+
+impl<K> Clone for Ready<K> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<K> Copy for Ready<K> {}
+
+impl<K: Kernel> Ready<K> {
+    /// `kernel`, if this CPU has its level.
+    pub fn new(kernel: &'static K) -> Option<Self> {
+        kernel.isa().detected().then_some(Self(kernel))
+    }
+
+    /// The best of `rows` that this CPU has and the environment allows.
+    pub fn best(rows: impl Iterator<Item = &'static K> + Clone) -> Option<Self> {
+        let named = std::env::var("KINGLET_KERNEL").unwrap_or_default();
+        let forced = rows
+            .clone()
+            .find(|k| named.split(',').any(|name| name == k.name()) && k.isa().detected());
+        forced
+            .or_else(|| rows.clone().find(|k| k.isa().usable()))
+            .map(Self)
+    }
+
+    /// The row's name.
+    pub fn name(&self) -> &'static str {
+        self.0.name()
+    }
+
+    /// The row's level.
+    pub fn isa(&self) -> Isa {
+        self.0.isa()
+    }
+}
+
+/// How a matrix kernel wants its activations.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ActFormat {
+    /// 32-bit floats.
+    F32,
+    /// 8-bit blocks: `acts.rs`.
+    Q8,
+}
+
+/// A product of activations and a weight matrix: `y[t, r] = sum_k w[r, k] x[t, k]`.
+pub struct MatMul {
+    name: &'static str,
+    /// Format of the weights.
+    pub weights: DType,
+    /// Format of the activations.
+    pub acts: ActFormat,
+    isa: Isa,
+    run: unsafe fn(&[u8], &Acts, &mut OutCols),
+}
+
+impl Kernel for MatMul {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+    fn isa(&self) -> Isa {
+        self.isa
+    }
+}
+
+impl Ready<MatMul> {
+    /// Format of the activations.
+    pub fn acts(&self) -> ActFormat {
+        self.0.acts
+    }
+
+    /// Computes the columns of `y`. `w` is the rows of the matrix that belong to them, whole blocks, adjacent.
+    ///
+    /// # Panics
+    /// If the sizes contradict each other.
+    pub fn run(&self, w: &[u8], x: &Acts, y: &mut OutCols) {
+        let dtype = self.0.weights;
+        let row_bytes = dtype
+            .row_bytes(x.n_in)
+            .expect("whole blocks, checked when the model was loaded");
+        assert_eq!(
+            w.len(),
+            row_bytes * y.n_cols(),
+            "{}: bytes of {} rows of {}",
+            self.0.name,
+            y.n_cols(),
+            x.n_in
+        );
+        assert_eq!(
+            x.n_tokens,
+            y.n_tokens(),
+            "{}: tokens in and out",
+            self.0.name
+        );
+        // SAFETY: `Ready` exists, so the CPU has the features of the kernel's level.
+        unsafe { (self.0.run)(w, x, y) }
+    }
+}
+
+/// The best GEMV (few tokens) for a format.
+pub fn gemv(weights: DType) -> Option<Ready<MatMul>> {
+    Ready::best(GEMV.iter().filter(move |k| k.weights == weights))
+}
+
+/// The best GEMM (many tokens) for a format.
+pub fn gemm(weights: DType) -> Option<Ready<MatMul>> {
+    Ready::best(GEMM.iter().filter(move |k| k.weights == weights))
+}
+
+/// The formats that have a kernel, for messages.
+pub(crate) fn formats() -> String {
+    let names = DType::ALL
+        .iter()
+        .filter(|t| gemv(**t).is_some())
+        .map(|t| t.name());
+    names.collect::<Vec<_>>().join(", ")
+}
+
+macro_rules! operation {
+    ($(#[$doc:meta])* $kernel:ident($($arg:ident: $ty:ty),* $(,)?)) => {
+        $(#[$doc])*
+        pub struct $kernel {
+            name: &'static str,
+            isa: Isa,
+            run: unsafe fn($($ty),*),
+        }
+
+        impl Kernel for $kernel {
+            fn name(&self) -> &'static str {
+                self.name
+            }
+            fn isa(&self) -> Isa {
+                self.isa
+            }
+        }
+
+        impl Ready<$kernel> {
+            /// Runs the kernel.
+            #[inline]
+            #[allow(clippy::too_many_arguments, reason = "an operation has as many as it has")]
+            pub fn run(&self, $($arg: $ty),*) {
+                // SAFETY: `Ready` exists, so the CPU has the features of the kernel's level.
+                unsafe { (self.0.run)($($arg),*) }
+            }
+        }
+    };
+}
+
+operation! {
+    /// Quantizes a row of activations: `x` (n), `q` (n), `d` (n / 32), `sums` (n / 16).
+    Quantize(x: &[f32], q: &mut [i8], d: &mut [f32], sums: &mut [i16])
+}
+operation! {
+    /// `y = x / sqrt(mean(x^2) + eps) * gain`, all of one length.
+    RmsNorm(x: &[f32], gain: &[f32], eps: f32, y: &mut [f32])
+}
+operation! {
+    /// Rotates the pairs `(x[i], x[i + n])` of one head by the angles with cosines `cos` (n) and sines `sin` (n).
+    RopeHalves(x: &mut [f32], cos: &[f32], sin: &[f32])
+}
+operation! {
+    /// Rotates the pairs `(x[2i], x[2i + 1])` of one head by the angles with cosines `cos` (n) and sines `sin` (n).
+    RopeNeighbours(x: &mut [f32], cos: &[f32], sin: &[f32])
+}
+operation! {
+    /// `gate = activation(gate) * up`.
+    Glu(activation: Activation, gate: &mut [f32], up: &[f32])
+}
+operation! {
+    /// `x += y`.
+    Add(x: &mut [f32], y: &[f32])
+}
+operation! {
+    /// Floats to half floats.
+    ToF16(x: &[f32], y: &mut [u16])
+}
+operation! {
+    /// Some rows of a gated short convolution, see [`ShortConvRows`].
+    ShortConv(rows: &mut ShortConvRows)
+}
+operation! {
+    /// Attends to one span of keys, see [`AttendSpan`].
+    Attend(span: &mut AttendSpan)
+}
+
+/// A gated short convolution over rows `first..` of a batch: `out[t] = c[t] * sum_j taps[j] * u[t - L + 1 + j]` with
+/// `u = b * x`, rows before the batch from `state`.
+pub struct ShortConvRows<'a> {
+    /// The batch, `(n_tokens, 3 * n_channels)`: `[b | c | x]`.
+    pub bcx: &'a [f32],
+    /// Channels.
+    pub n_channels: usize,
+    /// `(L, n_channels)`, oldest first.
+    pub taps: &'a [f32],
+    /// `(L - 1, n_channels)`: `u` of the positions before the batch, oldest first.
+    pub state: &'a [f32],
+    /// The first row of the batch to compute.
+    pub first: usize,
+    /// As many rows as are to be computed, `(_, n_channels)`.
+    pub out: &'a mut [f32],
+}
+
+/// Adds one span of keys to running softmax sums (streaming softmax: Milakov and Gimelshein, arXiv:1805.02867).
+///
+/// All queries read the same key and value head. Query `i` sees keys `visible[i].0..visible[i].1` of the span.
+/// For a fresh sum `max` is -inf, `sum` and `out` are 0; after the last span the result is `out / sum`.
+pub struct AttendSpan<'a> {
+    /// Queries, `(n_queries, head_dim)`, already scaled.
+    pub q: &'a [f32],
+    /// Keys, `(n_keys, head_dim)` in the row's cache format.
+    pub k: &'a [u8],
+    /// Values, `(n_keys, head_dim)` in the row's cache format.
+    pub v: &'a [u8],
+    /// Elements of a head.
+    pub head_dim: usize,
+    /// First and end of the keys that each query sees, `(n_queries)`.
+    pub visible: &'a [(usize, usize)],
+    /// Largest score so far, `(n_queries)`.
+    pub max: &'a mut [f32],
+    /// Sum of `exp(score - max)`, `(n_queries)`.
+    pub sum: &'a mut [f32],
+    /// Sum of `exp(score - max) * v`, `(n_queries, head_dim)`.
+    pub out: &'a mut [f32],
+}
+
+/// The kernels of the operations that have no weight format, chosen once for a backend.
+#[derive(Clone, Copy)]
+pub struct Operations {
+    /// Activations to 8 bits.
+    pub quantize: Ready<Quantize>,
+    /// RMS norm.
+    pub rms_norm: Ready<RmsNorm>,
+    /// Rotary embedding, NeoX pairs.
+    pub rope_halves: Ready<RopeHalves>,
+    /// Rotary embedding, adjacent pairs.
+    pub rope_neighbours: Ready<RopeNeighbours>,
+    /// Gated unit.
+    pub glu: Ready<Glu>,
+    /// Residual sum.
+    pub add: Ready<Add>,
+    /// Half floats for the cache.
+    pub to_f16: Ready<ToF16>,
+    /// Gated short convolution.
+    pub short_conv: Ready<ShortConv>,
+    /// Attention over half floats.
+    pub attend_f16: Ready<Attend>,
+    /// Attention over floats.
+    pub attend_f32: Ready<Attend>,
+}
+
+impl Operations {
+    /// The best rows for this CPU.
+    pub fn best() -> Self {
+        fn best<K: Kernel>(rows: &'static [K]) -> Ready<K> {
+            Ready::best(rows.iter()).expect("every table ends with a scalar row")
+        }
+        Self {
+            quantize: best(QUANTIZE),
+            rms_norm: best(RMS_NORM),
+            rope_halves: best(ROPE_HALVES),
+            rope_neighbours: best(ROPE_NEIGHBOURS),
+            glu: best(GLU),
+            add: best(ADD),
+            to_f16: best(TO_F16),
+            short_conv: best(SHORT_CONV),
+            attend_f16: best(ATTEND_F16),
+            attend_f32: best(ATTEND_F32),
+        }
+    }
+}
+
+macro_rules! rows {
+    ($(#[$doc:meta])* $table:ident: $kernel:ident { $($(#[$cfg:meta])* $name:literal, $isa:ident, $run:path;)* }) => {
+        $(#[$doc])*
+        pub static $table: &[$kernel] = &[$($(#[$cfg])* $kernel { name: $name, isa: Isa::$isa, run: $run },)*];
+    };
+}
+
+macro_rules! matmuls {
+    ($(#[$doc:meta])* $table:ident { $($(#[$cfg:meta])* $name:literal, $weights:ident, $acts:ident, $isa:ident, $run:path;)* }) => {
+        $(#[$doc])*
+        pub static $table: &[MatMul] = &[$($(#[$cfg])* MatMul {
+            name: $name,
+            weights: DType::$weights,
+            acts: ActFormat::$acts,
+            isa: Isa::$isa,
+            run: $run,
+        },)*];
+    };
+}
+
+matmuls! {
+    /// One token, or a few: weights are read once from memory for each token.
+    GEMV {
+        "gemv_f32_f32_scalar", F32, F32, Scalar, scalar::gemv::f32::<crate::quant::BlockF32>;
+        "gemv_q4_0_q8_scalar", Q4_0, Q8, Scalar, scalar::gemv::q8::<crate::quant::BlockQ4_0>;
+        "gemv_q8_0_q8_scalar", Q8_0, Q8, Scalar, scalar::gemv::q8::<crate::quant::BlockQ8_0>;
+    }
+}
+
+matmuls! {
+    /// Many tokens: each tile of weights is unpacked once and used for all of them.
+    GEMM {
+        "gemm_f32_f32_scalar", F32, F32, Scalar, scalar::gemv::f32::<crate::quant::BlockF32>;
+    }
+}
+
+rows! {
+    /// Activations to 8 bits.
+    QUANTIZE: Quantize { "quantize_q8_scalar", Scalar, scalar::elementwise::quantize; }
+}
+rows! {
+    /// RMS norm of one row.
+    RMS_NORM: RmsNorm { "rms_norm_scalar", Scalar, scalar::elementwise::rms_norm; }
+}
+rows! {
+    /// Rotary embedding of one head, NeoX pairs.
+    ROPE_HALVES: RopeHalves { "rope_halves_scalar", Scalar, scalar::elementwise::rope_halves; }
+}
+rows! {
+    /// Rotary embedding of one head, adjacent pairs.
+    ROPE_NEIGHBOURS: RopeNeighbours { "rope_neighbours_scalar", Scalar, scalar::elementwise::rope_neighbours; }
+}
+rows! {
+    /// Gated unit.
+    GLU: Glu { "glu_scalar", Scalar, scalar::elementwise::glu; }
+}
+rows! {
+    /// Residual sum.
+    ADD: Add { "add_scalar", Scalar, scalar::elementwise::add; }
+}
+rows! {
+    /// Half floats for the cache.
+    TO_F16: ToF16 { "to_f16_scalar", Scalar, scalar::elementwise::to_f16; }
+}
+rows! {
+    /// Gated short convolution.
+    SHORT_CONV: ShortConv { "short_conv_scalar", Scalar, scalar::short_conv::short_conv; }
+}
+rows! {
+    /// Attention over half floats.
+    ATTEND_F16: Attend { "attend_f16_scalar", Scalar, scalar::attend::attend::<u16>; }
+}
+rows! {
+    /// Attention over floats.
+    ATTEND_F32: Attend { "attend_f32_scalar", Scalar, scalar::attend::attend::<f32>; }
+}

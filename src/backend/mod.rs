@@ -1,0 +1,178 @@
+//! What a forward pass is written in: a dozen operations over opaque tensors.
+//!
+//! The CPU backend runs each call at once; a GPU backend records it and submits at [`Backend::read`]. So a model never
+//! looks at numbers in the middle of a token: shapes and positions are the only things it may branch on.
+//!
+//! Activations are row-major `(n_tokens, n)` matrices of `f32`. Weights keep the format of the file.
+
+pub mod cpu;
+
+use crate::error::Result;
+use crate::quant::Tensor;
+
+/// The activation of a gated unit, applied to the gate.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Activation {
+    /// `x * sigmoid(x)`.
+    Silu,
+    /// The tanh form of GELU.
+    GeluTanh,
+    /// `max(x, 0)`.
+    Relu,
+}
+
+/// Which elements of a head a rotary embedding pairs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum RopePairs {
+    /// `(x[i], x[i + n/2])`: GPT-NeoX.
+    Halves,
+    /// `(x[2i], x[2i + 1])`: the original form, kept by Llama files.
+    Neighbours,
+}
+
+/// A rotary position embedding (Su et al., arXiv:2104.09864).
+#[derive(Clone, PartialEq, Debug)]
+pub struct Rope {
+    /// Angle per position of each pair, in radians; twice as many elements of each head rotate.
+    pub inv_freq: Vec<f32>,
+    /// Factor on sine and cosine (1 but for YaRN).
+    pub magnitude: f32,
+    /// Which elements make a pair.
+    pub pairs: RopePairs,
+}
+
+/// The shape and the mask of an attention.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Attention {
+    /// Query heads.
+    pub n_heads: usize,
+    /// Key and value heads; query head `h` reads head `h * n_kv_heads / n_heads`.
+    pub n_kv_heads: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+    /// Factor on `q . k`.
+    pub scale: f32,
+    /// A query at position `p` sees keys in `(p - window, p]`; `None`: all keys up to `p`.
+    pub window: Option<usize>,
+}
+
+/// The element type of cached keys and values.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum KvType {
+    /// 32-bit float: for comparisons.
+    F32,
+    /// 16-bit float.
+    #[default]
+    F16,
+}
+
+/// The operations of a forward pass. Tensors are `(n_tokens, n)`; `n` is the row length.
+pub trait Backend {
+    /// A weight matrix `(n_out, n_in)` in the format of the file.
+    type Matrix: Send + Sync;
+    /// A weight vector of floats: norm gains, biases, convolution taps.
+    type Vector: Send + Sync;
+    /// Activations.
+    type Tensor;
+    /// Keys and values of one attention layer.
+    type Kv: Send;
+    /// The inputs that a short convolution remembers.
+    type Conv: Send;
+
+    /// Takes a matrix by reference.
+    ///
+    /// # Errors
+    /// If this backend has no kernel for the format.
+    fn matrix(&self, tensor: &Tensor) -> Result<Self::Matrix>;
+
+    /// Takes a vector, in the order of the file, or of `data` where the model has rearranged it.
+    fn vector(&self, data: Vec<f32>) -> Self::Vector;
+
+    /// An empty cache for keys and values of `attention`.
+    fn kv(&self, attention: &Attention, kind: KvType) -> Self::Kv;
+
+    /// Makes room for `n` positions in all.
+    ///
+    /// # Errors
+    /// If there is no memory for them.
+    fn kv_reserve(&self, kv: &mut Self::Kv, n: usize) -> Result<()>;
+
+    /// A zeroed memory of `n_rows` inputs of `n_channels`.
+    fn conv(&self, n_rows: usize, n_channels: usize) -> Self::Conv;
+
+    /// Forgets all inputs.
+    fn conv_reset(&self, conv: &mut Self::Conv);
+
+    /// The rows `tokens` of a table, times `scale`.
+    fn embed(&mut self, table: &Self::Matrix, tokens: &[u32], scale: f32) -> Self::Tensor;
+
+    /// `x / sqrt(mean(x^2) + eps) * gain`, over each run of `gain` length in a row (so over each head for a gain of
+    /// `head_dim`).
+    fn rms_norm(&mut self, x: &Self::Tensor, gain: &Self::Vector, eps: f32) -> Self::Tensor;
+
+    /// `x W^T + bias`, for several matrices that share the input.
+    fn linear<const N: usize>(
+        &mut self,
+        x: &Self::Tensor,
+        weights: [&Linear<Self>; N],
+    ) -> [Self::Tensor; N];
+
+    /// The sines and cosines of `n` positions from `start`.
+    fn rope_angles(&mut self, rope: &Rope, start: usize, n: usize) -> Self::Tensor;
+
+    /// Rotates the first elements of each run of `head_dim` in the rows of `x`.
+    fn rope(
+        &mut self,
+        x: &mut Self::Tensor,
+        head_dim: usize,
+        pairs: RopePairs,
+        angles: &Self::Tensor,
+    );
+
+    /// Writes the rows of `k` and `v` to the cache at positions `start..`, then attends from the rows of `q` (at the
+    /// same positions) to all positions that causality and the window let them see.
+    fn attention(
+        &mut self,
+        q: &Self::Tensor,
+        k: &Self::Tensor,
+        v: &Self::Tensor,
+        kv: &mut Self::Kv,
+        start: usize,
+        attention: &Attention,
+    ) -> Self::Tensor;
+
+    /// Gated short convolution: rows `[b | c | x]`; `u = b * x`, `y[t] = sum_j taps[j] * u[t - L + 1 + j]`, out
+    /// `c * y`. `taps` is `(L, n_channels)`, oldest first; `conv` holds the `L - 1` rows of `u` before this call and
+    /// after it.
+    fn short_conv(
+        &mut self,
+        bcx: &Self::Tensor,
+        taps: &Self::Vector,
+        conv: &mut Self::Conv,
+    ) -> Self::Tensor;
+
+    /// `activation(gate) * up`.
+    fn glu(
+        &mut self,
+        gate: Self::Tensor,
+        up: &Self::Tensor,
+        activation: Activation,
+    ) -> Self::Tensor;
+
+    /// `x += y`.
+    fn add(&mut self, x: &mut Self::Tensor, y: &Self::Tensor);
+
+    /// The rows `from..` of `x` alone.
+    fn rows_from(&mut self, x: Self::Tensor, from: usize) -> Self::Tensor;
+
+    /// The numbers, after everything before has run.
+    fn read(&mut self, x: &Self::Tensor, out: &mut Vec<f32>);
+}
+
+/// A linear layer.
+pub struct Linear<B: Backend + ?Sized> {
+    /// `(n_out, n_in)`.
+    pub weight: B::Matrix,
+    /// `(n_out)`.
+    pub bias: Option<B::Vector>,
+}
