@@ -28,9 +28,9 @@ mod tq2_0;
 
 pub use self::{
     float::{BlockBF16, BlockF16, BlockF32},
-    iq4_nl::BlockIQ4NL,
+    iq4_nl::{BlockIQ4NL, KVALUES_IQ4NL},
     iq4_xs::BlockIQ4XS,
-    mxfp4::BlockMXFP4,
+    mxfp4::{BlockMXFP4, KVALUES_MXFP4},
     q2_k::BlockQ2K,
     q3_k::BlockQ3K,
     q4_0::BlockQ4_0,

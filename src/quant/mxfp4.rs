@@ -4,6 +4,9 @@ use bytemuck::{Pod, Zeroable};
 
 use super::{Block, DType};
 
+/// What the sixteen codes stand for: E2M1 times two, so that all are whole numbers.
+pub const KVALUES_MXFP4: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+
 /// A block of MXFP4.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
@@ -14,11 +17,33 @@ pub struct BlockMXFP4 {
     pub qs: [u8; 16],
 }
 
+impl BlockMXFP4 {
+    /// The scale of [`KVALUES_MXFP4`]: `2^(e - 128)`, that is half of what E8M0 says. Like ggml it takes `e = 255` as a
+    /// number too (OCP: NaN).
+    #[inline]
+    pub fn scale(&self) -> f32 {
+        exponent(self.e)
+    }
+}
+
 impl Block for BlockMXFP4 {
     const DTYPE: DType = DType::MXFP4;
     const LEN: usize = 32;
 
     fn dequantize(&self, out: &mut [f32]) {
-        unimplemented!("{out:?}")
+        let d = self.scale();
+        for (i, q) in self.qs.into_iter().enumerate() {
+            out[i] = d * f32::from(KVALUES_MXFP4[usize::from(q & 15)]);
+            out[i + 16] = d * f32::from(KVALUES_MXFP4[usize::from(q >> 4)]);
+        }
     }
+}
+
+/// `2^(e - 128)`.
+pub(super) fn exponent(e: u8) -> f32 {
+    f32::from_bits(match e {
+        0 => 0x0020_0000, // subnormal
+        1 => 0x0040_0000, // subnormal
+        _ => u32::from(e - 1) << 23,
+    })
 }

@@ -21,6 +21,11 @@ impl Block for BlockQ4_1 {
     const LEN: usize = 32;
 
     fn dequantize(&self, out: &mut [f32]) {
-        unimplemented!("{out:?}")
+        let d = super::f16_to_f32(self.d);
+        let m = super::f16_to_f32(self.m);
+        for (i, q) in self.qs.into_iter().enumerate() {
+            out[i] = d * f32::from(q & 15) + m;
+            out[i + 16] = d * f32::from(q >> 4) + m;
+        }
     }
 }

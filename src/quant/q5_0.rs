@@ -21,6 +21,18 @@ impl Block for BlockQ5_0 {
     const LEN: usize = 32;
 
     fn dequantize(&self, out: &mut [f32]) {
-        unimplemented!("{out:?}")
+        let d = super::f16_to_f32(self.d);
+        for (out, q) in out.iter_mut().zip(unpack(self.qh, &self.qs)) {
+            *out = d * (f32::from(q) - 16.0);
+        }
     }
+}
+
+/// The 32 five-bit numbers of a block of Q5_0 or Q5_1, in the order of the weights.
+pub(super) fn unpack(qh: [u8; 4], qs: &[u8; 16]) -> [u8; 32] {
+    let qh = u32::from_le_bytes(qh);
+    std::array::from_fn(|i| {
+        let low = if i < 16 { qs[i] & 15 } else { qs[i - 16] >> 4 };
+        low | ((qh >> i & 1) as u8) << 4
+    })
 }

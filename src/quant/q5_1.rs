@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Block, DType};
+use super::{Block, DType, q5_0};
 
 /// A block of Q5_1.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
@@ -23,6 +23,10 @@ impl Block for BlockQ5_1 {
     const LEN: usize = 32;
 
     fn dequantize(&self, out: &mut [f32]) {
-        unimplemented!("{out:?}")
+        let d = super::f16_to_f32(self.d);
+        let m = super::f16_to_f32(self.m);
+        for (out, q) in out.iter_mut().zip(q5_0::unpack(self.qh, &self.qs)) {
+            *out = d * f32::from(q) + m;
+        }
     }
 }

@@ -8,9 +8,9 @@ use super::{Block, DType, QK_K};
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
 pub struct BlockQ6K {
-    /// The lower four bits.
+    /// The lower four bits: 64 bytes serve 128 weights, the first 64 weights in the low nibbles.
     pub ql: [u8; 128],
-    /// The upper two bits.
+    /// The upper two bits: 32 bytes serve 128 weights, the first 32 weights in bits 0 and 1.
     pub qh: [u8; 64],
     /// Per 16 weights.
     pub scales: [i8; 16],
@@ -23,6 +23,17 @@ impl Block for BlockQ6K {
     const LEN: usize = QK_K;
 
     fn dequantize(&self, out: &mut [f32]) {
-        unimplemented!("{out:?}")
+        let d = super::f16_to_f32(self.d);
+        for (i, out) in out.chunks_exact_mut(16).enumerate() {
+            let scale = d * f32::from(self.scales[i]);
+            // 128 weights take 64 bytes of `ql` and 32 of `qh`.
+            let (half, i) = (i / 8, i % 8);
+            let ql = &self.ql[half * 64 + i % 4 * 16..][..16];
+            let qh = &self.qh[half * 32 + i % 2 * 16..][..16];
+            for ((out, l), h) in out.iter_mut().zip(ql).zip(qh) {
+                let q = l >> (i / 4 * 4) & 15 | (h >> (i / 2 * 2) & 3) << 4;
+                *out = scale * (f32::from(q) - 32.0);
+            }
+        }
     }
 }

@@ -8,7 +8,7 @@ use super::{Block, DType, QK_K};
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
 pub struct BlockTQ2_0 {
-    /// Two bits a weight.
+    /// Two bits a weight: 32 bytes serve 128 weights, the first 32 weights in bits 0 and 1.
     pub qs: [u8; 64],
     /// The scale, a half float.
     pub d: u16,
@@ -19,6 +19,12 @@ impl Block for BlockTQ2_0 {
     const LEN: usize = QK_K;
 
     fn dequantize(&self, out: &mut [f32]) {
-        unimplemented!("{out:?}")
+        let d = super::f16_to_f32(self.d);
+        for (i, out) in out.chunks_exact_mut(32).enumerate() {
+            let qs = &self.qs[i / 4 * 32..][..32];
+            for (out, q) in out.iter_mut().zip(qs) {
+                *out = d * (f32::from(q >> (i % 4 * 2) & 3) - 1.0);
+            }
+        }
     }
 }
