@@ -25,7 +25,7 @@ impl BlockIQ4XS {
         let high = self.scales_h;
         std::array::from_fn(|i| {
             let low = self.scales_l[i / 2] >> (i % 2 * 4) & 15;
-            (low | (high >> (i * 2) & 3) as u8 * 16) as i8 - 32
+            (low | ((high >> (i * 2) & 3) as u8) << 4) as i8 - 32
         })
     }
 }

@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Block, DType};
+use super::{Block, DType, Quantize, search};
 
 /// What the sixteen codes stand for: E2M1 times two, so that all are whole numbers.
 pub const KVALUES_MXFP4: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
@@ -46,4 +46,27 @@ pub(super) fn exponent(e: u8) -> f32 {
         1 => 0x0040_0000, // subnormal
         _ => u32::from(e - 1) << 23,
     })
+}
+
+impl Quantize for BlockMXFP4 {
+    /// The exponent makes the greatest magnitude fall into 4..8, of which the codes reach 6; each weight takes the
+    /// nearest code, the first of equals.
+    fn quantize(x: &[f32]) -> Self {
+        let top = search::magnitude(x);
+        // `log2` may round up to the next whole number just below a power of two. So it does in ggml.
+        let e = if top > 0.0 {
+            (top.log2().floor() + 125.0) as u8
+        } else {
+            0
+        };
+        let d = exponent(e);
+        let code = |x: f32| {
+            let error = |i: usize| (f32::from(KVALUES_MXFP4[i]) * d - x).abs();
+            (1..16).fold(0, |best, i| if error(i) < error(best) { i } else { best }) as u8
+        };
+        Self {
+            e,
+            qs: std::array::from_fn(|i| code(x[i]) | code(x[i + 16]) << 4),
+        }
+    }
 }

@@ -2,7 +2,10 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Block, DType, QK_K};
+use super::{
+    Block, DType, QK_K, Quantize, f16_to_f32, f32_to_f16,
+    search::{self, Affine, Steps},
+};
 
 /// A block of Q2_K.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
@@ -46,4 +49,52 @@ pub(super) fn group_bytes(qs: &[u8; 64], i: usize) -> &[u8] {
 /// The position in those bytes.
 pub(super) fn group_shift(i: usize) -> usize {
     i % 8 / 2 * 2
+}
+
+/// Lays out 256 two-bit numbers as Q2_K, Q3_K and TQ2_0 do.
+pub(super) fn pack2(codes: &[u8; QK_K]) -> [u8; 64] {
+    std::array::from_fn(|i| {
+        let at = i / 32 * 128 + i % 32;
+        (0..4).fold(0, |byte, k| byte | (codes[at + 32 * k] & 3) << (2 * k))
+    })
+}
+
+impl Quantize for BlockQ2K {
+    fn quantize(x: &[f32]) -> Self {
+        const STEPS: Steps = Steps {
+            first: -0.5,
+            step: 0.1,
+            last: 15,
+        };
+        let groups = x.as_chunks::<16>().0;
+        let mut codes = [[0; 16]; 16];
+        let found: [_; 16] = std::array::from_fn(|i| {
+            let x = &groups[i];
+            search::affine(x, &x.map(f32::abs), 3, &STEPS, f32::abs, &mut codes[i])
+        });
+        let top = |of: fn(&Affine) -> f32| found.iter().map(of).fold(0.0, f32::max);
+        let (scale, min) = (top(|a| a.scale), top(|a| a.min));
+        // Numbers of 4 bits: the share of the greatest in fifteenths.
+        let share = |of: f32, v: f32| {
+            let inverse = if of > 0.0 { 15.0 / of } else { 0.0 };
+            (search::nearest(inverse * v) & 15) as u8
+        };
+        let mut block = Self {
+            scales: std::array::from_fn(|i| {
+                share(scale, found[i].scale) | share(min, found[i].min) << 4
+            }),
+            qs: [0; 64],
+            d: f32_to_f16(scale / 15.0),
+            dmin: f32_to_f16(min / 15.0),
+        };
+        let (d, dmin) = (f16_to_f32(block.d), f16_to_f32(block.dmin));
+        for ((codes, x), packed) in codes.iter_mut().zip(groups).zip(block.scales) {
+            let (scale, min) = (d * f32::from(packed & 15), dmin * f32::from(packed >> 4));
+            if scale != 0.0 {
+                *codes = x.map(|x| search::nearest((x + min) / scale).clamp(0, 3) as u8);
+            }
+        }
+        block.qs = pack2(bytemuck::cast_ref(&codes));
+        block
+    }
 }

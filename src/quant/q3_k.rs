@@ -3,8 +3,9 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::{
-    Block, DType, QK_K,
-    q2_k::{group_bytes, group_shift},
+    Block, DType, QK_K, Quantize, f16_to_f32, f32_to_f16,
+    q2_k::{group_bytes, group_shift, pack2},
+    search,
 };
 
 /// A block of Q3_K.
@@ -49,4 +50,50 @@ impl Block for BlockQ3K {
             }
         }
     }
+}
+
+impl Quantize for BlockQ3K {
+    fn quantize(x: &[f32]) -> Self {
+        let groups = x.as_chunks::<16>().0;
+        let mut codes = [[0; 16]; 16];
+        let found: [f32; 16] =
+            std::array::from_fn(|i| search::descent(&groups[i], 4, &mut codes[i]));
+        // The extreme scale becomes -32; where all are zero the six bits are too.
+        let top = search::extreme(&found);
+        let inverse = -32.0 / top;
+        let scales = if top == 0.0 {
+            [0; 16]
+        } else {
+            found.map(|s| (search::nearest(inverse * s).clamp(-32, 31) + 32) as u8)
+        };
+        let mut block = Self {
+            hmask: [0; 32],
+            qs: [0; 64],
+            scales: pack_scales(&scales),
+            d: f32_to_f16(if top == 0.0 { 0.0 } else { 1.0 / inverse }),
+        };
+        let d = f16_to_f32(block.d);
+        for ((codes, x), scale) in codes.iter_mut().zip(groups).zip(block.scales()) {
+            let scale = d * f32::from(scale);
+            if scale != 0.0 {
+                *codes = x.map(|x| (search::nearest(x / scale).clamp(-4, 3) + 4) as u8);
+            }
+        }
+        let codes: &[u8; QK_K] = bytemuck::cast_ref(&codes);
+        for (i, q) in codes.iter().enumerate() {
+            block.hmask[i % 32] |= (q >> 2) << (i / 32);
+        }
+        block.qs = pack2(codes);
+        block
+    }
+}
+
+/// Lays out sixteen 6-bit numbers.
+fn pack_scales(scales: &[u8; 16]) -> [u8; 12] {
+    let mut packed = [0; 12];
+    for (i, s) in scales.iter().enumerate() {
+        packed[i % 8] |= (s & 15) << (i / 8 * 4);
+        packed[8 + i % 4] |= (s >> 4) << (i / 4 * 2);
+    }
+    packed
 }

@@ -2,7 +2,11 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Block, DType, QK_K, q4_k};
+use super::{
+    Block, DType, QK_K, Quantize,
+    q4_k::{Scaled, unpack_scales_mins},
+    search::Steps,
+};
 
 /// A block of Q5_K.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
@@ -24,7 +28,7 @@ impl BlockQ5K {
     /// The scales and the minima of the eight groups of 32 weights, 0 to 63.
     #[inline]
     pub fn scales_mins(&self) -> ([u8; 8], [u8; 8]) {
-        q4_k::unpack_scales_mins(&self.scales)
+        unpack_scales_mins(&self.scales)
     }
 }
 
@@ -44,6 +48,30 @@ impl Block for BlockQ5K {
                 let q = q >> (i % 2 * 4) & 15 | (h >> i & 1) << 4;
                 *out = scale * f32::from(q) - min;
             }
+        }
+    }
+}
+
+impl Quantize for BlockQ5K {
+    fn quantize(x: &[f32]) -> Self {
+        const STEPS: Steps = Steps {
+            first: -0.5,
+            step: 0.1,
+            last: 15,
+        };
+        let scaled = Scaled::new(x, 31, &STEPS);
+        let mut qh = [0; 32];
+        for (i, codes) in scaled.codes.iter().enumerate() {
+            for (qh, q) in qh.iter_mut().zip(codes) {
+                *qh |= (q >> 4) << i;
+            }
+        }
+        Self {
+            d: scaled.d,
+            dmin: scaled.dmin,
+            scales: scaled.scales,
+            qh,
+            qs: scaled.nibbles(),
         }
     }
 }

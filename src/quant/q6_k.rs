@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Block, DType, QK_K};
+use super::{Block, DType, QK_K, Quantize, f16_to_f32, f32_to_f16, search};
 
 /// A block of Q6_K.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
@@ -35,5 +35,40 @@ impl Block for BlockQ6K {
                 *out = scale * (f32::from(q) - 32.0);
             }
         }
+    }
+}
+
+impl Quantize for BlockQ6K {
+    fn quantize(x: &[f32]) -> Self {
+        let groups = x.as_chunks::<16>().0;
+        let mut codes = [[0; 16]; 16];
+        let found: [f32; 16] =
+            std::array::from_fn(|i| search::symmetric(&groups[i], 32, &mut codes[i]));
+        let top = search::extreme(&found);
+        if top.abs() < search::ZERO {
+            return Self::zeroed();
+        }
+        // The extreme scale becomes -128.
+        let inverse = -128.0 / top;
+        let mut block = Self {
+            ql: [0; 128],
+            qh: [0; 64],
+            scales: found.map(|s| search::nearest(inverse * s).min(127) as i8),
+            d: f32_to_f16(1.0 / inverse),
+        };
+        let d = f16_to_f32(block.d);
+        for ((codes, x), scale) in codes.iter_mut().zip(groups).zip(block.scales) {
+            let scale = d * f32::from(scale);
+            if scale != 0.0 {
+                *codes = x.map(|x| (search::nearest(x / scale).clamp(-32, 31) + 32) as u8);
+            }
+        }
+        let codes: &[u8; QK_K] = bytemuck::cast_ref(&codes);
+        for (i, q) in codes.iter().enumerate() {
+            let (half, i) = (i / 128, i % 128);
+            block.ql[half * 64 + i % 64] |= (q & 15) << (i / 64 * 4);
+            block.qh[half * 32 + i % 32] |= (q >> 4) << (i / 32 * 2);
+        }
+        block
     }
 }

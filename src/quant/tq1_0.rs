@@ -40,5 +40,5 @@ impl Block for BlockTQ1_0 {
 /// multiplying by 3 moves the next trit in front of the point.
 fn trit(byte: u8, n: usize) -> u8 {
     const POW3: [u8; 5] = [1, 3, 9, 27, 81];
-    (u16::from(byte.wrapping_mul(POW3[n])) * 3 >> 8) as u8
+    ((u16::from(byte.wrapping_mul(POW3[n])) * 3) >> 8) as u8
 }

@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Block, DType, QK_K};
+use super::{Block, DType, QK_K, Quantize, f32_to_f16, q2_k::pack2, search};
 
 /// A block of TQ2_0.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
@@ -25,6 +25,18 @@ impl Block for BlockTQ2_0 {
             for (out, q) in out.iter_mut().zip(qs) {
                 *out = d * (f32::from(q >> (i % 4 * 2) & 3) - 1.0);
             }
+        }
+    }
+}
+
+impl Quantize for BlockTQ2_0 {
+    fn quantize(x: &[f32]) -> Self {
+        let d = search::magnitude(x);
+        let inverse = search::inverse(d);
+        let code = |x: f32| (search::nearest_away((x * inverse).clamp(-1.0, 1.0)) + 1) as u8;
+        Self {
+            qs: pack2(&std::array::from_fn(|i| code(x[i]))),
+            d: f32_to_f16(d),
         }
     }
 }
