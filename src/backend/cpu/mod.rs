@@ -106,7 +106,7 @@ impl Cpu {
             let row = Q8RowMut::new(bytes, x.n_cols);
             self.operations
                 .quantize
-                .run(x.row(i), row.q, row.d, row.sums);
+                .run(x.row(i), row.q, row.d, row.s);
         };
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut rows);
         if x.n_tokens < PARALLEL_ROWS {

@@ -175,8 +175,8 @@ macro_rules! operation {
 }
 
 operation! {
-    /// Quantizes a row of activations: `x` (n), `q` (n), `d` (n / 32), `sums` (n / 16).
-    Quantize(x: &[f32], q: &mut [i8], d: &mut [f32], sums: &mut [i16])
+    /// Quantizes a row of activations: `x` (n), `q` (n), `d` (n / 32), `s` (n / 32).
+    Quantize(x: &[f32], q: &mut [i8], d: &mut [f32], s: &mut [f32])
 }
 operation! {
     /// `y = x / sqrt(mean(x^2) + eps) * gain`, all of one length.
