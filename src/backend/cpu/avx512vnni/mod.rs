@@ -89,18 +89,31 @@ fn nibbles(x: __m512i) -> (__m512i, __m512i) {
 /// The half floats at 16 places (in units of 2 bytes) of `x`.
 #[inline]
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn halves_at<T: Pod>(places: __m512i, x: &T) -> __m512 {
-    let halves = _mm512_permutexvar_epi16(places, load(x));
+fn halves_at<T: Pod>(places: &[u16; 32], x: &T) -> __m512 {
+    let halves = _mm512_permutexvar_epi16(load(places), load(x));
     _mm512_cvtph_ps(_mm512_castsi512_si256(halves))
 }
 
-/// The places `step * (i / each) + first` for `halves_at`.
-#[inline]
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn places(first: u16, step: u16, each: u16) -> __m512i {
-    load(&std::array::from_fn::<u16, 32, _>(|i| {
-        first + step * (i as u16 % 16 / each)
-    }))
+/// Indices for a permutation: lane `i` takes `first + step * (i / each)`.
+const fn lanes(first: u32, step: u32, each: u32) -> [u32; 16] {
+    let mut lanes = [0; 16];
+    let mut i = 0;
+    while i < 16 {
+        lanes[i] = first + step * (i as u32 / each);
+        i += 1;
+    }
+    lanes
+}
+
+/// Places for `halves_at`: lane `i` takes `first + step * (i / each)`.
+const fn places(first: u16, step: u16, each: u16) -> [u16; 32] {
+    let mut places = [0; 32];
+    let mut i = 0;
+    while i < 16 {
+        places[i] = first + step * (i as u16 / each);
+        i += 1;
+    }
+    places
 }
 
 /// The 128 activations of four blocks of 32, as the formats with nibbles meet them: of each block the first 16, then
@@ -119,12 +132,11 @@ impl Acts4 {
     fn new(q: &[i8; 128], d: &[f32; 4]) -> Self {
         let [a, b] = bytemuck::cast_ref::<_, [[i8; 64]; 2]>(q);
         let (a, b) = (load(a), load(b));
-        let each4 = load(&std::array::from_fn::<u32, 16, _>(|i| i as u32 / 4));
         let d = _mm512_castps128_ps512(_mm_castsi128_ps(load128(d)));
         Self {
             low: _mm512_shuffle_i32x4::<0b10_00_10_00>(a, b),
             high: _mm512_shuffle_i32x4::<0b11_01_11_01>(a, b),
-            d: _mm512_permutexvar_ps(each4, d),
+            d: _mm512_permutexvar_ps(load(const { &lanes(0, 1, 4) }), d),
         }
     }
 
@@ -198,13 +210,8 @@ impl Acts8 {
         let even = _mm512_dpbusd_epi32(even, q[1], self.q[1]);
         let odd = _mm512_dpbusd_epi32(zero, q[2], self.q[2]);
         let odd = _mm512_dpbusd_epi32(odd, q[3], self.q[3]);
-        let each4 = |first| {
-            load(&std::array::from_fn::<u32, 16, _>(|i| {
-                first + i as u32 / 4 * 2
-            }))
-        };
-        let even_scales = _mm512_permutexvar_ps(each4(0), scales.0);
-        let odd_scales = _mm512_permutexvar_ps(each4(1), scales.0);
+        let even_scales = _mm512_permutexvar_ps(load(const { &lanes(0, 2, 4) }), scales.0);
+        let odd_scales = _mm512_permutexvar_ps(load(const { &lanes(1, 2, 4) }), scales.0);
         let sum = _mm512_mask_add_ps(sum, 0xff00, sum, scales.0);
         let sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(even), even_scales, sum);
         _mm512_fmadd_ps(_mm512_cvtepi32_ps(odd), odd_scales, sum)
