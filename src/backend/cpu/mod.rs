@@ -3,7 +3,11 @@
 pub mod acts;
 mod attention;
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512vnni;
+#[cfg(target_arch = "x86_64")]
+mod floats;
 pub mod isa;
 pub mod pool;
 mod scalar;

@@ -8,6 +8,9 @@ use std::arch::x86_64::*;
 
 use bytemuck::Pod;
 
+pub(crate) mod attend;
+pub(crate) mod elementwise;
+mod floats;
 pub(crate) mod gemv_float;
 pub(crate) mod gemv_q4_0;
 pub(crate) mod gemv_q4_1;
