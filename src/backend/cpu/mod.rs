@@ -6,13 +6,13 @@ mod attention;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512vnni;
-#[cfg(target_arch = "x86_64")]
-mod floats;
 pub mod isa;
 pub mod pool;
 mod scalar;
 mod scratch;
 pub mod table;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 use std::sync::Arc;
 

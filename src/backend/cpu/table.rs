@@ -324,33 +324,53 @@ matmuls! {
     GEMV {
         #[cfg(target_arch = "x86_64")]
         "gemv_f16_f32_avx512vnni", F16, F32, Avx512Vnni, avx512vnni::gemv_float::f16;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_f16_f32_avx2", F16, F32, Avx2, avx2::gemv_float::f16;
         "gemv_f16_f32_scalar", F16, F32, Scalar, scalar::gemv::f32::<quant::BlockF16>;
         #[cfg(target_arch = "x86_64")]
         "gemv_bf16_f32_avx512vnni", BF16, F32, Avx512Vnni, avx512vnni::gemv_float::bf16;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_bf16_f32_avx2", BF16, F32, Avx2, avx2::gemv_float::bf16;
         "gemv_bf16_f32_scalar", BF16, F32, Scalar, scalar::gemv::f32::<quant::BlockBF16>;
         #[cfg(target_arch = "x86_64")]
         "gemv_f32_f32_avx512vnni", F32, F32, Avx512Vnni, avx512vnni::gemv_float::f32;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_f32_f32_avx2", F32, F32, Avx2, avx2::gemv_float::f32;
         "gemv_f32_f32_scalar", F32, F32, Scalar, scalar::gemv::f32::<quant::BlockF32>;
         #[cfg(target_arch = "x86_64")]
         "gemv_q4_0_q8_avx512vnni", Q4_0, Q8, Avx512Vnni, avx512vnni::gemv_q4_0::gemv;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_q4_0_q8_avx2", Q4_0, Q8, Avx2, avx2::gemv_q4_0::gemv;
         "gemv_q4_0_q8_scalar", Q4_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ4_0>;
         #[cfg(target_arch = "x86_64")]
         "gemv_q4_1_q8_avx512vnni", Q4_1, Q8, Avx512Vnni, avx512vnni::gemv_q4_1::gemv;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_q4_1_q8_avx2", Q4_1, Q8, Avx2, avx2::gemv_q4_1::gemv;
         "gemv_q4_1_q8_scalar", Q4_1, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ4_1>;
         #[cfg(target_arch = "x86_64")]
         "gemv_q5_0_q8_avx512vnni", Q5_0, Q8, Avx512Vnni, avx512vnni::gemv_q5_0::gemv;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_q5_0_q8_avx2", Q5_0, Q8, Avx2, avx2::gemv_q5_0::gemv;
         "gemv_q5_0_q8_scalar", Q5_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ5_0>;
         #[cfg(target_arch = "x86_64")]
         "gemv_q8_0_q8_avx512vnni", Q8_0, Q8, Avx512Vnni, avx512vnni::gemv_q8_0::gemv;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_q8_0_q8_avx2", Q8_0, Q8, Avx2, avx2::gemv_q8_0::gemv;
         "gemv_q8_0_q8_scalar", Q8_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ8_0>;
         #[cfg(target_arch = "x86_64")]
         "gemv_q4_k_q8_avx512vnni", Q4_K, Q8, Avx512Vnni, avx512vnni::gemv_q4_k::gemv;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_q4_k_q8_avx2", Q4_K, Q8, Avx2, avx2::gemv_q4_k::gemv;
         "gemv_q4_k_q8_scalar", Q4_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ4K>;
         #[cfg(target_arch = "x86_64")]
         "gemv_q5_k_q8_avx512vnni", Q5_K, Q8, Avx512Vnni, avx512vnni::gemv_q5_k::gemv;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_q5_k_q8_avx2", Q5_K, Q8, Avx2, avx2::gemv_q5_k::gemv;
         "gemv_q5_k_q8_scalar", Q5_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ5K>;
         #[cfg(target_arch = "x86_64")]
         "gemv_q6_k_q8_avx512vnni", Q6_K, Q8, Avx512Vnni, avx512vnni::gemv_q6_k::gemv;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_q6_k_q8_avx2", Q6_K, Q8, Avx2, avx2::gemv_q6_k::gemv;
         "gemv_q6_k_q8_scalar", Q6_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ6K>;
         "gemv_q5_1_q8_scalar", Q5_1, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ5_1>;
         "gemv_q2_k_q8_scalar", Q2_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ2K>;

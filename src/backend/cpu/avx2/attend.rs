@@ -6,4 +6,4 @@ use super::floats as v;
 use crate::backend::cpu::scalar::attend as below;
 use crate::backend::cpu::table::AttendSpan;
 
-crate::backend::cpu::floats::attend!("avx2,fma,f16c", below);
+crate::backend::cpu::x86::attend::attend!("avx2,fma,f16c", below);

@@ -12,7 +12,7 @@ pub(super) const LANES: usize = 8;
 /// Vectors of a row that a kernel sums at a time for each of four queries.
 pub(super) const WIDTH: usize = 2;
 
-crate::backend::cpu::floats::operations! { "avx2,fma,f16c":
+crate::backend::cpu::x86::floats::operations! { "avx2,fma,f16c":
     // SAFETY: reads the 32 bytes of a borrowed array; no alignment is asked.
     fn load(x: &[f32; 8]) -> V = unsafe { _mm256_loadu_ps(x.as_ptr()) };
     // SAFETY: writes the 32 bytes of an exclusively borrowed array; no alignment is asked.
@@ -85,4 +85,4 @@ crate::backend::cpu::floats::operations! { "avx2,fma,f16c":
     };
 }
 
-crate::backend::cpu::floats::exponentials!("avx2,fma,f16c");
+crate::backend::cpu::x86::floats::exponentials!("avx2,fma,f16c");

@@ -6,4 +6,4 @@ use super::floats as v;
 use crate::backend::cpu::avx2::attend as below;
 use crate::backend::cpu::table::AttendSpan;
 
-crate::backend::cpu::floats::attend!("avx512bw,avx512dq,avx512vl,avx512vnni", below);
+crate::backend::cpu::x86::attend::attend!("avx512bw,avx512dq,avx512vl,avx512vnni", below);

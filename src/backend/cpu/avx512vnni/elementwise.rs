@@ -7,4 +7,4 @@ use crate::backend::cpu::acts::Q8_LEN;
 use crate::backend::cpu::scalar::{elementwise as scalar, short_conv};
 use crate::backend::cpu::table::ShortConvRows;
 
-crate::backend::cpu::floats::elementwise!("avx512bw,avx512dq,avx512vl,avx512vnni");
+crate::backend::cpu::x86::elementwise::elementwise!("avx512bw,avx512dq,avx512vl,avx512vnni");

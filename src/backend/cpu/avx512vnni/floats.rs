@@ -14,7 +14,7 @@ pub(super) const LANES: usize = 16;
 /// Vectors of a row that a kernel sums at a time for each of four queries.
 pub(super) const WIDTH: usize = 4;
 
-crate::backend::cpu::floats::operations! { "avx512bw,avx512dq,avx512vl,avx512vnni":
+crate::backend::cpu::x86::floats::operations! { "avx512bw,avx512dq,avx512vl,avx512vnni":
     fn load(x: &[f32; 16]) -> V = _mm512_castsi512_ps(load_bits(x));
     // SAFETY: writes the 64 bytes of an exclusively borrowed array; no alignment is asked.
     fn store(x: V, out: &mut [f32; 16]) = unsafe { _mm512_storeu_ps(out.as_mut_ptr(), x) };
@@ -76,4 +76,4 @@ crate::backend::cpu::floats::operations! { "avx512bw,avx512dq,avx512vl,avx512vnn
     };
 }
 
-crate::backend::cpu::floats::exponentials!("avx512bw,avx512dq,avx512vl,avx512vnni");
+crate::backend::cpu::x86::floats::exponentials!("avx512bw,avx512dq,avx512vl,avx512vnni");

@@ -40,4 +40,4 @@ fn dot(w: &[BlockQ5K; 1], x: &Acts8, sum: __m512) -> __m512 {
     x.add(&scales, q, sum)
 }
 
-super::gemv!(BlockQ5K, 1);
+crate::backend::cpu::x86::gemv::gemv!("avx512bw,avx512dq,avx512vl,avx512vnni", BlockQ5K, 1);

@@ -65,4 +65,4 @@ fn dot(w: &[BlockQ6K; 1], x: &Prepared, mut sum: __m512) -> __m512 {
     sum
 }
 
-super::gemv!(BlockQ6K, 1);
+crate::backend::cpu::x86::gemv::gemv!("avx512bw,avx512dq,avx512vl,avx512vnni", BlockQ6K, 1);

@@ -45,4 +45,4 @@ fn dot(w: &[BlockQ8_0; 4], x: &Prepared, mut sum: __m512) -> __m512 {
     sum
 }
 
-super::gemv!(BlockQ8_0, 4);
+crate::backend::cpu::x86::gemv::gemv!("avx512bw,avx512dq,avx512vl,avx512vnni", BlockQ8_0, 4);
