@@ -12,7 +12,15 @@ use bytemuck::Pod;
 pub(crate) mod attend;
 pub(crate) mod elementwise;
 mod floats;
+mod gemm;
 pub(crate) mod gemm_float;
+pub(crate) mod gemm_q4_0;
+pub(crate) mod gemm_q4_1;
+pub(crate) mod gemm_q4_k;
+pub(crate) mod gemm_q5_0;
+pub(crate) mod gemm_q5_k;
+pub(crate) mod gemm_q6_k;
+pub(crate) mod gemm_q8_0;
 pub(crate) mod gemv_float;
 pub(crate) mod gemv_q4_0;
 pub(crate) mod gemv_q4_1;
@@ -29,6 +37,15 @@ fn load<T: Pod>(x: &T) -> __m256i {
     const { assert!(size_of::<T>() == 32) };
     // SAFETY: reads the 32 bytes of a borrowed plain value; no alignment is asked.
     unsafe { _mm256_loadu_si256((x as *const T).cast()) }
+}
+
+/// Writes the 32 bytes of `x`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn store<T: Pod>(x: __m256i, out: &mut T) {
+    const { assert!(size_of::<T>() == 32) };
+    // SAFETY: writes the 32 bytes of an exclusively borrowed plain value; no alignment is asked.
+    unsafe { _mm256_storeu_si256((out as *mut T).cast(), x) }
 }
 
 /// The 16 bytes of `x`.
