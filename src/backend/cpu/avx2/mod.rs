@@ -159,7 +159,7 @@ impl Acts4 {
     #[target_feature(enable = "avx2,fma,f16c")]
     fn offset(&self, offset: i8) -> [__m256i; 2] {
         let offset = _mm256_set1_epi8(offset);
-        [0, 1].map(|i| self.dot(i, offset, offset))
+        [self.dot(0, offset, offset), self.dot(1, offset, offset)]
     }
 
     /// Adds the products of two blocks each, in 16 bits, times the blocks' scales.
@@ -215,15 +215,18 @@ impl Acts8 {
         let scales = _mm256_mul_ps(_mm256_mul_ps(scales, splat_half(d)), self.d);
         let mins = _mm256_mul_ps(mins, splat_half(dmin));
         let sum = _mm256_fnmadd_ps(mins, self.s, sum);
-        let dot = |i: usize, at: usize| {
-            let first = _mm256_maddubs_epi16(q[i][at], self.q[i][at]);
-            let last = _mm256_maddubs_epi16(q[i][at + 1], self.q[i][at + 1]);
-            pairs(_mm256_add_epi16(first, last))
-        };
-        let sum = _mm256_fmadd_ps(dot(0, 0), spread::<0, 2>(scales), sum);
-        let sum = _mm256_fmadd_ps(dot(0, 2), spread::<1, 3>(scales), sum);
-        let sum = _mm256_fmadd_ps(dot(1, 0), spread::<4, 6>(scales), sum);
-        _mm256_fmadd_ps(dot(1, 2), spread::<5, 7>(scales), sum)
+        let sum = _mm256_fmadd_ps(self.dot(&q, 0, 0), spread::<0, 2>(scales), sum);
+        let sum = _mm256_fmadd_ps(self.dot(&q, 0, 2), spread::<1, 3>(scales), sum);
+        let sum = _mm256_fmadd_ps(self.dot(&q, 1, 0), spread::<4, 6>(scales), sum);
+        _mm256_fmadd_ps(self.dot(&q, 1, 2), spread::<5, 7>(scales), sum)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn dot(&self, q: &[[__m256i; 4]; 2], i: usize, at: usize) -> __m256 {
+        let first = _mm256_maddubs_epi16(q[i][at], self.q[i][at]);
+        let last = _mm256_maddubs_epi16(q[i][at + 1], self.q[i][at + 1]);
+        pairs(_mm256_add_epi16(first, last))
     }
 }
 
