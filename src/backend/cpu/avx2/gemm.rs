@@ -191,15 +191,15 @@ fn tile<const T: usize, const HALVES: usize, const MIN: bool, const CHAIN: usize
             let start = if CHAIN == 0 {
                 [_mm256_setzero_si256(); 2]
             } else {
-                unit.start[half].each_ref().map(|start| load(start))
+                [load(&unit.start[half][0]), load(&unit.start[half][1])]
             };
             let mut dots = [start; T];
             let chain = const { if CHAIN == 0 { 1 } else { CHAIN } };
             for first in (half * 4..half * 4 + 8 / HALVES).step_by(chain) {
                 let mut pairs = [[_mm256_setzero_si256(); 2]; T];
                 for k in first..first + chain {
-                    let w = unit.q[k].each_ref().map(|q| load(q));
-                    let size = w.map(|w| _mm256_abs_epi8(w));
+                    let w = [load(&unit.q[k][0]), load(&unit.q[k][1])];
+                    let size = [_mm256_abs_epi8(w[0]), _mm256_abs_epi8(w[1])];
                     for (pairs, x) in pairs.iter_mut().zip(x) {
                         let x = _mm256_set1_epi32(i32::from_le_bytes(x[i][k]));
                         for ((pair, w), size) in pairs.iter_mut().zip(w).zip(size) {
