@@ -5,5 +5,6 @@ use std::ops::Range;
 use super::floats as v;
 use crate::backend::cpu::scalar::attend as below;
 use crate::backend::cpu::table::AttendSpan;
+use crate::backend::cpu::x86::attend::Rows;
 
 crate::backend::cpu::x86::attend::attend!("avx2,fma,f16c", below);

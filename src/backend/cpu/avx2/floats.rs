@@ -50,6 +50,7 @@ crate::backend::cpu::x86::floats::operations! { "avx2,fma,f16c":
         let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
         _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
     };
+    fn first(x: V) -> f32 = _mm256_cvtss_f32(x);
     fn max_of(x: V) -> f32 = {
         let four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
         let two = _mm_max_ps(four, _mm_movehl_ps(four, four));

@@ -5,5 +5,6 @@ use std::ops::Range;
 use super::floats as v;
 use crate::backend::cpu::avx2::attend as below;
 use crate::backend::cpu::table::AttendSpan;
+use crate::backend::cpu::x86::attend::Rows;
 
 crate::backend::cpu::x86::attend::attend!("avx512bw,avx512dq,avx512vl,avx512vnni", below);

@@ -45,6 +45,7 @@ crate::backend::cpu::x86::floats::operations! { "avx512bw,avx512dq,avx512vl,avx5
     fn fma(a: V, b: V, c: V) -> V = _mm512_fmadd_ps(a, b, c);
     fn round(x: V) -> V = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
     fn sum(x: V) -> f32 = _mm512_reduce_add_ps(x);
+    fn first(x: V) -> f32 = _mm512_cvtss_f32(x);
     fn max_of(x: V) -> f32 = _mm512_reduce_max_ps(x);
     /// Minus infinity outside the lanes `first..end`.
     fn only(x: V, first: usize, end: usize) -> V = {

@@ -1,10 +1,20 @@
 //! Attention over a level's vectors.
 
+/// Keys or values of one head, `(n_keys, head_dim)`.
+#[derive(Clone, Copy)]
+pub(in crate::backend::cpu) enum Rows<'a> {
+    F16(&'a [u16]),
+    F32(&'a [f32]),
+}
+
 /// Defines the attention kernels of a level.
 ///
 /// Keys are taken in tiles, widened to floats once for all queries. The scores of a query with [`LANES`](v::LANES) keys
 /// are that many sums along the head, folded into one vector; sums and weighted values are rescaled once a tile.
 /// A head that is no whole number of vectors goes to the level below.
+///
+/// Loops count and closures are few: an iterator's or a closure's call that is not inlined passes vectors through
+/// memory.
 macro_rules! attend {
     ($features:literal, $below:ident) => {
         /// Keys in a tile.
@@ -13,16 +23,19 @@ macro_rules! attend {
         /// Queries whose weighted values are summed together.
         const QUERIES: usize = 4;
 
+        /// A tile of keys or values: heads of at most `C` vectors, zeros behind them.
+        type Tile<const C: usize> = [[[f32; v::LANES]; C]; KEYS];
+
         /// Over half floats, see [`AttendSpan`].
         #[target_feature(enable = $features)]
         pub(crate) fn f16(span: &mut AttendSpan) {
-            let (k, v) = (bytemuck::cast_slice(span.k), bytemuck::cast_slice(span.v));
-            let widen = |x: &[u16; v::LANES]| v::load_f16(x);
+            let (keys, values) = (bytemuck::cast_slice(span.k), bytemuck::cast_slice(span.v));
+            let (keys, values) = (Rows::F16(keys), Rows::F16(values));
             match span.head_dim {
                 n if !n.is_multiple_of(v::LANES) => $below::f16(span),
-                ..=64 => attend::<u16, 64>(span, k, v, widen),
-                65..=128 => attend::<u16, 128>(span, k, v, widen),
-                129..=256 => attend::<u16, 256>(span, k, v, widen),
+                ..=64 => attend::<{ 64 / v::LANES }>(span, keys, values),
+                65..=128 => attend::<{ 128 / v::LANES }>(span, keys, values),
+                129..=256 => attend::<{ 256 / v::LANES }>(span, keys, values),
                 _ => $below::f16(span),
             }
         }
@@ -30,100 +43,101 @@ macro_rules! attend {
         /// Over floats, see [`AttendSpan`].
         #[target_feature(enable = $features)]
         pub(crate) fn f32(span: &mut AttendSpan) {
-            let (k, v) = (bytemuck::cast_slice(span.k), bytemuck::cast_slice(span.v));
-            let widen = |x: &[f32; v::LANES]| v::load(x);
+            let (keys, values) = (bytemuck::cast_slice(span.k), bytemuck::cast_slice(span.v));
+            let (keys, values) = (Rows::F32(keys), Rows::F32(values));
             match span.head_dim {
                 n if !n.is_multiple_of(v::LANES) => $below::f32(span),
-                ..=64 => attend::<f32, 64>(span, k, v, widen),
-                65..=128 => attend::<f32, 128>(span, k, v, widen),
-                129..=256 => attend::<f32, 256>(span, k, v, widen),
+                ..=64 => attend::<{ 64 / v::LANES }>(span, keys, values),
+                65..=128 => attend::<{ 128 / v::LANES }>(span, keys, values),
+                129..=256 => attend::<{ 256 / v::LANES }>(span, keys, values),
                 _ => $below::f32(span),
             }
         }
 
-        /// Heads of at most `N` elements.
         #[inline]
         #[target_feature(enable = $features)]
-        fn attend<T: Copy, const N: usize>(
-            span: &mut AttendSpan,
-            keys: &[T],
-            values: &[T],
-            widen: impl Fn(&[T; v::LANES]) -> v::V + Copy,
-        ) {
+        fn attend<const C: usize>(span: &mut AttendSpan, keys: Rows, values: Rows) {
             let n = span.head_dim;
             let n_queries = span.visible.len();
-            assert!(n <= N && n.is_multiple_of(v::LANES));
+            assert!(n <= C * v::LANES && n.is_multiple_of(v::LANES));
             assert!(span.q.len() == n_queries * n && span.out.len() == n_queries * n);
             assert!(span.max.len() == n_queries && span.sum.len() == n_queries);
             let seen = union(span.visible);
-            let mut tile = [[0.0f32; N]; KEYS];
+            let mut key_tile: Tile<C> = [[[0.0; v::LANES]; C]; KEYS];
+            let mut value_tile: Tile<C> = key_tile;
             let mut weights = [[0.0f32; KEYS]; QUERIES];
-            for start in (seen.start..seen.end).step_by(KEYS) {
-                let n_keys = KEYS.min(seen.end - start);
-                let rows = start * n..(start + n_keys) * n;
-                widen_rows(&keys[rows.clone()], n, &mut tile, widen);
-                let values = &values[rows];
-                // For few queries, widening on the way costs less than a second tile.
-                let mut value_tile = None;
-                if n_queries > QUERIES {
-                    widen_rows(values, n, value_tile.insert([[0.0f32; N]; KEYS]), widen);
-                }
-                for first in (0..n_queries).step_by(QUERIES) {
+            let mut start = seen.start;
+            while start < seen.end {
+                let end = seen.end.min(start + KEYS);
+                widen(keys, n, start..end, &mut key_tile);
+                widen(values, n, start..end, &mut value_tile);
+                let mut first = 0;
+                while first < n_queries {
                     let queries = first..(first + QUERIES).min(n_queries);
-                    let in_tile = |p: usize| p.max(start).min(start + n_keys) - start;
                     let mut visible = [(0, 0); QUERIES];
                     for (visible, sees) in visible.iter_mut().zip(&span.visible[queries.clone()]) {
-                        *visible = (in_tile(sees.0), in_tile(sees.1));
+                        visible.0 = sees.0.clamp(start, end) - start;
+                        visible.1 = sees.1.clamp(start, end) - start;
                     }
                     let seen = union(&visible);
-                    if seen.is_empty() {
-                        continue;
-                    }
-                    for ((i, weights), visible) in queries.clone().zip(&mut weights).zip(visible) {
-                        scores(&span.q[i * n..][..n], &tile, n_keys, weights);
-                        let (max, sum) = (&mut span.max[i], &mut span.sum[i]);
-                        let shrink = softmax(weights, visible, max, sum);
-                        if shrink != 1.0 {
-                            let out = &mut span.out[i * n..][..n];
-                            for out in out.as_chunks_mut::<{ v::LANES }>().0 {
-                                v::store(v::mul(v::load(out), v::splat(shrink)), out);
+                    if !seen.is_empty() {
+                        for i in queries.clone() {
+                            let weights = &mut weights[i - first];
+                            scores(&span.q[i * n..][..n], &key_tile, end - start, weights);
+                            let (max, sum) = (&mut span.max[i], &mut span.sum[i]);
+                            let shrink = softmax(weights, visible[i - first], max, sum);
+                            if shrink != 1.0 {
+                                let out = &mut span.out[i * n..][..n];
+                                for out in out.as_chunks_mut::<{ v::LANES }>().0 {
+                                    v::store(v::mul(v::load(out), v::splat(shrink)), out);
+                                }
                             }
                         }
-                    }
-                    let out = &mut span.out[queries.start * n..queries.end * n];
-                    let weights = &weights[..queries.len()];
-                    match &value_tile {
-                        Some(tile) => {
-                            let tile = tile.as_flattened();
-                            add_values(weights, seen, tile, N, n, out, |x: &[f32; v::LANES]| {
-                                v::load(x)
-                            });
+                        let out = &mut span.out[queries.start * n..queries.end * n];
+                        match &weights[..queries.len()] {
+                            [a, b, c, d] => add_values([a, b, c, d], seen, &value_tile, n, out),
+                            [a, b, c] => add_values([a, b, c], seen, &value_tile, n, out),
+                            [a, b] => add_values([a, b], seen, &value_tile, n, out),
+                            [a] => add_values([a], seen, &value_tile, n, out),
+                            _ => unreachable!("one to four queries"),
                         }
-                        None => add_values(weights, seen, values, n, n, out, widen),
                     }
+                    first = queries.end;
                 }
+                start = end;
             }
         }
 
         /// The keys that any of some queries sees.
         fn union(visible: &[(usize, usize)]) -> Range<usize> {
-            let some = || visible.iter().filter(|(first, end)| first < end);
-            let first = some().map(|(first, _)| *first).min().unwrap_or(0);
-            first..some().map(|(_, end)| *end).max().unwrap_or(0)
+            let (mut start, mut last) = (usize::MAX, 0);
+            for &(first, end) in visible {
+                if first < end {
+                    start = start.min(first);
+                    last = last.max(end);
+                }
+            }
+            start.min(last)..last
         }
 
         #[inline]
         #[target_feature(enable = $features)]
-        fn widen_rows<T, const N: usize>(
-            rows: &[T],
-            n: usize,
-            tile: &mut [[f32; N]; KEYS],
-            widen: impl Fn(&[T; v::LANES]) -> v::V,
-        ) {
-            for (row, wide) in rows.chunks_exact(n).zip(tile) {
-                let wide = wide.as_chunks_mut::<{ v::LANES }>().0;
-                for (x, wide) in row.as_chunks::<{ v::LANES }>().0.iter().zip(wide) {
-                    v::store(widen(x), wide);
+        fn widen<const C: usize>(rows: Rows, n: usize, keys: Range<usize>, tile: &mut Tile<C>) {
+            let elements = keys.start * n..keys.end * n;
+            match rows {
+                Rows::F16(rows) => {
+                    for (row, wide) in rows[elements].chunks_exact(n).zip(tile) {
+                        for (x, wide) in row.as_chunks::<{ v::LANES }>().0.iter().zip(wide) {
+                            v::store(v::load_f16(x), wide);
+                        }
+                    }
+                }
+                Rows::F32(rows) => {
+                    for (row, wide) in rows[elements].chunks_exact(n).zip(tile) {
+                        for (x, wide) in row.as_chunks::<{ v::LANES }>().0.iter().zip(wide) {
+                            *wide = *x;
+                        }
+                    }
                 }
             }
         }
@@ -131,27 +145,21 @@ macro_rules! attend {
         /// The products of `q` with the first `n_keys` rows of the tile; what follows is unspecified.
         #[inline]
         #[target_feature(enable = $features)]
-        fn scores<const N: usize>(
-            q: &[f32],
-            tile: &[[f32; N]; KEYS],
-            n_keys: usize,
-            out: &mut [f32; KEYS],
-        ) {
+        fn scores<const C: usize>(q: &[f32], tile: &Tile<C>, n_keys: usize, out: &mut [f32; KEYS]) {
             let q = q.as_chunks::<{ v::LANES }>().0;
-            let keys = tile.as_chunks::<{ v::LANES }>().0;
-            let groups = keys.iter().zip(out.as_chunks_mut::<{ v::LANES }>().0);
-            for (keys, out) in groups.take(n_keys.div_ceil(v::LANES)) {
-                let keys = keys
-                    .each_ref()
-                    .map(|key| &key.as_chunks::<{ v::LANES }>().0[..q.len()]);
+            assert!(q.len() <= C);
+            let groups = tile.as_chunks::<{ v::LANES }>().0;
+            let outs = out.as_chunks_mut::<{ v::LANES }>().0;
+            for g in 0..n_keys.div_ceil(v::LANES).min(groups.len()) {
+                let keys = &groups[g];
                 let mut sums = [v::splat(0.0); v::LANES];
-                for (i, q) in q.iter().enumerate() {
-                    let q = v::load(q);
-                    for (sum, key) in sums.iter_mut().zip(&keys) {
-                        *sum = v::fma(q, v::load(&key[i]), *sum);
+                for i in 0..q.len() {
+                    let q = v::load(&q[i]);
+                    for j in 0..v::LANES {
+                        sums[j] = v::fma(q, v::load(&keys[j][i]), sums[j]);
                     }
                 }
-                v::store(v::fold(sums), out);
+                v::store(v::fold(sums), &mut outs[g]);
             }
         }
 
@@ -166,12 +174,12 @@ macro_rules! attend {
         ) -> f32 {
             let groups = scores.as_chunks_mut::<{ v::LANES }>().0;
             let mut top = v::splat(f32::NEG_INFINITY);
-            for (i, group) in groups.iter_mut().enumerate() {
+            for i in 0..KEYS / v::LANES {
                 let at = i * v::LANES;
-                let in_group = |p: usize| p.clamp(at, at + v::LANES) - at;
-                let visible = v::only(v::load(group), in_group(first), in_group(end));
+                let inside = |p: usize| p.clamp(at, at + v::LANES) - at;
+                let visible = v::only(v::load(&groups[i]), inside(first), inside(end));
                 top = v::max(top, visible);
-                v::store(visible, group);
+                v::store(visible, &mut groups[i]);
             }
             let new_max = max.max(v::max_of(top));
             if new_max == f32::NEG_INFINITY {
@@ -179,89 +187,48 @@ macro_rules! attend {
                 return 1.0;
             }
             let mut total = v::splat(0.0);
-            for group in groups {
-                let weights = v::exp(v::sub(v::load(group), v::splat(new_max)));
+            for i in 0..KEYS / v::LANES {
+                let weights = v::exp(v::sub(v::load(&groups[i]), v::splat(new_max)));
                 total = v::add(total, weights);
-                v::store(weights, group);
+                v::store(weights, &mut groups[i]);
             }
-            let shrink = if new_max == *max {
-                1.0
-            } else {
-                (*max - new_max).exp()
-            };
+            let shrink = v::first(v::exp(v::splat(*max - new_max)));
             *sum = *sum * shrink + v::sum(total);
             *max = new_max;
             shrink
         }
 
-        /// Adds the rows `keys` of `values`, `stride` apart, times the weights of each query to its `n` sums.
+        /// Adds the rows `keys` of the tile times the weights of each query to its `n` sums.
         #[inline]
         #[target_feature(enable = $features)]
-        fn add_values<T>(
-            weights: &[[f32; KEYS]],
-            keys: Range<usize>,
-            values: &[T],
-            stride: usize,
-            n: usize,
-            out: &mut [f32],
-            widen: impl Fn(&[T; v::LANES]) -> v::V + Copy,
-        ) {
-            let values = &values[keys.start * stride..];
-            let rows = || {
-                values
-                    .chunks(stride)
-                    .map(|row| row[..n].as_chunks().0)
-                    .take(keys.len())
-            };
-            macro_rules! queries {
-                ($weights:expr) => {{
-                    let mut at = 0;
-                    while at + v::WIDTH <= n / v::LANES {
-                        sums::<T, { v::WIDTH }, _>($weights, keys.start, rows(), at, n, out, widen);
-                        at += v::WIDTH;
-                    }
-                    while at < n / v::LANES {
-                        sums::<T, 1, _>($weights, keys.start, rows(), at, n, out, widen);
-                        at += 1;
-                    }
-                }};
-            }
-            match weights {
-                [a, b, c, d] => queries!([a, b, c, d]),
-                [a, b, c] => queries!([a, b, c]),
-                [a, b] => queries!([a, b]),
-                [a] => queries!([a]),
-                _ => unreachable!("one to four queries"),
-            }
-        }
-
-        /// `W` vectors from vector `at` of `Q` queries.
-        #[inline]
-        #[target_feature(enable = $features)]
-        fn sums<'a, T: 'a, const W: usize, const Q: usize>(
+        fn add_values<const C: usize, const Q: usize>(
             weights: [&[f32; KEYS]; Q],
-            first: usize,
-            rows: impl Iterator<Item = &'a [[T; v::LANES]]>,
-            at: usize,
+            keys: Range<usize>,
+            tile: &Tile<C>,
             n: usize,
             out: &mut [f32],
-            widen: impl Fn(&[T; v::LANES]) -> v::V,
         ) {
-            let mut sums = [[v::splat(0.0); W]; Q];
-            for (key, row) in rows.enumerate() {
-                let row: &[[T; v::LANES]; W] = row[at..].first_chunk().expect("inside the head");
-                let row = row.each_ref().map(&widen);
-                for (sums, weights) in sums.iter_mut().zip(weights) {
-                    let weight = v::splat(weights[(first + key) % KEYS]);
-                    for (sum, v) in sums.iter_mut().zip(row) {
-                        *sum = v::fma(weight, v, *sum);
+            const W: usize = v::WIDTH;
+            for at in 0..(n / v::LANES).div_ceil(W) {
+                let mut sums = [[v::splat(0.0); W]; Q];
+                for key in keys.start..keys.end.min(KEYS) {
+                    let row = &tile[key].as_chunks::<W>().0[at];
+                    let mut values = [v::splat(0.0); W];
+                    for w in 0..W {
+                        values[w] = v::load(&row[w]);
+                    }
+                    for i in 0..Q {
+                        let weight = v::splat(weights[i][key]);
+                        for w in 0..W {
+                            sums[i][w] = v::fma(weight, values[w], sums[i][w]);
+                        }
                     }
                 }
-            }
-            for (out, sums) in out.chunks_exact_mut(n).zip(sums) {
-                let out = &mut out.as_chunks_mut::<{ v::LANES }>().0[at..at + W];
-                for (out, sum) in out.iter_mut().zip(sums) {
-                    v::store(v::add(v::load(out), sum), out);
+                for i in 0..Q {
+                    let out = out[i * n..][..n].as_chunks_mut::<{ v::LANES }>().0;
+                    for (w, out) in out.iter_mut().skip(at * W).take(W).enumerate() {
+                        v::store(v::add(v::load(out), sums[i][w]), out);
+                    }
                 }
             }
         }
