@@ -1,6 +1,7 @@
 //! Kinglet: an on-device LLM runtime.
 
 pub mod error;
+pub mod gguf;
 pub mod quant;
 
 pub use error::{Error, Result};
