@@ -148,7 +148,7 @@ fn what_is_written_is_read() {
     assert_eq!(gguf.load("conv").unwrap().to_f32()[83], 83.0);
     refused(
         gguf.load("ids"),
-        &["tensor type `I32 of tensor `ids``", "F32, F16, Q4_0"],
+        &["tensor type `I32 (tensor ids)`", "F32, F16, Q4_0"],
     );
     refused(gguf.load("none"), &["tensor `none`", "all.gguf"]);
     assert_eq!(
@@ -157,7 +157,7 @@ fn what_is_written_is_read() {
             "metadata key `tokenizer.ggml.model` is missing",
             "metadata key `tokenizer.ggml.tokens` is missing: no vocabulary",
             "metadata key `not utf-8` is text that is not UTF-8",
-            "1 tensors of type I32, which is not supported",
+            "1 of the tensors have the unsupported type I32",
         ]
     );
 

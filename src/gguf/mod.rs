@@ -364,7 +364,11 @@ impl Gguf {
             let names: Vec<_> = DType::ALL.iter().map(|t| t.name()).collect();
             return Err(Error::Unsupported {
                 kind: "tensor type",
-                found: format!("{} of tensor {}", info.dtype, quoted(name.as_bytes())),
+                found: format!(
+                    "{} (tensor {})",
+                    info.dtype,
+                    quoted(name.as_bytes()).trim_matches('`')
+                ),
                 supported: names.join(", "),
             });
         };
@@ -460,7 +464,7 @@ impl Gguf {
         }
         for (dtype, n) in foreign {
             out.push(format!(
-                "{n} tensors of type {dtype}, which is not supported"
+                "{n} of the tensors have the unsupported type {dtype}"
             ));
         }
         for (i, part) in self.parts.iter().enumerate() {
@@ -491,7 +495,7 @@ impl Gguf {
         }
         if gaps > 0 {
             out.push(format!(
-                "{name}: {gaps} gaps of {gap_bytes} bytes between tensors"
+                "{name}: {gap_bytes} unused bytes in {gaps} places before tensors"
             ));
         }
         if tensors.is_empty() {
