@@ -40,12 +40,13 @@ pub(super) fn load<B: Backend + 'static>(w: &Weights<B>) -> Result<Box<dyn Netwo
     }
     let window = meta.opt_usize("gemma3.attention.sliding_window")?.filter(|n| *n > 0);
     // One in six layers is global, unless the file says otherwise: by a period, or layer by layer.
-    let is_local: Vec<bool> = match meta.opt_usize("gemma3.attention.sliding_window_pattern") {
-        Ok(period) => {
-            let period = period.unwrap_or(6);
-            (0..config.n_layers).map(|i| window.is_some() && (period == 0 || (i + 1) % period != 0)).collect()
-        }
-        Err(_) => meta.per_layer_bool("gemma3.attention.sliding_window_pattern", config.n_layers)?,
+    let pattern = "gemma3.attention.sliding_window_pattern";
+    let by_layer = meta.get(pattern).is_some_and(|value| value.as_array().is_some());
+    let is_local = if by_layer {
+        meta.opt_per_layer_bool(pattern, config.n_layers)?.unwrap_or_default()
+    } else {
+        let period = meta.opt_usize(pattern)?.unwrap_or(6);
+        (1..=config.n_layers).map(|i| period == 0 || i % period != 0).collect()
     };
     let base = meta.opt_f32("gemma3.rope.freq_base_swa")?.filter(|base| base.is_finite() && *base > 0.0);
     let global = config.rope(w.gguf, config.rope_base, RopePairs::Halves, None)?;

@@ -96,7 +96,7 @@ impl Model {
         let info = ModelInfo {
             name: gguf.metadata().opt_str("general.name")?.map_or_else(file_name, str::to_owned),
             n_params: gguf.tensors().map(|t| t.n_elements() as u64).sum(),
-            weight_bytes: gguf.tensors().map(|t| t.bytes).sum(),
+            weight_bytes: gguf.tensors().map(|t| t.bytes as u64).sum(),
             config: network.config().clone(),
         };
         let tokenizer = Tokenizer::from_gguf(&gguf);
