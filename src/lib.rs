@@ -3,5 +3,6 @@
 pub mod backend;
 pub mod error;
 pub mod quant;
+pub mod sampler;
 
 pub use error::{Error, Result};
