@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Block, DType, f16_to_f32};
+use super::{Block, DType, Quantize, f16_to_f32, f32_to_f16};
 
 /// A 32-bit float.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
@@ -40,5 +40,23 @@ impl Block for BlockBF16 {
     const LEN: usize = 1;
     fn dequantize(&self, out: &mut [f32]) {
         out[0] = f32::from_bits(u32::from(self.0) << 16);
+    }
+}
+
+impl Quantize for BlockF32 {
+    fn quantize(x: &[f32]) -> Self {
+        Self(x[0])
+    }
+}
+
+impl Quantize for BlockF16 {
+    fn quantize(x: &[f32]) -> Self {
+        Self(f32_to_f16(x[0]))
+    }
+}
+
+impl Quantize for BlockBF16 {
+    fn quantize(x: &[f32]) -> Self {
+        Self(half::bf16::from_f32(x[0]).to_bits())
     }
 }

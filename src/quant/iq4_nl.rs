@@ -4,6 +4,11 @@ use bytemuck::{Pod, Zeroable};
 
 use super::{Block, DType};
 
+/// What the sixteen codes of IQ4_NL and IQ4_XS stand for.
+pub const KVALUES_IQ4NL: [i8; 16] = [
+    -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113,
+];
+
 /// A block of IQ4_NL.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
@@ -19,6 +24,10 @@ impl Block for BlockIQ4NL {
     const LEN: usize = 32;
 
     fn dequantize(&self, out: &mut [f32]) {
-        unimplemented!("{out:?}")
+        let d = super::f16_to_f32(self.d);
+        for (i, q) in self.qs.into_iter().enumerate() {
+            out[i] = d * f32::from(KVALUES_IQ4NL[usize::from(q & 15)]);
+            out[i + 16] = d * f32::from(KVALUES_IQ4NL[usize::from(q >> 4)]);
+        }
     }
 }

@@ -23,14 +23,15 @@ mod q5_1;
 mod q5_k;
 mod q6_k;
 mod q8_0;
+mod search;
 mod tq1_0;
 mod tq2_0;
 
 pub use self::{
     float::{BlockBF16, BlockF16, BlockF32},
-    iq4_nl::BlockIQ4NL,
+    iq4_nl::{BlockIQ4NL, KVALUES_IQ4NL},
     iq4_xs::BlockIQ4XS,
-    mxfp4::BlockMXFP4,
+    mxfp4::{BlockMXFP4, KVALUES_MXFP4},
     q2_k::BlockQ2K,
     q3_k::BlockQ3K,
     q4_0::BlockQ4_0,
@@ -160,6 +161,11 @@ impl DType {
         (n.is_multiple_of(self.block_len()))
             .then(|| (n / self.block_len()).checked_mul(self.block_bytes()))?
     }
+
+    /// Whether [`quantize`] can make blocks of this format.
+    pub fn can_quantize(self) -> bool {
+        quantizer(self).is_some()
+    }
 }
 
 impl std::fmt::Display for DType {
@@ -187,6 +193,57 @@ fn dequantize_blocks<B: Block>(bytes: &[u8], out: &mut [f32]) {
     );
     for (block, out) in blocks.iter().zip(out.chunks_exact_mut(B::LEN)) {
         block.dequantize(out);
+    }
+}
+
+/// Weights to whole blocks.
+type Quantizer = fn(&[f32], &mut [u8]);
+
+/// The routine that makes blocks of `dtype`, if there is one.
+fn quantizer(dtype: DType) -> Option<Quantizer> {
+    Some(match dtype {
+        DType::F32 => quantize_blocks::<BlockF32>,
+        DType::F16 => quantize_blocks::<BlockF16>,
+        DType::BF16 => quantize_blocks::<BlockBF16>,
+        DType::Q8_0 => quantize_blocks::<BlockQ8_0>,
+        DType::Q4_0 => quantize_blocks::<BlockQ4_0>,
+        DType::Q4_1 => quantize_blocks::<BlockQ4_1>,
+        DType::Q5_0 => quantize_blocks::<BlockQ5_0>,
+        DType::Q5_1 => quantize_blocks::<BlockQ5_1>,
+        DType::Q2_K => quantize_blocks::<BlockQ2K>,
+        DType::Q3_K => quantize_blocks::<BlockQ3K>,
+        DType::Q4_K => quantize_blocks::<BlockQ4K>,
+        DType::Q5_K => quantize_blocks::<BlockQ5K>,
+        DType::Q6_K => quantize_blocks::<BlockQ6K>,
+        DType::TQ2_0 => quantize_blocks::<BlockTQ2_0>,
+        DType::MXFP4 => quantize_blocks::<BlockMXFP4>,
+        DType::IQ4_NL | DType::IQ4_XS | DType::TQ1_0 => return None,
+    })
+}
+
+/// Writes the weights `x` to `out` as whole blocks of `dtype`, chosen as ggml's reference quantizer chooses. Infinities,
+/// NaN and magnitudes beyond a half float give blocks whose weights mean nothing: the caller looks for them.
+///
+/// # Panics
+/// If [`DType::can_quantize`] denies it, or if `x` and `out` do not hold the same number of whole blocks.
+pub fn quantize(dtype: DType, x: &[f32], out: &mut [u8]) {
+    match quantizer(dtype) {
+        Some(quantize) => quantize(x, out),
+        None => panic!("{dtype}: read only"),
+    }
+}
+
+fn quantize_blocks<B: Quantize>(x: &[f32], out: &mut [u8]) {
+    assert!(
+        x.len().is_multiple_of(B::LEN) && out.len() / size_of::<B>() == x.len() / B::LEN,
+        "{}: blocks and input differ in length",
+        B::DTYPE
+    );
+    for (x, out) in x
+        .chunks_exact(B::LEN)
+        .zip(out.chunks_exact_mut(size_of::<B>()))
+    {
+        out.copy_from_slice(bytemuck::bytes_of(&B::quantize(x)));
     }
 }
 
