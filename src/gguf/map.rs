@@ -25,33 +25,17 @@ pub enum Advice {
     DontNeed,
 }
 
-/// The bytes of one part: a mapped file, or memory that a caller gave.
+/// Bytes that somebody else owns.
+pub(crate) type Owner = Box<dyn AsRef<[u8]> + Send + Sync>;
+
+/// The bytes of one part.
 pub(crate) enum Source {
+    /// A mapped file.
     Map(Mmap),
-    Memory(Aligned),
-}
-
-/// Bytes that begin at a multiple of 16, as a mapped file's do: tensors are aligned relative to the start.
-pub(crate) enum Aligned {
-    AsGiven(Vec<u8>),
+    /// Memory of the caller, which begins at a multiple of 16 as a map does: tensors are aligned relative to it.
+    Memory(Owner),
+    /// A copy of memory that does not.
     Copied { words: Vec<u128>, len: usize },
-}
-
-impl Aligned {
-    pub fn new(bytes: Vec<u8>) -> Self {
-        if bytes.as_ptr().align_offset(align_of::<u128>()) == 0 {
-            Self::AsGiven(bytes)
-        } else {
-            Self::copy(&bytes)
-        }
-    }
-
-    fn copy(bytes: &[u8]) -> Self {
-        let mut words = vec![0u128; bytes.len().div_ceil(size_of::<u128>())];
-        bytemuck::cast_slice_mut(&mut words)[..bytes.len()].copy_from_slice(bytes);
-        let len = bytes.len();
-        Self::Copied { words, len }
-    }
 }
 
 impl AsRef<[u8]> for Source {
@@ -59,8 +43,8 @@ impl AsRef<[u8]> for Source {
     fn as_ref(&self) -> &[u8] {
         match self {
             Source::Map(map) => map,
-            Source::Memory(Aligned::AsGiven(bytes)) => bytes,
-            Source::Memory(Aligned::Copied { words, len }) => &bytemuck::cast_slice(words)[..*len],
+            Source::Memory(bytes) => (**bytes).as_ref(),
+            Source::Copied { words, len } => &bytemuck::cast_slice(words)[..*len],
         }
     }
 }
@@ -80,6 +64,18 @@ impl Source {
         // read and checked outside the map, and weights are plain numbers for which any bits are valid.
         let map = unsafe { MmapOptions::new().len(len).map(file) }?;
         Ok(Source::Map(map))
+    }
+
+    /// `bytes` where they are, if they are aligned, or a copy.
+    pub fn memory(bytes: Owner) -> Self {
+        let given = (*bytes).as_ref();
+        if given.as_ptr().align_offset(align_of::<u128>()) == 0 {
+            return Source::Memory(bytes);
+        }
+        let len = given.len();
+        let mut words = vec![0u128; len.div_ceil(size_of::<u128>())];
+        bytemuck::cast_slice_mut(&mut words)[..len].copy_from_slice(given);
+        Source::Copied { words, len }
     }
 
     /// Passes `advice` about `range` on; where there is no map, or no such advice, nothing happens.
@@ -120,12 +116,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn copies_are_aligned_and_equal() {
-        for len in [0, 1, 15, 16, 17, 100] {
-            let bytes: Vec<u8> = (0..len).collect();
-            let copy = Source::Memory(Aligned::copy(&bytes));
-            assert_eq!(copy.as_ref(), bytes);
-            assert_eq!(copy.as_ref().as_ptr().align_offset(16), 0);
+    fn misaligned_memory_is_copied() {
+        struct Skip(Vec<u8>, usize);
+        impl AsRef<[u8]> for Skip {
+            fn as_ref(&self) -> &[u8] {
+                &self.0[self.1..]
+            }
         }
+        let mut copied = 0;
+        for skip in 0..16 {
+            let bytes: Vec<u8> = (0..100).collect();
+            let source = Source::memory(Box::new(Skip(bytes.clone(), skip)));
+            assert_eq!(source.as_ref(), &bytes[skip..]);
+            assert_eq!(source.as_ref().as_ptr().align_offset(16), 0);
+            copied += usize::from(matches!(source, Source::Copied { .. }));
+        }
+        assert_eq!(copied, 15);
     }
 }

@@ -36,7 +36,7 @@ pub use self::value::{Array, StringArray, Value};
 pub use self::writer::{TensorSpec, Writer};
 
 use self::header::Header;
-use self::map::{Aligned, Source};
+use self::map::Source;
 use self::reader::{Reader, quoted};
 use crate::quant::{Bytes, DType, Tensor};
 use crate::{Error, Result};
@@ -167,15 +167,17 @@ impl Gguf {
         }
     }
 
-    /// A model file in memory. It must be a whole one, no part of several.
+    /// A model file in memory: a `Vec<u8>`, `include_bytes!`, an asset that the app has mapped. It must be a whole
+    /// one, no part of several. Memory that does not begin at a multiple of 16 is copied.
     ///
     /// # Errors
     /// As [`open`](Self::open); the path in them is `<memory>`.
-    pub fn from_bytes(bytes: Vec<u8>) -> Result<Self> {
+    pub fn from_bytes(bytes: impl AsRef<[u8]> + Send + Sync + 'static) -> Result<Self> {
         let path = Path::new("<memory>");
-        let len = bytes.len() as u64;
-        let header = header::parse(&mut Reader::new(&bytes[..], len)).map_err(|e| e.at(path))?;
-        let source = Source::Memory(Aligned::new(bytes));
+        let given = bytes.as_ref();
+        let len = given.len() as u64;
+        let header = header::parse(&mut Reader::new(given, len)).map_err(|e| e.at(path))?;
+        let source = Source::memory(Box::new(bytes));
         let opened = Opened::new(path, len, header, source);
         match opened.split_keys()? {
             None => Self::join(vec![opened]),
@@ -362,7 +364,11 @@ impl Gguf {
             let names: Vec<_> = DType::ALL.iter().map(|t| t.name()).collect();
             return Err(Error::Unsupported {
                 kind: "tensor type",
-                found: format!("{} of tensor {}", info.dtype, quoted(name.as_bytes())),
+                found: format!(
+                    "{} (tensor {})",
+                    info.dtype,
+                    quoted(name.as_bytes()).trim_matches('`')
+                ),
                 supported: names.join(", "),
             });
         };
@@ -458,7 +464,7 @@ impl Gguf {
         }
         for (dtype, n) in foreign {
             out.push(format!(
-                "{n} tensors of type {dtype}, which is not supported"
+                "{n} of the tensors have the unsupported type {dtype}"
             ));
         }
         for (i, part) in self.parts.iter().enumerate() {
@@ -489,7 +495,7 @@ impl Gguf {
         }
         if gaps > 0 {
             out.push(format!(
-                "{name}: {gaps} gaps of {gap_bytes} bytes between tensors"
+                "{name}: {gap_bytes} unused bytes in {gaps} places before tensors"
             ));
         }
         if tensors.is_empty() {

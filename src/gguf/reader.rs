@@ -7,6 +7,8 @@ use std::path::Path;
 
 use crate::Error;
 
+/// Bytes that a header may have: some ten times the largest vocabulary known.
+const MAX_HEADER_BYTES: u64 = 256 << 20;
 /// Bytes read from the source at a time when the length is the file's word.
 const CHUNK: usize = 8192;
 
@@ -58,6 +60,8 @@ pub(crate) struct Reader<R> {
     source: R,
     pos: u64,
     len: u64,
+    /// Where reading ends: `len`, or the most that a header may have.
+    end: u64,
 }
 
 impl<R: Read> Reader<R> {
@@ -67,6 +71,7 @@ impl<R: Read> Reader<R> {
             source,
             pos: 0,
             len,
+            end: len.min(MAX_HEADER_BYTES),
         }
     }
 
@@ -80,17 +85,27 @@ impl<R: Read> Reader<R> {
         self.len
     }
 
-    /// Bytes not read yet.
+    /// Bytes that may still be read.
     pub fn left(&self) -> u64 {
-        self.len - self.pos
+        self.end - self.pos
+    }
+
+    /// What ends after the bytes left.
+    fn limit(&self) -> &'static str {
+        if self.end < self.len {
+            "what a header may have (256 MiB)"
+        } else {
+            "the file"
+        }
     }
 
     /// Fills `out`.
     pub fn fill(&mut self, out: &mut [u8], what: &str) -> Result<(), Fault> {
         if out.len() as u64 > self.left() {
             return bad!(
-                "{what}: expected {} more bytes, found the end of the file after {}",
+                "{what}: expected {} more bytes, found the end of {} after {}",
                 out.len(),
+                self.limit(),
                 self.left()
             );
         }
@@ -129,8 +144,9 @@ impl<R: Read> Reader<R> {
         let room = self.left() / min_bytes;
         if n > room {
             return bad!(
-                "{what}: expected at most {room} in the {} bytes left, found {n}",
-                self.left()
+                "{what}: expected at most {room} in the {} bytes left of {}, found {n}",
+                self.left(),
+                self.limit()
             );
         }
         match usize::try_from(n) {

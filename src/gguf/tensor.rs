@@ -72,14 +72,14 @@ impl From<DType> for TensorType {
     }
 }
 
-/// The name as ggml writes it; `type 99` for a number without a name.
+/// The name as ggml writes it; `unknown (99)` for a number without a name.
 impl Display for TensorType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Known(t) => f.pad(t.name()),
             Self::Foreign(id) => match FOREIGN.iter().find(|t| t.0 == *id) {
                 Some((_, name, ..)) => f.pad(name),
-                None => f.pad(&format!("type {id}")),
+                None => f.pad(&format!("unknown ({id})")),
             },
         }
     }

@@ -2,6 +2,7 @@
 
 pub mod config;
 pub mod layer;
+pub mod quantize;
 pub mod state;
 pub mod weights;
 

@@ -1,7 +1,7 @@
 //! Activations as kernels read them: floats, and 8-bit blocks where the weights are quantized.
 //!
-//! `q8`: per 32 values `x[i] = d * q[i]` with `d = max|x| / 127` in `f32`, and the sums of `q` over each 16 for
-//! formats with an offset or a minimum.
+//! `q8`: per 32 values `x[i] = d * q[i]` with `d = max|x| / 127` in `f32`, and `s = d * sum(q)`, which a format with a
+//! minimum multiplies with it.
 
 /// Values in a block of quantized activations.
 pub const Q8_LEN: usize = 32;
@@ -26,8 +26,8 @@ pub struct Q8Row<'a> {
     pub q: &'a [i8],
     /// Scales, `(n_in / 32)`.
     pub d: &'a [f32],
-    /// Sums of `q` over each 16, `(n_in / 16)`.
-    pub sums: &'a [i16],
+    /// `d` times the sum of its 32 `q`, `(n_in / 32)`.
+    pub s: &'a [f32],
 }
 
 /// One row to be quantized.
@@ -37,7 +37,7 @@ pub struct Q8RowMut<'a> {
     /// As in [`Q8Row`].
     pub d: &'a mut [f32],
     /// As in [`Q8Row`].
-    pub sums: &'a mut [i16],
+    pub s: &'a mut [f32],
 }
 
 impl Q8Row<'_> {
@@ -58,7 +58,7 @@ impl<'a> Q8RowMut<'a> {
         Self {
             q: bytemuck::cast_slice_mut(q),
             d: bytemuck::cast_slice_mut(d),
-            sums: bytemuck::cast_slice_mut(&mut rest[..n_in / 8]),
+            s: bytemuck::cast_slice_mut(&mut rest[..n_in / 8]),
         }
     }
 }
@@ -79,7 +79,7 @@ impl<'a> Acts<'a> {
         Q8Row {
             q: bytemuck::cast_slice(&bytes[..n]),
             d: bytemuck::cast_slice(&bytes[n..n + n / 8]),
-            sums: bytemuck::cast_slice(&bytes[n + n / 8..]),
+            s: bytemuck::cast_slice(&bytes[n + n / 8..]),
         }
     }
 }

@@ -2,6 +2,8 @@
 
 pub mod acts;
 mod attention;
+#[cfg(target_arch = "x86_64")]
+mod avx512vnni;
 pub mod isa;
 pub mod pool;
 mod scalar;
@@ -109,9 +111,7 @@ impl Cpu {
         let mut rows = self.scratch.take(x.n_tokens * row_bytes / size_of::<f32>());
         let quantize = |i: usize, bytes: &mut [u8]| {
             let row = Q8RowMut::new(bytes, x.n_cols);
-            self.operations
-                .quantize
-                .run(x.row(i), row.q, row.d, row.sums);
+            self.operations.quantize.run(x.row(i), row.q, row.d, row.s);
         };
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut rows);
         if x.n_tokens < PARALLEL_ROWS {

@@ -9,11 +9,13 @@
 )]
 
 use super::acts::Acts;
+#[cfg(target_arch = "x86_64")]
+use super::avx512vnni;
 use super::isa::Isa;
 use super::pool::OutCols;
 use super::scalar;
 use crate::backend::Activation;
-use crate::quant::DType;
+use crate::quant::{self, DType};
 
 /// What all rows of all tables have.
 pub trait Kernel: Sync + 'static {
@@ -175,8 +177,8 @@ macro_rules! operation {
 }
 
 operation! {
-    /// Quantizes a row of activations: `x` (n), `q` (n), `d` (n / 32), `sums` (n / 16).
-    Quantize(x: &[f32], q: &mut [i8], d: &mut [f32], sums: &mut [i16])
+    /// Quantizes a row of activations: `x` (n), `q` (n), `d` (n / 32), `s` (n / 32).
+    Quantize(x: &[f32], q: &mut [i8], d: &mut [f32], s: &mut [f32])
 }
 operation! {
     /// `y = x / sqrt(mean(x^2) + eps) * gain`, all of one length.
@@ -318,18 +320,70 @@ macro_rules! matmuls {
 }
 
 matmuls! {
-    /// One token, or a few: weights are read once from memory for each token.
+    /// One token, or a few: weights are read from memory once for each token.
     GEMV {
-        "gemv_f32_f32_scalar", F32, F32, Scalar, scalar::gemv::f32::<crate::quant::BlockF32>;
-        "gemv_q4_0_q8_scalar", Q4_0, Q8, Scalar, scalar::gemv::q8::<crate::quant::BlockQ4_0>;
-        "gemv_q8_0_q8_scalar", Q8_0, Q8, Scalar, scalar::gemv::q8::<crate::quant::BlockQ8_0>;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_f16_f32_avx512vnni", F16, F32, Avx512Vnni, avx512vnni::gemv_float::f16;
+        "gemv_f16_f32_scalar", F16, F32, Scalar, scalar::gemv::f32::<quant::BlockF16>;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_bf16_f32_avx512vnni", BF16, F32, Avx512Vnni, avx512vnni::gemv_float::bf16;
+        "gemv_bf16_f32_scalar", BF16, F32, Scalar, scalar::gemv::f32::<quant::BlockBF16>;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_f32_f32_avx512vnni", F32, F32, Avx512Vnni, avx512vnni::gemv_float::f32;
+        "gemv_f32_f32_scalar", F32, F32, Scalar, scalar::gemv::f32::<quant::BlockF32>;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_q4_0_q8_avx512vnni", Q4_0, Q8, Avx512Vnni, avx512vnni::gemv_q4_0::gemv;
+        "gemv_q4_0_q8_scalar", Q4_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ4_0>;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_q4_1_q8_avx512vnni", Q4_1, Q8, Avx512Vnni, avx512vnni::gemv_q4_1::gemv;
+        "gemv_q4_1_q8_scalar", Q4_1, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ4_1>;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_q5_0_q8_avx512vnni", Q5_0, Q8, Avx512Vnni, avx512vnni::gemv_q5_0::gemv;
+        "gemv_q5_0_q8_scalar", Q5_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ5_0>;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_q8_0_q8_avx512vnni", Q8_0, Q8, Avx512Vnni, avx512vnni::gemv_q8_0::gemv;
+        "gemv_q8_0_q8_scalar", Q8_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ8_0>;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_q4_k_q8_avx512vnni", Q4_K, Q8, Avx512Vnni, avx512vnni::gemv_q4_k::gemv;
+        "gemv_q4_k_q8_scalar", Q4_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ4K>;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_q5_k_q8_avx512vnni", Q5_K, Q8, Avx512Vnni, avx512vnni::gemv_q5_k::gemv;
+        "gemv_q5_k_q8_scalar", Q5_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ5K>;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_q6_k_q8_avx512vnni", Q6_K, Q8, Avx512Vnni, avx512vnni::gemv_q6_k::gemv;
+        "gemv_q6_k_q8_scalar", Q6_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ6K>;
+        "gemv_q5_1_q8_scalar", Q5_1, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ5_1>;
+        "gemv_q2_k_q8_scalar", Q2_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ2K>;
+        "gemv_q3_k_q8_scalar", Q3_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ3K>;
+        "gemv_iq4_nl_q8_scalar", IQ4_NL, Q8, Scalar, scalar::gemv::q8::<quant::BlockIQ4NL>;
+        "gemv_iq4_xs_q8_scalar", IQ4_XS, Q8, Scalar, scalar::gemv::q8::<quant::BlockIQ4XS>;
+        "gemv_tq1_0_q8_scalar", TQ1_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockTQ1_0>;
+        "gemv_tq2_0_q8_scalar", TQ2_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockTQ2_0>;
+        "gemv_mxfp4_q8_scalar", MXFP4, Q8, Scalar, scalar::gemv::q8::<quant::BlockMXFP4>;
     }
 }
 
 matmuls! {
     /// Many tokens: each tile of weights is unpacked once and used for all of them.
     GEMM {
-        "gemm_f32_f32_scalar", F32, F32, Scalar, scalar::gemv::f32::<crate::quant::BlockF32>;
+        "gemm_f16_f32_scalar", F16, F32, Scalar, scalar::gemv::f32::<quant::BlockF16>;
+        "gemm_bf16_f32_scalar", BF16, F32, Scalar, scalar::gemv::f32::<quant::BlockBF16>;
+        "gemm_f32_f32_scalar", F32, F32, Scalar, scalar::gemv::f32::<quant::BlockF32>;
+        "gemm_q4_0_q8_scalar", Q4_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ4_0>;
+        "gemm_q4_1_q8_scalar", Q4_1, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ4_1>;
+        "gemm_q5_0_q8_scalar", Q5_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ5_0>;
+        "gemm_q8_0_q8_scalar", Q8_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ8_0>;
+        "gemm_q4_k_q8_scalar", Q4_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ4K>;
+        "gemm_q5_k_q8_scalar", Q5_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ5K>;
+        "gemm_q6_k_q8_scalar", Q6_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ6K>;
+        "gemm_q5_1_q8_scalar", Q5_1, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ5_1>;
+        "gemm_q2_k_q8_scalar", Q2_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ2K>;
+        "gemm_q3_k_q8_scalar", Q3_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ3K>;
+        "gemm_iq4_nl_q8_scalar", IQ4_NL, Q8, Scalar, scalar::gemv::q8::<quant::BlockIQ4NL>;
+        "gemm_iq4_xs_q8_scalar", IQ4_XS, Q8, Scalar, scalar::gemv::q8::<quant::BlockIQ4XS>;
+        "gemm_tq1_0_q8_scalar", TQ1_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockTQ1_0>;
+        "gemm_tq2_0_q8_scalar", TQ2_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockTQ2_0>;
+        "gemm_mxfp4_q8_scalar", MXFP4, Q8, Scalar, scalar::gemv::q8::<quant::BlockMXFP4>;
     }
 }
 

@@ -4,20 +4,24 @@ use crate::backend::Activation;
 use crate::backend::cpu::acts::Q8_LEN;
 use crate::quant::f32_to_f16;
 
-/// `x[i] = d * q[i]`, `d = max|x| / 127` per 32.
+/// `x[i] = d * q[i]`, `d = max|x| / 127` per 32, `s = d * sum(q)`.
 #[inline(always)]
-pub(crate) fn quantize(x: &[f32], q: &mut [i8], d: &mut [f32], sums: &mut [i16]) {
-    let blocks = x.chunks_exact(Q8_LEN).zip(q.chunks_exact_mut(Q8_LEN));
-    for (((x, q), d), sums) in blocks.zip(d).zip(sums.chunks_exact_mut(2)) {
+pub(crate) fn quantize(x: &[f32], q: &mut [i8], d: &mut [f32], s: &mut [f32]) {
+    let blocks = x
+        .as_chunks::<Q8_LEN>()
+        .0
+        .iter()
+        .zip(q.as_chunks_mut::<Q8_LEN>().0);
+    for (((x, q), d), s) in blocks.zip(d).zip(s) {
         let max = x.iter().fold(0.0f32, |max, x| max.max(x.abs()));
         *d = max / 127.0;
         let inverse = if max > 0.0 { 127.0 / max } else { 0.0 };
-        for (x, q) in x.iter().zip(q.iter_mut()) {
+        let mut sum = 0;
+        for (x, q) in x.iter().zip(q) {
             *q = (x * inverse).round_ties_even() as i8;
+            sum += i32::from(*q);
         }
-        for (q, sum) in q.chunks_exact(16).zip(sums) {
-            *sum = q.iter().map(|q| i16::from(*q)).sum();
-        }
+        *s = *d * sum as f32;
     }
 }
 

@@ -1,0 +1,332 @@
+//! x86-64 with AVX-512 F, BW, DQ, VL and VNNI.
+//!
+//! `vpdpbusd` multiplies unsigned by signed bytes: weights are the unsigned side. Where a format stores them with an
+//! offset, the sums start from minus the offset times the activations, which rows share.
+#![allow(unsafe_code, reason = "loads and stores through array references")]
+
+use std::arch::x86_64::*;
+
+use bytemuck::Pod;
+
+pub(crate) mod gemv_float;
+pub(crate) mod gemv_q4_0;
+pub(crate) mod gemv_q4_1;
+pub(crate) mod gemv_q4_k;
+pub(crate) mod gemv_q5_0;
+pub(crate) mod gemv_q5_k;
+pub(crate) mod gemv_q6_k;
+pub(crate) mod gemv_q8_0;
+
+/// The 64 bytes of `x`.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn load<T: Pod>(x: &T) -> __m512i {
+    const { assert!(size_of::<T>() == 64) };
+    // SAFETY: reads the 64 bytes of a borrowed plain value; no alignment is asked.
+    unsafe { _mm512_loadu_si512((x as *const T).cast()) }
+}
+
+/// The 32 bytes of `x`.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn load256<T: Pod>(x: &T) -> __m256i {
+    const { assert!(size_of::<T>() == 32) };
+    // SAFETY: reads the 32 bytes of a borrowed plain value; no alignment is asked.
+    unsafe { _mm256_loadu_si256((x as *const T).cast()) }
+}
+
+/// The 16 bytes of `x`.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn load128<T: Pod>(x: &T) -> __m128i {
+    const { assert!(size_of::<T>() == 16) };
+    // SAFETY: reads the 16 bytes of a borrowed plain value; no alignment is asked.
+    unsafe { _mm_loadu_si128((x as *const T).cast()) }
+}
+
+/// The 16 floats of `x`.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn loadf(x: &[f32; 16]) -> __m512 {
+    _mm512_castsi512_ps(load(x))
+}
+
+/// Asks for the cache line `bytes` after the start of `x`; it need not exist.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn prefetch<T>(x: &T, bytes: usize) {
+    let at = (x as *const T).cast::<i8>().wrapping_add(bytes);
+    _mm_prefetch::<_MM_HINT_T0>(at)
+}
+
+/// Four runs of 16 bytes, one after the other.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn join4<T: Pod>(x: [&T; 4]) -> __m512i {
+    let joined = _mm512_castsi128_si512(load128(x[0]));
+    let joined = _mm512_inserti32x4::<1>(joined, load128(x[1]));
+    let joined = _mm512_inserti32x4::<2>(joined, load128(x[2]));
+    _mm512_inserti32x4::<3>(joined, load128(x[3]))
+}
+
+/// Two runs of 32 bytes, one after the other.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn join2<T: Pod>(x: [&T; 2]) -> __m512i {
+    let joined = _mm512_castsi256_si512(load256(x[0]));
+    _mm512_inserti64x4::<1>(joined, load256(x[1]))
+}
+
+/// The low and the high nibbles of bytes.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn nibbles(x: __m512i) -> (__m512i, __m512i) {
+    let mask = _mm512_set1_epi8(15);
+    let high = _mm512_srli_epi16::<4>(x);
+    (_mm512_and_si512(x, mask), _mm512_and_si512(high, mask))
+}
+
+/// The half floats at 16 places (in units of 2 bytes) of `x`.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn halves_at<T: Pod>(places: __m512i, x: &T) -> __m512 {
+    let halves = _mm512_permutexvar_epi16(places, load(x));
+    _mm512_cvtph_ps(_mm512_castsi512_si256(halves))
+}
+
+/// The places `step * (i / each) + first` for `halves_at`.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn places(first: u16, step: u16, each: u16) -> __m512i {
+    load(&std::array::from_fn::<u16, 32, _>(|i| {
+        first + step * (i as u16 % 16 / each)
+    }))
+}
+
+/// The 128 activations of four blocks of 32, as the formats with nibbles meet them: of each block the first 16, then
+/// of each block the last 16.
+#[derive(Clone, Copy)]
+struct Acts4 {
+    low: __m512i,
+    high: __m512i,
+    /// Scales, four lanes to a block.
+    d: __m512,
+}
+
+impl Acts4 {
+    #[inline]
+    #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+    fn new(q: &[i8; 128], d: &[f32; 4]) -> Self {
+        let [a, b] = bytemuck::cast_ref::<_, [[i8; 64]; 2]>(q);
+        let (a, b) = (load(a), load(b));
+        let each4 = load(&std::array::from_fn::<u32, 16, _>(|i| i as u32 / 4));
+        let d = _mm512_castps128_ps512(_mm_castsi128_ps(load128(d)));
+        Self {
+            low: _mm512_shuffle_i32x4::<0b10_00_10_00>(a, b),
+            high: _mm512_shuffle_i32x4::<0b11_01_11_01>(a, b),
+            d: _mm512_permutexvar_ps(each4, d),
+        }
+    }
+
+    /// `start` plus the products with unsigned weights.
+    #[inline]
+    #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+    fn dot(&self, start: __m512i, low: __m512i, high: __m512i) -> __m512i {
+        _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start, low, self.low), high, self.high)
+    }
+
+    /// The sums of the activations, in the lanes of `dot`.
+    #[inline]
+    #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+    fn sums(&self) -> __m512i {
+        let ones = _mm512_set1_epi8(1);
+        self.dot(_mm512_setzero_si512(), ones, ones)
+    }
+}
+
+/// A half float in all lanes.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn splat_half(bits: u16) -> __m512 {
+    _mm512_cvtph_ps(_mm256_set1_epi16(bits as i16))
+}
+
+/// The 256 activations of a super-block with eight scales of 32 weights.
+struct Acts8 {
+    /// The first and the last 16 of the even groups, then of the odd ones.
+    q: [__m512i; 4],
+    /// Scales, then scaled sums, of the eight groups.
+    d_s: __m512,
+}
+
+impl Acts8 {
+    #[inline]
+    #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+    fn new(q: &[i8; 256], d: &[f32; 8], s: &[f32; 8]) -> Self {
+        let [a, b, c, e] = bytemuck::cast_ref::<_, [[i8; 64]; 4]>(q)
+            .each_ref()
+            .map(|q| load(q));
+        // Runs of 16: `even` of the even groups 0, 2 and 4, 6, `odd` likewise.
+        let even = [
+            _mm512_shuffle_i32x4::<0b01_00_01_00>(a, b),
+            _mm512_shuffle_i32x4::<0b01_00_01_00>(c, e),
+        ];
+        let odd = [
+            _mm512_shuffle_i32x4::<0b11_10_11_10>(a, b),
+            _mm512_shuffle_i32x4::<0b11_10_11_10>(c, e),
+        ];
+        Self {
+            q: [
+                _mm512_shuffle_i32x4::<0b10_00_10_00>(even[0], even[1]),
+                _mm512_shuffle_i32x4::<0b11_01_11_01>(even[0], even[1]),
+                _mm512_shuffle_i32x4::<0b10_00_10_00>(odd[0], odd[1]),
+                _mm512_shuffle_i32x4::<0b11_01_11_01>(odd[0], odd[1]),
+            ],
+            d_s: _mm512_castsi512_ps(_mm512_inserti64x4::<1>(
+                _mm512_castsi256_si512(load256(d)),
+                load256(s),
+            )),
+        }
+    }
+
+    /// Adds the products with the unsigned weights `q`, in the order of the activations.
+    #[inline]
+    #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+    fn add(&self, scales: &Scales, q: [__m512i; 4], sum: __m512) -> __m512 {
+        let zero = _mm512_setzero_si512();
+        let even = _mm512_dpbusd_epi32(zero, q[0], self.q[0]);
+        let even = _mm512_dpbusd_epi32(even, q[1], self.q[1]);
+        let odd = _mm512_dpbusd_epi32(zero, q[2], self.q[2]);
+        let odd = _mm512_dpbusd_epi32(odd, q[3], self.q[3]);
+        let each4 = |first| {
+            load(&std::array::from_fn::<u32, 16, _>(|i| {
+                first + i as u32 / 4 * 2
+            }))
+        };
+        let even_scales = _mm512_permutexvar_ps(each4(0), scales.0);
+        let odd_scales = _mm512_permutexvar_ps(each4(1), scales.0);
+        let sum = _mm512_mask_add_ps(sum, 0xff00, sum, scales.0);
+        let sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(even), even_scales, sum);
+        _mm512_fmadd_ps(_mm512_cvtepi32_ps(odd), odd_scales, sum)
+    }
+}
+
+/// Of a super-block of Q4_K or Q5_K, times the activations': eight scales, then the products of minus the minima.
+struct Scales(__m512);
+
+impl Scales {
+    #[inline]
+    #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+    fn new(d: u16, dmin: u16, packed: &[u8; 12], x: &Acts8) -> Self {
+        let [a, b, c] = bytemuck::cast::<_, [[u8; 4]; 3]>(*packed).map(u32::from_le_bytes);
+        let scales = a & 0x3f3f_3f3f;
+        let mins = b & 0x3f3f_3f3f;
+        let scales_4 = c & 0x0f0f_0f0f | (a >> 2) & 0x3030_3030;
+        let mins_4 = (c >> 4) & 0x0f0f_0f0f | (b >> 2) & 0x3030_3030;
+        let bytes = _mm_set_epi64x(
+            (u64::from(mins) | u64::from(mins_4) << 32) as i64,
+            (u64::from(scales) | u64::from(scales_4) << 32) as i64,
+        );
+        let scales = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+        // Minus dmin: the sign of a half float is its top bit.
+        let d = _mm256_setr_m128i(
+            _mm_set1_epi16(d as i16),
+            _mm_set1_epi16((dmin ^ 0x8000) as i16),
+        );
+        Self(_mm512_mul_ps(
+            _mm512_mul_ps(scales, _mm512_cvtph_ps(d)),
+            x.d_s,
+        ))
+    }
+}
+
+/// Defines `gemv` for a format from two functions of its file: `prepare`, what rows share of the activations that meet
+/// `$unit` blocks, and `dot`, which adds the products of `$unit` blocks to a row's partial sums.
+///
+/// Rows are taken four at a time: they share the preparation, and memory sees four streams. A last unit that is not
+/// full reaches back over blocks that are done already; their activations get the scale 0.
+macro_rules! gemv {
+    ($block:ty, $unit:literal) => {
+        /// `y[t, r] = sum_k w[r, k] x[t, k]`.
+        #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+        pub(crate) fn gemv(
+            w: &[u8],
+            x: &crate::backend::cpu::acts::Acts,
+            y: &mut crate::backend::cpu::pool::OutCols,
+        ) {
+            let n_blocks = x.n_in / <$block as crate::quant::Block>::LEN;
+            if n_blocks < $unit {
+                return crate::backend::cpu::scalar::gemv::q8::<$block>(w, x, y);
+            }
+            let w = crate::quant::blocks::<$block>(w);
+            for t in 0..x.n_tokens {
+                let x = x.q8_row(t);
+                let (fours, rest) = y.row(t).as_chunks_mut::<4>();
+                let mut rows = w.chunks_exact(4 * n_blocks);
+                for (y, w) in fours.iter_mut().zip(&mut rows) {
+                    *y = products::<4>(w, n_blocks, &x);
+                }
+                let done = fours.len() * 4;
+                for (y, w) in rest
+                    .iter_mut()
+                    .zip(w[done * n_blocks..].chunks_exact(n_blocks))
+                {
+                    [*y] = products::<1>(w, n_blocks, &x);
+                }
+            }
+        }
+
+        #[inline]
+        #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+        fn products<const R: usize>(
+            w: &[$block],
+            n_blocks: usize,
+            x: &crate::backend::cpu::acts::Q8Row,
+        ) -> [f32; R] {
+            const LEN: usize = <$block as crate::quant::Block>::LEN * $unit;
+            const GROUPS: usize = LEN / crate::backend::cpu::acts::Q8_LEN;
+            assert_eq!(w.len(), R * n_blocks);
+            let (q, d, s) = (
+                x.q.as_chunks::<LEN>().0,
+                x.d.as_chunks::<GROUPS>().0,
+                x.s.as_chunks::<GROUPS>().0,
+            );
+            let n_units = q.len();
+            let (d, s) = (&d[..n_units], &s[..n_units]);
+            let rows: [&[[$block; $unit]]; R] =
+                std::array::from_fn(|r| &w[r * n_blocks..][..n_blocks].as_chunks().0[..n_units]);
+            let ahead = (R * n_blocks * size_of::<$block>()).max(super::AHEAD);
+            let mut sums = [_mm512_setzero_ps(); R];
+            for i in 0..n_units {
+                let x = prepare(&q[i], &d[i], &s[i]);
+                for r in 0..R {
+                    super::prefetch(&rows[r][i], ahead);
+                    sums[r] = dot(&rows[r][i], &x, sums[r]);
+                }
+            }
+            let done = n_units * $unit;
+            if done < n_blocks {
+                let first = n_blocks - $unit;
+                let at = first * (LEN / $unit);
+                let group = first * (GROUPS / $unit);
+                let (mut d, mut s) = ([0.0; GROUPS], [0.0; GROUPS]);
+                let new = (done - first) * (GROUPS / $unit);
+                d[new..].copy_from_slice(&x.d[group + new..][..GROUPS - new]);
+                s[new..].copy_from_slice(&x.s[group + new..][..GROUPS - new]);
+                let q = x.q[at..].first_chunk().expect("a whole unit");
+                let x = prepare(q, &d, &s);
+                for r in 0..R {
+                    let w = w[r * n_blocks + first..]
+                        .first_chunk()
+                        .expect("a whole unit");
+                    sums[r] = dot(w, &x, sums[r]);
+                }
+            }
+            sums.map(|sums| _mm512_reduce_add_ps(sums))
+        }
+    };
+}
+use gemv;
+
+/// How far ahead of its use a weight is asked for, in bytes at least.
+const AHEAD: usize = 2048;

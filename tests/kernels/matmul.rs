@@ -1,0 +1,266 @@
+//! GEMV and GEMM: random blocks over each format's whole range.
+
+use kinglet::backend::cpu::acts::{Acts, Q8_LEN, Q8Row, Q8RowMut};
+use kinglet::backend::cpu::isa::Isa;
+use kinglet::backend::cpu::pool::OutCols;
+use kinglet::backend::cpu::table::{self, ActFormat, Kernel, MatMul, Ready};
+use kinglet::quant::{self, DType};
+
+use crate::common::{Random, assert_near, scalar_row, vector_rows};
+
+/// Where the half floats of a block lie.
+fn half_floats(dtype: DType) -> &'static [usize] {
+    match dtype {
+        DType::Q4_0 | DType::Q5_0 | DType::Q8_0 | DType::IQ4_NL | DType::IQ4_XS => &[0],
+        DType::Q4_1 | DType::Q5_1 | DType::Q4_K | DType::Q5_K => &[0, 2],
+        DType::Q2_K => &[80, 82],
+        DType::Q3_K => &[108],
+        DType::Q6_K => &[208],
+        DType::TQ1_0 => &[52],
+        DType::TQ2_0 => &[64],
+        DType::F16 => &[0],
+        DType::F32 | DType::BF16 | DType::MXFP4 => &[],
+    }
+}
+
+/// What the quants of a matrix are.
+#[derive(Clone, Copy, Debug)]
+enum Fill {
+    Random,
+    Byte(u8),
+}
+
+/// `n` blocks: all bits random or all bytes alike, scales finite (zeros and subnormals among them).
+fn random_blocks(dtype: DType, n: usize, fill: Fill, random: &mut Random) -> Vec<u8> {
+    let bytes = dtype.block_bytes();
+    let mut data: Vec<u8> = (0..n * bytes)
+        .map(|_| match fill {
+            Fill::Random => random.bits() as u8,
+            Fill::Byte(byte) => byte,
+        })
+        .collect();
+    for block in data.chunks_exact_mut(bytes) {
+        match dtype {
+            DType::F32 => block.copy_from_slice(&random.float().to_le_bytes()),
+            DType::BF16 => block.copy_from_slice(&random.float().to_le_bytes()[2..]),
+            // An exponent around 1: powers of two beyond would overflow the sums.
+            DType::MXFP4 => block[0] = 112 + random.below(32) as u8,
+            _ => {}
+        }
+        for at in half_floats(dtype) {
+            // Below 2 in magnitude; one in sixteen has a random exponent up to 65504.
+            let bits = random.bits() as u16;
+            let bits = match random.below(16) {
+                0 if bits & 0x7c00 != 0x7c00 => bits,
+                1 => bits & 0x83ff,
+                _ => bits & 0xbfff,
+            };
+            block[*at..at + 2].copy_from_slice(&bits.to_le_bytes());
+        }
+    }
+    data
+}
+
+/// Activations in both formats.
+struct Inputs {
+    n_tokens: usize,
+    n_in: usize,
+    f32: Vec<f32>,
+    q8: Vec<f32>,
+}
+
+impl Inputs {
+    fn random(n_tokens: usize, n_in: usize, random: &mut Random) -> Self {
+        let mut f32 = random.floats(n_tokens * n_in, 3.0);
+        // A block of zeros and a block with one large value.
+        let len = f32.len();
+        f32[len - n_in.min(7)..].fill(0.0);
+        f32[random.below(len)] = 1e4;
+        let mut inputs = Self {
+            n_tokens,
+            n_in,
+            f32,
+            q8: Vec::new(),
+        };
+        if n_in.is_multiple_of(Q8_LEN) {
+            let quantize = scalar_row(table::QUANTIZE);
+            let bytes = Q8Row::bytes(n_in);
+            inputs.q8 = vec![0.0; n_tokens * bytes / 4];
+            let rows: &mut [u8] = bytemuck::cast_slice_mut(&mut inputs.q8);
+            for (x, row) in inputs
+                .f32
+                .chunks_exact(n_in)
+                .zip(rows.chunks_exact_mut(bytes))
+            {
+                let row = Q8RowMut::new(row, n_in);
+                quantize.run(x, row.q, row.d, row.s);
+            }
+        }
+        inputs
+    }
+
+    fn acts(&self) -> Acts<'_> {
+        Acts {
+            n_tokens: self.n_tokens,
+            n_in: self.n_in,
+            f32: &self.f32,
+            q8: bytemuck::cast_slice(&self.q8),
+        }
+    }
+
+    /// The activations that a kernel of `format` sees, exactly.
+    fn exact(&self, format: ActFormat) -> Vec<f64> {
+        match format {
+            ActFormat::F32 => self.f32.iter().map(|x| f64::from(*x)).collect(),
+            ActFormat::Q8 => (0..self.n_tokens)
+                .flat_map(|t| {
+                    let row = self.acts().q8_row(t);
+                    let d = |i: usize| f64::from(row.d[i / Q8_LEN]);
+                    let x = row
+                        .q
+                        .iter()
+                        .enumerate()
+                        .map(move |(i, q)| f64::from(*q) * d(i));
+                    x.collect::<Vec<_>>()
+                })
+                .collect(),
+        }
+    }
+}
+
+fn run(kernel: Ready<MatMul>, w: &[u8], inputs: &Inputs, n_rows: usize) -> Vec<f32> {
+    let mut y = vec![f32::NAN; inputs.n_tokens * n_rows];
+    kernel.run(w, &inputs.acts(), &mut OutCols::whole(&mut y, n_rows));
+    y
+}
+
+/// `(product, bound)` for each `(token, row)`. The bound is on the error of a sum of floats in any order of blocks:
+/// a block of 32 is added up, then the blocks: so no term takes part in more than `32 + n / 32` roundings, and those
+/// of weights with a minimum have a few more. The magnitude of a term is that of the greatest weight around it, since
+/// scale and minimum may cancel in the weight itself.
+fn reference(
+    dtype: DType,
+    format: ActFormat,
+    w: &[u8],
+    inputs: &Inputs,
+    n_rows: usize,
+) -> Vec<(f64, f64)> {
+    let n = inputs.n_in;
+    let mut weights = vec![0.0; n_rows * n];
+    quant::dequantize(dtype, w, &mut weights);
+    let x = inputs.exact(format);
+    let roundings = match format {
+        ActFormat::F32 => n + 8,
+        ActFormat::Q8 => 48 + n / 16,
+    };
+    let mut out = Vec::new();
+    for x in x.chunks_exact(n) {
+        for w in weights.chunks_exact(n) {
+            let product = w.iter().zip(x).map(|(w, x)| f64::from(*w) * x).sum();
+            let magnitude: f64 = w
+                .chunks(Q8_LEN)
+                .zip(x.chunks(Q8_LEN))
+                .map(|(w, x)| {
+                    let max = w.iter().fold(0.0f32, |max, w| max.max(w.abs()));
+                    let sum: f64 = x.iter().map(|x| x.abs()).sum();
+                    2.0 * f64::from(max) * sum
+                })
+                .sum();
+            let bound = roundings as f64 * f64::from(f32::EPSILON) / 2.0 * magnitude;
+            out.push((product, bound));
+        }
+    }
+    out
+}
+
+fn lengths(dtype: DType) -> Vec<usize> {
+    match dtype.block_len() {
+        1 => vec![1, 7, 16, 33, 64, 100, 576],
+        32 => vec![32, 64, 96, 128, 160, 192, 224, 256, 320, 576, 1536],
+        _ => vec![256, 512, 768, 2048],
+    }
+}
+
+fn check(tables: &'static [MatMul], tokens: &[usize], rows: &[usize]) {
+    for &dtype in DType::ALL {
+        let of_type = || tables.iter().filter(move |k| k.weights == dtype);
+        let scalar = of_type().find(|k| k.isa() == Isa::Scalar);
+        let scalar = Ready::new(scalar.expect("a scalar row")).expect("scalar runs everywhere");
+        let fast: Vec<_> = vector_rows(tables)
+            .filter(|(k, _)| k.weights == dtype)
+            .collect();
+        let mut random = Random::new(dtype as u64 + 1);
+        for n_in in lengths(dtype) {
+            for &n_tokens in tokens {
+                for &n_rows in rows {
+                    let fill = match random.below(8) {
+                        0 => Fill::Byte(0xff),
+                        1 => Fill::Byte(0x00),
+                        2 => Fill::Byte(0x80),
+                        3 => Fill::Byte(0x7f),
+                        _ => Fill::Random,
+                    };
+                    let n_blocks = n_rows * n_in / dtype.block_len();
+                    let w = random_blocks(dtype, n_blocks, fill, &mut random);
+                    let inputs = Inputs::random(n_tokens, n_in, &mut random);
+                    let expected = reference(dtype, scalar.acts(), &w, &inputs, n_rows);
+                    let compare = |kernel: Ready<MatMul>, y: &[f32]| {
+                        for (i, (y, (exact, bound))) in y.iter().zip(&expected).enumerate() {
+                            let at = format!(
+                                "{} n_in {n_in} n_tokens {n_tokens} n_rows {n_rows} {fill:?} output {i}",
+                                kernel.name()
+                            );
+                            assert_near(*y, *exact, *bound, &at);
+                        }
+                    };
+                    let y = run(scalar, &w, &inputs, n_rows);
+                    compare(scalar, &y);
+                    for (_, kernel) in &fast {
+                        assert!(kernel.acts() == scalar.acts(), "{}", kernel.name());
+                        let fast = run(*kernel, &w, &inputs, n_rows);
+                        compare(*kernel, &fast);
+                        for (fast, (y, (_, bound))) in fast.iter().zip(y.iter().zip(&expected)) {
+                            assert_near(*fast, f64::from(*y), 2.0 * bound, &kernel.name());
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn gemv_rows_agree() {
+    check(table::GEMV, &[1, 3], &[1, 2, 3, 4, 5, 8, 9]);
+}
+
+#[test]
+fn gemm_rows_agree() {
+    check(table::GEMM, &[1, 2, 3, 5, 17], &[1, 4, 9, 16, 33]);
+}
+
+/// Every row of a matrix must be the same whichever rows and tokens are computed with it: results may not depend on
+/// how work is cut.
+#[test]
+fn results_do_not_depend_on_the_cut() {
+    for (kernel, ready) in vector_rows(table::GEMV).chain(vector_rows(table::GEMM)) {
+        let mut random = Random::new(5);
+        let (dtype, n_in, n_rows, n_tokens) = (kernel.weights, 768, 21, 19);
+        let n_blocks = n_rows * n_in / dtype.block_len();
+        let w = random_blocks(dtype, n_blocks, Fill::Random, &mut random);
+        let inputs = Inputs::random(n_tokens, n_in, &mut random);
+        let whole = run(ready, &w, &inputs, n_rows);
+        let row_bytes = dtype.row_bytes(n_in).expect("whole blocks");
+        for cut in [1, 5, 16, 20] {
+            let (first, second) = w.split_at(cut * row_bytes);
+            let first = run(ready, first, &inputs, cut);
+            let second = run(ready, second, &inputs, n_rows - cut);
+            for t in 0..n_tokens {
+                let (a, b) = whole[t * n_rows..][..n_rows].split_at(cut);
+                assert_eq!(a, &first[t * cut..][..cut], "{}", kernel.name());
+                let rest = n_rows - cut;
+                assert_eq!(b, &second[t * rest..][..rest], "{}", kernel.name());
+            }
+        }
+    }
+}
