@@ -59,7 +59,7 @@ pub struct Summary {
 }
 
 /// Writes the model `input` to `output`, quantized as llama.cpp's tool would do it, bit for bit (see [`choose`] for what
-/// becomes of which tensor). `progress` is told after each piece and ends the work by breaking.
+/// becomes of which tensor), tensors by layer and name. `progress` is told after each piece and ends the work by breaking.
 ///
 /// # Errors
 /// [`Error::Invalid`] if `output` is one of the files of `input` or a matrix is quantized already; [`Error::BadModel`]
@@ -74,7 +74,8 @@ pub fn quantize_file(
 ) -> Result<Summary> {
     let gguf = Gguf::open(input)?;
     refuse_own_input(&gguf, output)?;
-    let tensors: Vec<&TensorInfo> = gguf.tensors().collect();
+    let mut tensors: Vec<&TensorInfo> = gguf.tensors().collect();
+    tensors.sort_by_key(|info| mix::layer_order(&info.name));
     let candidates: Vec<Candidate> = tensors.iter().copied().map(Candidate::from).collect();
     let choices = choose(options.to, Traits::read(gguf.metadata())?, &candidates)?;
     let conversions = tensors
@@ -84,8 +85,13 @@ pub fn quantize_file(
         .collect::<Result<Vec<_>>>()?;
 
     let mut metadata = gguf.metadata().clone();
-    metadata.set("general.quantization_version", QUANTIZATION_VERSION);
-    metadata.set("general.file_type", options.to.file_type());
+    for (key, value) in [
+        ("general.quantization_version", QUANTIZATION_VERSION),
+        ("general.file_type", options.to.file_type()),
+    ] {
+        metadata.remove(key); // it moves to the end, where llama.cpp writes it
+        metadata.set(key, value);
+    }
     let specs: Vec<TensorSpec> = tensors
         .iter()
         .zip(&conversions)

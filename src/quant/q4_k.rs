@@ -146,3 +146,18 @@ impl Quantize for BlockQ4K {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scales_and_minima_come_back() {
+        for i in 0..64 {
+            let scales = std::array::from_fn(|j| (i + 7 * j as u8) % 64);
+            let mins = std::array::from_fn(|j| (63 - i + 5 * j as u8) % 64);
+            let packed = pack_scales_mins(&scales, &mins);
+            assert_eq!(unpack_scales_mins(&packed), (scales, mins));
+        }
+    }
+}

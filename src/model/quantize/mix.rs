@@ -5,8 +5,6 @@
 //! that hurt most get a better one, most of them only in the first eighth of the layers, the last eighth and every third
 //! between. A row that is no whole number of blocks gets the next format with shorter blocks.
 
-use std::cmp::Ordering;
-
 use crate::error::{Error, Result};
 use crate::gguf::Metadata;
 use crate::quant::DType;
@@ -227,17 +225,17 @@ impl Candidate<'_> {
             && !matches!(self.name, "position_embd.weight" | "token_types.weight")
             && !KEPT.iter().any(|part| self.name.contains(part))
     }
-
-    /// The layer in the name, `blk.7.attn_q.weight`.
-    fn layer(&self) -> Option<usize> {
-        let (layer, _) = self.name.strip_prefix("blk.")?.split_once('.')?;
-        layer.parse().ok()
-    }
 }
 
-/// The order in which llama.cpp counts: by layer, then by name; what has no layer comes first.
-fn counting_order(a: &Candidate, b: &Candidate) -> Ordering {
-    (a.layer(), a.name).cmp(&(b.layer(), b.name))
+/// The layer in a name like `blk.7.attn_q.weight`.
+fn layer(name: &str) -> Option<usize> {
+    let (layer, _) = name.strip_prefix("blk.")?.split_once('.')?;
+    layer.parse().ok()
+}
+
+/// The order in which llama.cpp counts and writes tensors: by layer, then by name; what has no layer comes first.
+pub(super) fn layer_order(name: &str) -> (Option<usize>, &str) {
+    (layer(name), name)
 }
 
 /// A tensor's new format.
@@ -255,7 +253,7 @@ pub struct Choice {
 /// If a tensor of a model with experts belongs to a layer that the model does not have.
 pub fn choose(mix: Mix, traits: Traits, tensors: &[Candidate]) -> Result<Vec<Choice>> {
     let mut order: Vec<usize> = (0..tensors.len()).collect();
-    order.sort_by(|a, b| counting_order(&tensors[*a], &tensors[*b]));
+    order.sort_by_key(|i| layer_order(tensors[*i].name));
     let count = |role| tensors.iter().filter(|t| Role::of(t.name) == role).count();
     let mut chooser = Chooser {
         mix,
@@ -381,7 +379,7 @@ impl Chooser {
         let n = self.traits.n_layers;
         // Shared experts and experts may both be there: only the name knows the layer.
         let i = if self.traits.n_experts > 1 {
-            tensor.layer().filter(|i| *i < n).ok_or_else(|| {
+            layer(tensor.name).filter(|i| *i < n).ok_or_else(|| {
                 let name = tensor.name;
                 Error::BadModel(format!("tensor {name}: expected a layer below {n}"))
             })?
