@@ -8,6 +8,7 @@
 //! - [`model`]: an architecture per file, written over [`backend::Backend`];
 //! - [`backend`]: the operations of a forward pass, and the CPU that runs them;
 //! - [`session`]: one timeline of tokens on a model;
+//! - [`sampler`]: logits to a token;
 //! - [`error`]: the one error type.
 
 pub mod backend;
@@ -15,6 +16,7 @@ pub mod error;
 pub mod gguf;
 pub mod model;
 pub mod quant;
+pub mod sampler;
 pub mod session;
 pub mod tokenizer;
 

@@ -2,6 +2,12 @@
 //!
 //! The one place where file, tokenizer, network and backend are put together.
 
+mod chat;
+mod generate;
+
+pub use self::chat::Chat;
+pub use self::generate::{Event, Finish, GenerateOptions, Reply, Stats, generate};
+
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
@@ -88,19 +94,35 @@ impl Model {
     pub fn load(path: &Path, options: &LoadOptions) -> Result<Self> {
         let gguf = Gguf::open(path)?;
         let allowed = std::thread::available_parallelism().map_or(1, usize::from);
-        let n_threads = if options.threads == 0 { allowed } else { options.threads };
+        let n_threads = if options.threads == 0 {
+            allowed
+        } else {
+            options.threads
+        };
         let no_thread = |e| Error::Invalid(format!("{n_threads} threads: {e}"));
         let pool = Arc::new(Pool::new(n_threads).map_err(no_thread)?);
         let network = model::load(&gguf, &Cpu::new(Arc::clone(&pool)))?;
-        let file_name = || path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+        let file_name = || {
+            path.file_name()
+                .map_or_else(String::new, |name| name.to_string_lossy().into_owned())
+        };
         let info = ModelInfo {
-            name: gguf.metadata().opt_str("general.name")?.map_or_else(file_name, str::to_owned),
+            name: gguf
+                .metadata()
+                .opt_str("general.name")?
+                .map_or_else(file_name, str::to_owned),
             n_params: gguf.tensors().map(|t| t.n_elements() as u64).sum(),
             weight_bytes: gguf.tensors().map(|t| t.bytes as u64).sum(),
             config: network.config().clone(),
         };
         let tokenizer = Tokenizer::from_gguf(&gguf);
-        Ok(Self(Arc::new(Inner { gguf, tokenizer, network, pool, info })))
+        Ok(Self(Arc::new(Inner {
+            gguf,
+            tokenizer,
+            network,
+            pool,
+            info,
+        })))
     }
 
     /// The file.
@@ -113,7 +135,10 @@ impl Model {
     /// # Errors
     /// If the file has none that is supported.
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
-        self.0.tokenizer.as_ref().map_err(|e| Error::BadModel(e.to_string()))
+        self.0
+            .tokenizer
+            .as_ref()
+            .map_err(|e| Error::BadModel(e.to_string()))
     }
 
     /// What it is.
@@ -147,13 +172,32 @@ impl Session {
         let cpu = Cpu::new(Arc::clone(&model.0.pool));
         let state = model.0.network.state(&cpu, options.kv);
         let n_ctx_train = model.info().config.n_ctx_train;
-        let n_ctx = if options.n_ctx == 0 { n_ctx_train.min(MAX_DEFAULT_CTX) } else { options.n_ctx };
-        let batch = if options.batch == 0 { DEFAULT_BATCH } else { options.batch };
+        let n_ctx = if options.n_ctx == 0 {
+            n_ctx_train.min(MAX_DEFAULT_CTX)
+        } else {
+            options.n_ctx
+        };
+        let batch = if options.batch == 0 {
+            DEFAULT_BATCH
+        } else {
+            options.batch
+        };
         // Positions are rotated by f32 angles and counted in u32 by files; beyond this nothing is meant.
         if n_ctx > 1 << 24 {
-            return Err(Error::Invalid(format!("context: expected at most {} tokens, found {n_ctx}", 1 << 24)));
+            return Err(Error::Invalid(format!(
+                "context: expected at most {} tokens, found {n_ctx}",
+                1 << 24
+            )));
         }
-        Ok(Self { model: model.clone(), cpu, state, tokens: Vec::new(), logits: Vec::new(), n_ctx, batch })
+        Ok(Self {
+            model: model.clone(),
+            cpu,
+            state,
+            tokens: Vec::new(),
+            logits: Vec::new(),
+            n_ctx,
+            batch,
+        })
     }
 
     /// The model.
@@ -251,8 +295,16 @@ impl Session {
             let start = n.saturating_sub(reach);
             let past = &self.tokens[start..];
             if !past.is_empty() {
-                let pass = Pass { tokens: past, start, logits_from: past.len(), write_kv: false };
-                self.model.0.network.forward(&mut self.cpu, &mut self.state, &pass);
+                let pass = Pass {
+                    tokens: past,
+                    start,
+                    logits_from: past.len(),
+                    write_kv: false,
+                };
+                self.model
+                    .0
+                    .network
+                    .forward(&mut self.cpu, &mut self.state, &pass);
             }
         }
         Ok(())
@@ -261,17 +313,26 @@ impl Session {
     /// Bytes held beside the weights.
     pub fn memory(&self) -> MemoryReport {
         let (kv, conv) = self.state.bytes(&self.cpu);
-        MemoryReport { kv, conv, scratch: self.cpu.scratch_bytes() + size_of_val(&*self.logits) }
+        MemoryReport {
+            kv,
+            conv,
+            scratch: self.cpu.scratch_bytes() + size_of_val(&*self.logits),
+        }
     }
 
     fn check(&self, tokens: &[u32]) -> Result<()> {
         let n_vocab = self.model.info().config.n_vocab;
         if let Some(token) = tokens.iter().find(|t| **t as usize >= n_vocab) {
-            return Err(Error::Invalid(format!("token: expected a number below {n_vocab}, found {token}")));
+            return Err(Error::Invalid(format!(
+                "token: expected a number below {n_vocab}, found {token}"
+            )));
         }
         let needed = self.tokens.len() + tokens.len();
         if needed > self.n_ctx {
-            return Err(Error::ContextFull { needed, n_ctx: self.n_ctx });
+            return Err(Error::ContextFull {
+                needed,
+                n_ctx: self.n_ctx,
+            });
         }
         Ok(())
     }
@@ -279,8 +340,17 @@ impl Session {
     fn forward(&mut self, tokens: &[u32], logits_from: usize) -> Result<()> {
         let start = self.tokens.len();
         self.state.reserve(&self.cpu, start + tokens.len())?;
-        let pass = Pass { tokens, start, logits_from, write_kv: true };
-        let logits = self.model.0.network.forward(&mut self.cpu, &mut self.state, &pass);
+        let pass = Pass {
+            tokens,
+            start,
+            logits_from,
+            write_kv: true,
+        };
+        let logits = self
+            .model
+            .0
+            .network
+            .forward(&mut self.cpu, &mut self.state, &pass);
         match logits {
             Some(logits) => self.cpu.read(&logits, &mut self.logits),
             None => self.logits.clear(),
