@@ -3,12 +3,16 @@
 pub mod acts;
 mod attention;
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512vnni;
 pub mod isa;
 pub mod pool;
 mod scalar;
 mod scratch;
 pub mod table;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 use std::sync::Arc;
 

@@ -68,8 +68,9 @@ pub(crate) fn glu(activation: Activation, gate: &mut [f32], up: &[f32]) {
     match activation {
         Activation::Silu => pairs.for_each(|(g, u)| *g = *g / (1.0 + (-*g).exp()) * u),
         Activation::GeluTanh => pairs.for_each(|(g, u)| {
-            let inner = 0.797_884_6 * (*g + 0.044_715 * *g * *g * *g);
-            *g = 0.5 * *g * (1.0 + inner.tanh()) * u;
+            // 0.5 (1 + tanh(z)) = 1 / (1 + e^-2z), which does not cancel.
+            let twice = 2.0 * 0.797_884_6 * (*g + 0.044_715 * *g * *g * *g);
+            *g = *g / (1.0 + (-twice).exp()) * u;
         }),
         Activation::Relu => pairs.for_each(|(g, u)| *g = g.max(0.0) * u),
     }
