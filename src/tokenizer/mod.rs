@@ -15,14 +15,18 @@
 
 mod bpe;
 mod cache;
+mod chat_template;
 mod detokenize;
 mod index;
 mod pretokenize;
+mod python;
 mod special;
 mod spm;
+mod template_source;
 mod unicode;
 mod vocab;
 
+pub use self::chat_template::{ChatTemplate, Message, Piece, RenderOptions};
 pub use self::detokenize::Detokenizer;
 pub use self::vocab::{TokenType, Vocab};
 
