@@ -23,3 +23,8 @@ pub mod tokenizer;
 pub use backend::KvType;
 pub use error::{Error, Result};
 pub use session::{LoadOptions, MemoryReport, Model, ModelInfo, Session, SessionOptions};
+
+/// The README's example, compiled with the documentation tests.
+#[doc = include_str!("../README.md")]
+#[cfg(doctest)]
+pub struct Readme;

@@ -375,6 +375,15 @@ fn the_writer_refuses_what_no_reader_could_read() {
     refused(create(&[f32s("a", &[usize::MAX, 2])]), &["elements"]);
     refused(create(&[f32s("", &[1])]), &["expected a name"]);
     refused(create(&[f32s(&"n".repeat(256), &[1])]), &["255, found 256"]);
+    let many: Vec<_> = (0..65_537).map(|i| f32s(&i.to_string(), &[1])).collect();
+    refused(create(&many), &["number of tensors", "at most 65536"]);
+    let deep = (0..5).fold(Array::U8(vec![]), |inner, _| Array::Array(vec![inner]));
+    let mut m = Metadata::new();
+    m.set("deep", Value::Array(deep));
+    refused(
+        Writer::create(&path, &m, &[]).map(drop),
+        &["`deep`", "at most 4 levels"],
+    );
     refused(
         create(&[f32s("a", &[1]), f32s("a", &[1])]),
         &["`a`", "once, found twice"],
@@ -517,6 +526,14 @@ fn split_models_that_do_not_belong_together() {
     fs::write(&second, &whole[..100]).unwrap();
     refused(open(), &["m-00002-of-00003.gguf: "]);
 
+    let names: Vec<_> = (0..40_000).map(|i| i.to_string()).collect();
+    let names: Vec<_> = names.iter().map(|n| &**n).collect();
+    for no in [1, 2] {
+        let keys = [Some(no - 1), Some(3), None];
+        write_part(&dir, no as usize, 3, keys, &names);
+    }
+    refused(open(), &["00002-of", "at most 65536 tensors in all parts"]);
+
     write_part(&dir, 1, 3, [Some(0), Some(2000), None], &["a"]);
     refused(open(), &["`split.count`", "at most 1024, found 2000"]);
     write_part(&dir, 1, 3, [Some(7), Some(3), None], &["a"]);
@@ -581,7 +598,7 @@ fn what_is_no_model_gets_one_clear_line() {
     refused(result, &["expected a GGUF file, found a directory"]);
     let result = Gguf::open(&dir.path("none.gguf"));
     assert!(matches!(result, Err(Error::Io { .. })));
-    refused(result, &["none.gguf: No such file"]);
+    refused(result, &["none.gguf: "]);
     #[cfg(unix)]
     {
         refused(Gguf::open(Path::new("/dev/null")), &["a pipe or device"]);

@@ -516,6 +516,17 @@ fn oddities_are_listed() {
     assert!(problems.contains("not padded to 32 bytes"), "{problems}");
 }
 
+#[test]
+fn a_list_of_oddities_ends() {
+    let n = 500;
+    let raw = (0..n).fold(Raw::new(n, 0), |raw, i| {
+        raw.tensor(&format!("{i}"), &[1], 1000 + i as u32, i * 32)
+    });
+    let problems = raw.data(n as usize * 32).open().unwrap().problems();
+    assert_eq!(problems.len(), 101);
+    assert_eq!(problems[100], "and 403 more problems");
+}
+
 // ---------------------------------------------------------------------------------------------------- bounds
 
 /// Opens and stays within the bound.
@@ -586,6 +597,15 @@ fn a_huge_file_does_not_make_a_huge_header() {
         assert!(error.contains("256 MiB"), "{error}");
         assert!(peak < 1 << 20, "{peak}");
     }
+    // A count that the file has room for, of strings of which the first is a lie: nothing is reserved on its word.
+    let head = Raw::new(0, 1).key("k", ARRAY).u32(STRING);
+    std::fs::write(&path, head.u64(1 << 24).u64(MAX).0).unwrap();
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.set_len(1 << 40).unwrap();
+    let (result, peak) = peak_of(|| Gguf::open(&path));
+    let error = result.unwrap_err().to_string();
+    assert!(error.contains("`k`: element 0: string"), "{error}");
+    assert!(peak < 1 << 20, "{peak}");
     std::fs::remove_file(&path).unwrap();
 }
 
@@ -595,6 +615,16 @@ static GOLDEN: &[u8] = include_bytes!("data/lfm2-tiny-random.gguf");
 
 fn golden() -> Gguf {
     Gguf::from_bytes(GOLDEN).unwrap()
+}
+
+#[test]
+fn version_2_is_read() {
+    let mut file = GOLDEN.to_vec();
+    file[4] = 2;
+    let gguf = Gguf::from_bytes(file).unwrap();
+    assert_eq!((gguf.version(), golden().version()), (2, 3));
+    assert!(gguf.tensors().eq(golden().tensors()));
+    assert_eq!(gguf.metadata(), golden().metadata());
 }
 
 #[test]

@@ -43,7 +43,10 @@ impl Rope {
     /// `base^(-2i / n_rot)` for each pair.
     pub fn new(base: f32, n_rot: usize, pairs: RopePairs) -> Self {
         let power = |i: usize| f64::from(base).powf(-2.0 * i as f64 / n_rot as f64) as f32;
-        Self { inv_freq: (0..n_rot / 2).map(power).collect(), pairs }
+        Self {
+            inv_freq: (0..n_rot / 2).map(power).collect(),
+            pairs,
+        }
     }
 }
 
@@ -146,7 +149,13 @@ pub trait Backend {
 
     /// Attends from the rows of `q`, at positions `start..`, to all cached positions that causality and the window
     /// let them see.
-    fn attention(&mut self, q: &Self::Tensor, kv: &Self::Kv, start: usize, attention: &Attention) -> Self::Tensor;
+    fn attention(
+        &mut self,
+        q: &Self::Tensor,
+        kv: &Self::Kv,
+        start: usize,
+        attention: &Attention,
+    ) -> Self::Tensor;
 
     /// Gated short convolution: rows `[b | c | x]`; `u = b * x`, `y[t] = sum_j taps[j] * u[t - L + 1 + j]`, out
     /// `c * y`. `taps` is `(L, n_channels)`, oldest first; `conv` holds the `L - 1` rows of `u` before this call and

@@ -10,24 +10,32 @@
 //! Source: the GGUF specification of the ggml project. Versions 2 and 3 in little-endian order have the same layout.
 //!
 //! Nothing is trusted: see [`super::reader`]. The limits below hold memory while reading under 64 MiB + 4 × the bytes
-//! of the header: entries of the two tables take more memory than file (80 to 112 bytes against 13 and 33), so their
-//! numbers are bounded; strings and arrays take about what they take in the file, three times that while they grow.
+//! of the header: entries of the two tables and arrays inside arrays take more memory than file, so their numbers are
+//! bounded; strings and arrays take about what they take in the file, three times that while they grow.
 
 use std::io::Read;
 
 use super::metadata::Metadata;
 use super::reader::{Fault, Reader, bad, grow, quoted};
 use super::tensor::{MIN_ENTRY_BYTES, TensorInfo, read_entry};
-use super::value::{MAX_INNER_ARRAYS, Value};
+use super::value::{Array, MAX_INNER_ARRAYS, Value};
 
 /// Keys that one file may have.
-pub(crate) const MAX_KEYS: usize = 65_536;
+const MAX_KEYS: usize = 65_536;
 /// Tensors that a model may have.
 pub(crate) const MAX_TENSORS: usize = 65_536;
 /// Bytes of the longest key, as in the specification.
-pub(crate) const MAX_KEY_BYTES: usize = 65_535;
+const MAX_KEY_BYTES: usize = 65_535;
 /// Bytes of the shortest entry of the metadata: a key of one byte, a value of one byte.
 const MIN_KEY_BYTES: u64 = 8 + 1 + 4 + 1;
+
+/// What is bounded by number, old and new allocation at once while it doubles, must fit in the 64 MiB.
+const _: () = {
+    let key = size_of::<(Box<str>, Value)>() + size_of::<u32>();
+    let tensor = size_of::<TensorInfo>() + 2 * size_of::<u32>();
+    let tables = MAX_KEYS * key + MAX_TENSORS * tensor + MAX_INNER_ARRAYS * size_of::<Array>();
+    assert!(3 * tables < 63 << 20);
+};
 
 /// The first four bytes.
 pub(crate) const MAGIC: [u8; 4] = *b"GGUF";

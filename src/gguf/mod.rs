@@ -15,6 +15,7 @@
 //! | `map.rs` | the mapped file and advice about its pages |
 //! | `writer.rs` | new files |
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
@@ -203,9 +204,10 @@ impl Gguf {
         };
         let mut opened = Some(opened);
         let mut parts = Vec::new();
+        let mut n_tensors = 0;
         for i in 0..count {
             let path = split::part_path(&path, name.prefix, i + 1, count);
-            let part = match opened.take_if(|_| i == no) {
+            let mut part = match opened.take_if(|_| i == no) {
                 Some(part) => part,
                 None => Opened::open(&path).map_err(|e| match e {
                     Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
@@ -238,6 +240,16 @@ impl Gguf {
             if let (Some(expected), Some(found)) = (keys.n_tensors, found.n_tensors) {
                 expect(split::TENSORS, expected, found)?;
             }
+            n_tensors += part.tensors.len();
+            if n_tensors > header::MAX_TENSORS {
+                return Err(part.bad(format!(
+                    "expected at most {} tensors in all parts, found more",
+                    header::MAX_TENSORS
+                )));
+            }
+            if i > 0 {
+                part.metadata = Metadata::new(); // dropped now: many parts together could exceed the bound
+            }
             parts.push(part);
         }
         let model = Self::join(parts)?;
@@ -261,12 +273,6 @@ impl Gguf {
         let mut metadata = None;
         for (i, mut from) in opened.into_iter().enumerate() {
             from.tensors.iter_mut().for_each(|t| t.part = i);
-            if tensors.len() + from.tensors.len() > header::MAX_TENSORS {
-                return Err(from.bad(format!(
-                    "expected at most {} tensors in a model, found more",
-                    header::MAX_TENSORS
-                )));
-            }
             tensors.append(&mut from.tensors);
             metadata.get_or_insert(from.metadata);
             parts.push(from.part);
@@ -455,63 +461,59 @@ impl Gguf {
         if self.tensors.is_empty() {
             out.push("no tensors".into());
         }
-        let mut foreign: Vec<(TensorType, usize)> = Vec::new();
+        let mut foreign = BTreeMap::new();
         for t in self.tensors.iter().filter(|t| t.dtype.dtype().is_none()) {
-            match foreign.iter_mut().find(|f| f.0 == t.dtype) {
-                Some(f) => f.1 += 1,
-                None => foreign.push((t.dtype, 1)),
-            }
+            *foreign.entry(t.dtype.id()).or_insert(0) += 1;
         }
-        for (dtype, n) in foreign {
+        for (id, n) in foreign {
+            let dtype = TensorType::from_id(id);
             out.push(format!(
                 "{n} of the tensors have the unsupported type {dtype}"
             ));
         }
-        for (i, part) in self.parts.iter().enumerate() {
-            self.layout_problems(i, part, &mut out);
+        if self.parts.len() == 1 && split::PartName::of(self.path()).is_some_and(|n| n.count > 1) {
+            out.push("named as a part of several, but the file is whole".into());
+        }
+        let mut tensors: Vec<_> = self.tensors.iter().collect();
+        tensors.sort_unstable_by_key(|t| (t.part, t.offset));
+        for tensors in tensors.chunk_by(|a, b| a.part == b.part) {
+            layout_problems(&self.parts[tensors[0].part], tensors, &mut out);
+        }
+        if out.len() > MAX_PROBLEMS {
+            let more = out.len() - MAX_PROBLEMS;
+            out.truncate(MAX_PROBLEMS);
+            out.push(format!("and {more} more problems"));
         }
         out
     }
+}
 
-    /// Gaps between tensors and bytes after them.
-    fn layout_problems(&self, index: usize, part: &Part, out: &mut Vec<String>) {
-        let name = part.path.display();
-        if self.parts.len() == 1 && split::PartName::of(&part.path).is_some_and(|n| n.count > 1) {
-            out.push(format!(
-                "{name}: named as a part of several, but the file is whole"
-            ));
-        }
-        let mut tensors: Vec<_> = self.tensors.iter().filter(|t| t.part == index).collect();
-        tensors.sort_unstable_by_key(|t| t.offset);
-        let (mut end, mut gaps, mut gap_bytes) = (part.data_start, 0usize, 0u64);
-        for t in &tensors {
-            let gap = t.offset - end;
-            if gap > 0 {
-                gaps += 1;
-                gap_bytes += gap;
-            }
-            // Aligned, as the next tensor's place is; no overflow, as it lies in the file or just behind it.
-            end = (t.offset + t.bytes as u64).next_multiple_of(part.alignment);
-        }
-        if gaps > 0 {
-            out.push(format!(
-                "{name}: {gap_bytes} unused bytes in {gaps} places before tensors"
-            ));
-        }
-        if tensors.is_empty() {
-            return;
-        }
-        if part.file_bytes > end {
-            out.push(format!(
-                "{name}: {} bytes after the last tensor",
-                part.file_bytes - end
-            ));
-        } else if part.file_bytes < end {
-            out.push(format!(
-                "{name}: the last tensor is not padded to {} bytes",
-                part.alignment
-            ));
-        }
+/// Lines of [`Gguf::problems`], which a file could otherwise make as long as it likes.
+const MAX_PROBLEMS: usize = 100;
+
+/// Gaps between the tensors of `part`, which are sorted by offset, and bytes after them.
+fn layout_problems(part: &Part, tensors: &[&TensorInfo], out: &mut Vec<String>) {
+    let name = part.path.display();
+    let (mut end, mut gaps, mut gap_bytes) = (part.data_start, 0usize, 0u64);
+    for t in tensors {
+        gaps += usize::from(t.offset > end);
+        gap_bytes += t.offset - end;
+        // No further than the next tensor, which is aligned and does not overlap this one.
+        end = (t.offset + t.bytes as u64).next_multiple_of(part.alignment);
+    }
+    if gaps > 0 {
+        out.push(format!(
+            "{name}: {gap_bytes} unused bytes in {gaps} places before tensors"
+        ));
+    }
+    if part.file_bytes > end {
+        let n = part.file_bytes - end;
+        out.push(format!("{name}: {n} bytes after the last tensor"));
+    } else if part.file_bytes < end {
+        let alignment = part.alignment;
+        out.push(format!(
+            "{name}: the last tensor is not padded to {alignment} bytes"
+        ));
     }
 }
 

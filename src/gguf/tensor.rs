@@ -7,9 +7,9 @@ use super::reader::{Fault, Reader, bad, quoted};
 use crate::quant::DType;
 
 /// Bytes of the longest tensor name (ggml's own limit is 63).
-pub(crate) const MAX_NAME_BYTES: usize = 255;
+const MAX_NAME_BYTES: usize = 255;
 /// Dimensions of a tensor.
-pub(crate) const MAX_DIMS: usize = 4;
+const MAX_DIMS: usize = 4;
 
 /// The type of a tensor's elements: a format that Kinglet reads, or another of ggml's, by number.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]

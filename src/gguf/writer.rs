@@ -5,10 +5,10 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::header::{self, MAGIC, MAX_KEY_BYTES, MAX_KEYS, MAX_TENSORS};
+use super::header::{self, MAGIC};
 use super::metadata::Metadata;
-use super::reader::{Fault, quoted};
-use super::tensor::{MAX_NAME_BYTES, TensorInfo, TensorType, checked_size};
+use super::reader::{Fault, Reader, quoted};
+use super::tensor::{TensorInfo, TensorType, checked_size};
 use super::value::write_string;
 use crate::{Error, Result};
 
@@ -89,7 +89,7 @@ impl Writer {
     /// Starts the file `path` with `metadata` and these tensors. An existing file stays until `finish`.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if names repeat or are too long, or shapes do not fit types; [`Error::Io`].
+    /// [`Error::Invalid`] if the header is one that [`Gguf::open`](super::Gguf::open) refuses; [`Error::Io`].
     pub fn create(path: &Path, metadata: &Metadata, tensors: &[TensorSpec]) -> Result<Self> {
         let alignment = header::alignment(metadata).map_err(invalid)?;
         let header = encode_header(metadata, tensors, alignment)?;
@@ -222,15 +222,8 @@ impl Drop for Writer {
     }
 }
 
+/// The header of a file of these keys and tensors, checked by reading it.
 fn encode_header(metadata: &Metadata, tensors: &[TensorSpec], alignment: u64) -> Result<Vec<u8>> {
-    let at_most = |what: &str, max: usize, found: usize| match found <= max {
-        true => Ok(()),
-        false => Err(Error::Invalid(format!(
-            "{what}: expected at most {max}, found {found}"
-        ))),
-    };
-    at_most("number of metadata keys", MAX_KEYS, metadata.len())?;
-    at_most("number of tensors", MAX_TENSORS, tensors.len())?;
     let mut names: Vec<&str> = tensors.iter().map(|t| &*t.name).collect();
     names.sort_unstable();
     if let Some(pair) = names.windows(2).find(|w| w[0] == w[1]) {
@@ -245,20 +238,12 @@ fn encode_header(metadata: &Metadata, tensors: &[TensorSpec], alignment: u64) ->
     out.extend_from_slice(&(tensors.len() as u64).to_le_bytes());
     out.extend_from_slice(&(metadata.len() as u64).to_le_bytes());
     for (key, value) in metadata.iter() {
-        if key.is_empty() {
-            return Err(Error::Invalid("metadata key: expected a name".into()));
-        }
-        at_most("bytes of a metadata key", MAX_KEY_BYTES, key.len())?;
         write_string(&mut out, key.as_bytes());
         out.extend_from_slice(&value.type_id().to_le_bytes());
         value.write(&mut out);
     }
     let mut offset = 0u64;
     for t in tensors {
-        if t.name.is_empty() {
-            return Err(Error::Invalid("tensor: expected a name".into()));
-        }
-        at_most("bytes of a tensor name", MAX_NAME_BYTES, t.name.len())?;
         write_string(&mut out, t.name.as_bytes());
         out.extend_from_slice(&(t.shape.len() as u32).to_le_bytes());
         for d in &t.shape {
@@ -271,6 +256,9 @@ fn encode_header(metadata: &Metadata, tensors: &[TensorSpec], alignment: u64) ->
             .and_then(|end| end.checked_next_multiple_of(alignment))
             .ok_or_else(|| Error::Invalid("tensors: expected less than 2^64 bytes".into()))?;
     }
+    let data_start = (out.len() as u64).next_multiple_of(alignment);
+    let mut reader = Reader::new(&out[..], data_start.saturating_add(offset));
+    header::parse(&mut reader).map_err(invalid)?;
     Ok(out)
 }
 

@@ -49,13 +49,21 @@ impl Config {
         let n_layers = meta.usize(&key("block_count"))?;
         let n_tensors = gguf.tensors().count();
         if n_layers == 0 || n_layers > n_tensors {
-            return Err(bad(format!("{}: expected 1 to {n_tensors} (the tensors), found {n_layers}", key("block_count"))));
+            return Err(bad(format!(
+                "{}: expected 1 to {n_tensors} (the tensors), found {n_layers}",
+                key("block_count")
+            )));
         }
         let hidden = meta.usize(&key("embedding_length"))?;
         let n_heads = meta.per_layer_usize(&key("attention.head_count"), n_layers)?;
         let n_heads = match n_heads.iter().max() {
             Some(max) if *max > 0 && n_heads.iter().all(|n| n == max || *n == 0) => *max,
-            _ => return Err(bad(format!("{}: expected one number of heads, found {n_heads:?}", key("attention.head_count")))),
+            _ => {
+                return Err(bad(format!(
+                    "{}: expected one number of heads, found {n_heads:?}",
+                    key("attention.head_count")
+                )));
+            }
         };
         let head_count_kv = key("attention.head_count_kv");
         let n_kv_heads = match meta.get(&head_count_kv) {
@@ -63,27 +71,47 @@ impl Config {
             None => vec![n_heads; n_layers],
         };
         if let Some(n) = n_kv_heads.iter().find(|n| **n > 0 && n_heads % **n > 0) {
-            return Err(bad(format!("{head_count_kv}: expected a divisor of {n_heads}, found {n}")));
+            return Err(bad(format!(
+                "{head_count_kv}: expected a divisor of {n_heads}, found {n}"
+            )));
         }
         let head_dim = match meta.opt_usize(&key("attention.key_length"))? {
             Some(head_dim) => head_dim,
             None if hidden.is_multiple_of(n_heads) => hidden / n_heads,
-            None => return Err(bad(format!("embedding length {hidden} is no multiple of {n_heads} heads"))),
+            None => {
+                return Err(bad(format!(
+                    "embedding length {hidden} is no multiple of {n_heads} heads"
+                )));
+            }
         };
-        let value_dim = meta.opt_usize(&key("attention.value_length"))?.unwrap_or(head_dim);
+        let value_dim = meta
+            .opt_usize(&key("attention.value_length"))?
+            .unwrap_or(head_dim);
         if value_dim != head_dim {
-            return Err(bad(format!("{}: expected {head_dim} like the keys, found {value_dim}", key("attention.value_length"))));
+            return Err(bad(format!(
+                "{}: expected {head_dim} like the keys, found {value_dim}",
+                key("attention.value_length")
+            )));
         }
-        let n_rot = meta.opt_usize(&key("rope.dimension_count"))?.unwrap_or(head_dim);
+        let n_rot = meta
+            .opt_usize(&key("rope.dimension_count"))?
+            .unwrap_or(head_dim);
         if n_rot == 0 || n_rot > head_dim || !n_rot.is_multiple_of(2) {
-            return Err(bad(format!("{}: expected an even number up to {head_dim}, found {n_rot}", key("rope.dimension_count"))));
+            return Err(bad(format!(
+                "{}: expected an even number up to {head_dim}, found {n_rot}",
+                key("rope.dimension_count")
+            )));
         }
         let eps = meta.f32(&key("attention.layer_norm_rms_epsilon"))?;
         let rope_base = meta.opt_f32(&key("rope.freq_base"))?.unwrap_or(10_000.0);
         if !(eps.is_finite() && eps >= 0.0 && rope_base.is_finite() && rope_base > 0.0) {
-            return Err(bad(format!("expected a norm epsilon and a rope base that are positive, found {eps} and {rope_base}")));
+            return Err(bad(format!(
+                "expected a norm epsilon and a rope base that are positive, found {eps} and {rope_base}"
+            )));
         }
-        let embedding = gguf.tensor("token_embd.weight").ok_or_else(|| bad("tensor token_embd.weight is missing".into()))?;
+        let embedding = gguf
+            .tensor("token_embd.weight")
+            .ok_or_else(|| bad("tensor token_embd.weight is missing".into()))?;
         Ok(Self {
             n_layers,
             hidden,
@@ -106,7 +134,13 @@ impl Config {
     ///
     /// # Errors
     /// If the file asks for another scaling, or `factors` has the wrong length.
-    pub fn rope(&self, gguf: &Gguf, base: f32, pairs: RopePairs, factors: Option<&[f32]>) -> Result<Rope> {
+    pub fn rope(
+        &self,
+        gguf: &Gguf,
+        base: f32,
+        pairs: RopePairs,
+        factors: Option<&[f32]>,
+    ) -> Result<Rope> {
         let meta = gguf.metadata();
         let key = |name: &str| format!("{}.rope.scaling.{name}", self.architecture);
         let factor = meta.opt_f32(&key("factor"))?;
@@ -122,8 +156,15 @@ impl Config {
             }
         };
         let mut rope = Rope::new(base, self.n_rot, pairs);
-        let factors = factors.unwrap_or(&[]).iter().copied().chain(std::iter::repeat(1.0));
-        rope.inv_freq.iter_mut().zip(factors).for_each(|(freq, factor)| *freq /= scale * factor);
+        let factors = factors
+            .unwrap_or(&[])
+            .iter()
+            .copied()
+            .chain(std::iter::repeat(1.0));
+        rope.inv_freq
+            .iter_mut()
+            .zip(factors)
+            .for_each(|(freq, factor)| *freq /= scale * factor);
         Ok(rope)
     }
 }

@@ -31,35 +31,58 @@ struct Layer<B: Backend> {
 pub(super) fn load<B: Backend + 'static>(w: &Weights<B>) -> Result<Box<dyn Network<B>>> {
     let config = Config::read(w.gguf)?;
     let meta = w.gguf.metadata();
-    if let Some(cap) = meta.opt_f32("gemma3.final_logit_softcapping")?.filter(|cap| *cap != 0.0) {
+    if let Some(cap) = meta
+        .opt_f32("gemma3.final_logit_softcapping")?
+        .filter(|cap| *cap != 0.0)
+    {
         return Err(Error::Unsupported {
             kind: "gemma3 variant",
             found: format!("logit soft-capping at {cap}"),
             supported: "none".to_owned(),
         });
     }
-    let window = meta.opt_usize("gemma3.attention.sliding_window")?.filter(|n| *n > 0);
+    let window = meta
+        .opt_usize("gemma3.attention.sliding_window")?
+        .filter(|n| *n > 0);
     // One in six layers is global, unless the file says otherwise: by a period, or layer by layer.
     let pattern = "gemma3.attention.sliding_window_pattern";
-    let by_layer = meta.get(pattern).is_some_and(|value| value.as_array().is_some());
+    let by_layer = meta
+        .get(pattern)
+        .is_some_and(|value| value.as_array().is_some());
     let is_local = if by_layer {
-        meta.opt_per_layer_bool(pattern, config.n_layers)?.unwrap_or_default()
+        meta.opt_per_layer_bool(pattern, config.n_layers)?
+            .unwrap_or_default()
     } else {
         let period = meta.opt_usize(pattern)?.unwrap_or(6);
-        (1..=config.n_layers).map(|i| period == 0 || i % period != 0).collect()
+        (1..=config.n_layers)
+            .map(|i| period == 0 || i % period != 0)
+            .collect()
     };
-    let base = meta.opt_f32("gemma3.rope.freq_base_swa")?.filter(|base| base.is_finite() && *base > 0.0);
+    let base = meta
+        .opt_f32("gemma3.rope.freq_base_swa")?
+        .filter(|base| base.is_finite() && *base > 0.0);
     let global = config.rope(w.gguf, config.rope_base, RopePairs::Halves, None)?;
     // Position scaling is for the global layers alone.
     let local = Rope::new(base.unwrap_or(10_000.0), config.n_rot, RopePairs::Halves);
     // 27B alone scales by the width of a head before it was widened.
-    let per_head = if config.n_layers == 62 { config.hidden / config.n_heads } else { config.head_dim };
+    let per_head = if config.n_layers == 62 {
+        config.hidden / config.n_heads
+    } else {
+        config.head_dim
+    };
     let scale = 1.0 / (per_head as f32).sqrt();
     let layer = |i: usize| {
         let norm = |name: &str| w.vector(&format!("blk.{i}.{name}.weight"), config.hidden);
         Ok(Layer {
             attention_norm: norm("attn_norm")?,
-            attention: SelfAttention::load(w, &config, i, RopePairs::Halves, scale, window.filter(|_| is_local[i]))?,
+            attention: SelfAttention::load(
+                w,
+                &config,
+                i,
+                RopePairs::Halves,
+                scale,
+                window.filter(|_| is_local[i]),
+            )?,
             post_attention_norm: norm("post_attention_norm")?,
             ffn_norm: norm("ffn_norm")?,
             ffn: GatedFfn::load(w, &config, i, Activation::GeluTanh)?,
@@ -68,7 +91,13 @@ pub(super) fn load<B: Backend + 'static>(w: &Weights<B>) -> Result<Box<dyn Netwo
     };
     let layers = (0..config.n_layers).map(layer).collect::<Result<_>>()?;
     let embedding = Embedding::load(w, &config, "output_norm.weight")?;
-    Ok(Box::new(Gemma3 { config, embedding, layers, global, local }))
+    Ok(Box::new(Gemma3 {
+        config,
+        embedding,
+        layers,
+        global,
+        local,
+    }))
 }
 
 impl<B: Backend> Network<B> for Gemma3<B> {
@@ -77,17 +106,28 @@ impl<B: Backend> Network<B> for Gemma3<B> {
     }
 
     fn state(&self, backend: &B, kv: KvType) -> State<B> {
-        let layers = self.layers.iter().map(|l| LayerState::Kv(backend.kv(&l.attention.shape, kv)));
-        State { layers: layers.collect() }
+        let layers = self
+            .layers
+            .iter()
+            .map(|l| LayerState::Kv(backend.kv(&l.attention.shape, kv)));
+        State {
+            layers: layers.collect(),
+        }
     }
 
     fn forward(&self, b: &mut B, state: &mut State<B>, pass: &Pass) -> Option<B::Tensor> {
         let eps = self.config.eps;
         let global = b.rope_angles(&self.global, pass.start, pass.tokens.len());
         let local = b.rope_angles(&self.local, pass.start, pass.tokens.len());
-        let mut x = self.embedding.embed(b, pass.tokens, (self.config.hidden as f32).sqrt());
+        let mut x = self
+            .embedding
+            .embed(b, pass.tokens, (self.config.hidden as f32).sqrt());
         for (i, (layer, state)) in self.layers.iter().zip(&mut state.layers).enumerate() {
-            let angles = if layer.attention.shape.window.is_some() { &local } else { &global };
+            let angles = if layer.attention.shape.window.is_some() {
+                &local
+            } else {
+                &global
+            };
             let h = b.rms_norm(&x, &layer.attention_norm, eps);
             let h = layer.attention.forward(b, state.kv(), &h, angles, pass);
             let h = b.rms_norm(&h, &layer.post_attention_norm, eps);

@@ -46,10 +46,14 @@ pub(super) fn load<B: Backend + 'static>(w: &Weights<B>) -> Result<Box<dyn Netwo
     let n_taps = meta.usize("lfm2.shortconv.l_cache")?;
     let n_convs = config.n_kv_heads.iter().filter(|n| **n == 0).count();
     if n_taps == 0 || n_taps > MAX_TAPS {
-        return Err(Error::BadModel(format!("lfm2.shortconv.l_cache: expected 1 to {MAX_TAPS}, found {n_taps}")));
+        return Err(Error::BadModel(format!(
+            "lfm2.shortconv.l_cache: expected 1 to {MAX_TAPS}, found {n_taps}"
+        )));
     }
     config.conv_reach = (n_taps - 1) * n_convs;
-    let window = meta.opt_usize("lfm2.attention.sliding_window")?.filter(|n| *n > 0);
+    let window = meta
+        .opt_usize("lfm2.attention.sliding_window")?
+        .filter(|n| *n > 0);
     let rope = config.rope(w.gguf, config.rope_base, RopePairs::Halves, None)?;
     let layer = |i: usize| {
         let mixer = if config.n_kv_heads[i] == 0 {
@@ -57,7 +61,14 @@ pub(super) fn load<B: Backend + 'static>(w: &Weights<B>) -> Result<Box<dyn Netwo
         } else {
             w.vector(&format!("blk.{i}.attn_q_norm.weight"), config.head_dim)?;
             let scale = 1.0 / (config.head_dim as f32).sqrt();
-            Mixer::Attention(SelfAttention::load(w, &config, i, RopePairs::Halves, scale, window)?)
+            Mixer::Attention(SelfAttention::load(
+                w,
+                &config,
+                i,
+                RopePairs::Halves,
+                scale,
+                window,
+            )?)
         };
         Ok(Layer {
             mixer_norm: w.vector(&format!("blk.{i}.attn_norm.weight"), config.hidden)?,
@@ -68,9 +79,19 @@ pub(super) fn load<B: Backend + 'static>(w: &Weights<B>) -> Result<Box<dyn Netwo
     };
     let layers = (0..config.n_layers).map(layer).collect::<Result<_>>()?;
     // The final norm is stored under the embedding's name; early converters called it what others do.
-    let norm = if w.has("token_embd_norm.weight") { "token_embd_norm.weight" } else { "output_norm.weight" };
+    let norm = if w.has("token_embd_norm.weight") {
+        "token_embd_norm.weight"
+    } else {
+        "output_norm.weight"
+    };
     let embedding = Embedding::load(w, &config, norm)?;
-    Ok(Box::new(Lfm2 { config, embedding, layers, rope, n_taps }))
+    Ok(Box::new(Lfm2 {
+        config,
+        embedding,
+        layers,
+        rope,
+        n_taps,
+    }))
 }
 
 /// Kernels are 3 long, 7 in the next generation; a file that claims thousands is broken.
@@ -84,9 +105,13 @@ impl<B: Backend> Network<B> for Lfm2<B> {
     fn state(&self, backend: &B, kv: KvType) -> State<B> {
         let layers = self.layers.iter().map(|layer| match &layer.mixer {
             Mixer::Attention(attention) => LayerState::Kv(backend.kv(&attention.shape, kv)),
-            Mixer::ShortConv(_) => LayerState::Conv(backend.conv(self.n_taps - 1, self.config.hidden)),
+            Mixer::ShortConv(_) => {
+                LayerState::Conv(backend.conv(self.n_taps - 1, self.config.hidden))
+            }
         });
-        State { layers: layers.collect() }
+        State {
+            layers: layers.collect(),
+        }
     }
 
     fn forward(&self, b: &mut B, state: &mut State<B>, pass: &Pass) -> Option<B::Tensor> {

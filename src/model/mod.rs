@@ -77,5 +77,9 @@ pub fn load<B: Backend + 'static>(gguf: &Gguf, backend: &B) -> Result<Box<dyn Ne
         found: architecture.to_owned(),
         supported: table.map(|(name, _)| name).join(", "),
     })?;
-    loader(&Weights { gguf, backend, architecture })
+    loader(&Weights {
+        gguf,
+        backend,
+        architecture,
+    })
 }

@@ -1,9 +1,9 @@
 //! Qwen2 and Qwen2.5 (arXiv:2407.10671): a plain decoder with biases on queries, keys and values.
 
+use super::Network;
 use super::config::Config;
 use super::layer::decoder::Decoder;
 use super::weights::Weights;
-use super::Network;
 use crate::backend::{Backend, RopePairs};
 use crate::error::Result;
 

@@ -1,9 +1,9 @@
 //! Qwen3 (arXiv:2505.09388), dense: a plain decoder with norms over each head of queries and keys.
 
+use super::Network;
 use super::config::Config;
 use super::layer::decoder::Decoder;
 use super::weights::Weights;
-use super::Network;
 use crate::backend::{Backend, RopePairs};
 use crate::error::Result;
 

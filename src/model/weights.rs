@@ -28,8 +28,16 @@ impl<B: Backend> Weights<'_, B> {
         if tensor.shape == expected {
             return Ok(tensor);
         }
-        let found = &tensor.shape[..shape.len().max(tensor.shape.iter().rposition(|n| *n != 1).map_or(1, |i| i + 1))];
-        Err(Error::BadModel(format!("tensor {name}: expected shape {shape:?}, found {found:?}")))
+        let found = &tensor.shape[..shape.len().max(
+            tensor
+                .shape
+                .iter()
+                .rposition(|n| *n != 1)
+                .map_or(1, |i| i + 1),
+        )];
+        Err(Error::BadModel(format!(
+            "tensor {name}: expected shape {shape:?}, found {found:?}"
+        )))
     }
 
     /// The matrix `name`, `[n_in, n_out]` in the order of the file.

@@ -166,7 +166,10 @@ impl Backend for Cpu {
             n_out: tensor.n_out(),
             row_bytes,
             gemv,
-            gemm: table::gemm(dtype).unwrap_or(gemv),
+            // A GEMV of a higher level beats a GEMM of a lower one.
+            gemm: table::gemm(dtype)
+                .filter(|gemm| gemm.isa() >= gemv.isa())
+                .unwrap_or(gemv),
         })
     }
 
@@ -320,7 +323,13 @@ impl Backend for Cpu {
         }
     }
 
-    fn attention(&mut self, q: &Tensor, kv: &KvCache, start: usize, attention: &Attention) -> Tensor {
+    fn attention(
+        &mut self,
+        q: &Tensor,
+        kv: &KvCache,
+        start: usize,
+        attention: &Attention,
+    ) -> Tensor {
         let mut out = self.tensor(q.n_tokens, q.n_cols);
         let attend = attention::Attend {
             cache: kv,

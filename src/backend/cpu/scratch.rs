@@ -63,7 +63,10 @@ impl Scratch {
 impl Scratch {
     /// Bytes of the free buffers; between operations of a forward pass some are in use.
     pub(crate) fn bytes(&self) -> usize {
-        let free = self.free.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let free = self
+            .free
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
         free.iter().map(|lines| size_of_val(&**lines)).sum()
     }
 }

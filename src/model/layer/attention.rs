@@ -43,14 +43,27 @@ impl<B: Backend> SelfAttention<B> {
             v: w.linear(&name("v"), config.hidden, n_kv)?,
             out: w.linear(&name("output"), n_q, config.hidden)?,
             norms,
-            shape: Attention { n_heads: config.n_heads, n_kv_heads, head_dim, scale, window },
+            shape: Attention {
+                n_heads: config.n_heads,
+                n_kv_heads,
+                head_dim,
+                scale,
+                window,
+            },
             pairs,
             eps: config.eps,
         })
     }
 
     /// `x`: (n_tokens, hidden), normed; `angles` those of the pass's positions.
-    pub(crate) fn forward(&self, b: &mut B, kv: &mut B::Kv, x: &B::Tensor, angles: &B::Tensor, pass: &Pass) -> B::Tensor {
+    pub(crate) fn forward(
+        &self,
+        b: &mut B,
+        kv: &mut B::Kv,
+        x: &B::Tensor,
+        angles: &B::Tensor,
+        pass: &Pass,
+    ) -> B::Tensor {
         let n = self.shape.head_dim;
         let [mut q, mut k, v] = b.linear(x, [&self.q, &self.k, &self.v]);
         if let Some((q_norm, k_norm)) = &self.norms {

@@ -30,7 +30,9 @@ impl<B: Backend> Decoder<B> {
     pub(crate) fn load(w: &Weights<B>, config: Config, rope: Rope) -> Result<Self> {
         if let Some(i) = config.n_kv_heads.iter().position(|n| *n == 0) {
             let name = &config.architecture;
-            return Err(Error::BadModel(format!("{name}: expected attention in every layer, found none in layer {i}")));
+            return Err(Error::BadModel(format!(
+                "{name}: expected attention in every layer, found none in layer {i}"
+            )));
         }
         let layer = |i: usize| {
             let scale = 1.0 / (config.head_dim as f32).sqrt();
@@ -42,7 +44,12 @@ impl<B: Backend> Decoder<B> {
             })
         };
         let layers = (0..config.n_layers).map(layer).collect::<Result<_>>()?;
-        Ok(Self { embedding: Embedding::load(w, &config, "output_norm.weight")?, layers, rope, config })
+        Ok(Self {
+            embedding: Embedding::load(w, &config, "output_norm.weight")?,
+            layers,
+            rope,
+            config,
+        })
     }
 }
 
@@ -52,8 +59,13 @@ impl<B: Backend> Network<B> for Decoder<B> {
     }
 
     fn state(&self, backend: &B, kv: KvType) -> State<B> {
-        let layers = self.layers.iter().map(|l| LayerState::Kv(backend.kv(&l.attention.shape, kv)));
-        State { layers: layers.collect() }
+        let layers = self
+            .layers
+            .iter()
+            .map(|l| LayerState::Kv(backend.kv(&l.attention.shape, kv)));
+        State {
+            layers: layers.collect(),
+        }
     }
 
     fn forward(&self, b: &mut B, state: &mut State<B>, pass: &Pass) -> Option<B::Tensor> {

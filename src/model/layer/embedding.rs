@@ -20,9 +20,17 @@ impl<B: Backend> Embedding<B> {
         let head = if w.has("output.weight") {
             w.linear("output", config.hidden, config.n_vocab)?
         } else {
-            Linear { weight: table()?, bias: None }
+            Linear {
+                weight: table()?,
+                bias: None,
+            }
         };
-        Ok(Self { table: table()?, norm: w.vector(norm, config.hidden)?, head, eps: config.eps })
+        Ok(Self {
+            table: table()?,
+            norm: w.vector(norm, config.hidden)?,
+            head,
+            eps: config.eps,
+        })
     }
 
     /// (n_tokens, hidden), times `scale`.

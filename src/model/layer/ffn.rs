@@ -15,7 +15,12 @@ pub(crate) struct GatedFfn<B: Backend> {
 
 impl<B: Backend> GatedFfn<B> {
     /// Reads `blk.i.ffn_*`.
-    pub(crate) fn load(w: &Weights<B>, config: &Config, i: usize, activation: Activation) -> Result<Self> {
+    pub(crate) fn load(
+        w: &Weights<B>,
+        config: &Config,
+        i: usize,
+        activation: Activation,
+    ) -> Result<Self> {
         let name = |part: &str| format!("blk.{i}.ffn_{part}");
         Ok(Self {
             gate: w.linear(&name("gate"), config.hidden, config.ffn)?,

@@ -19,7 +19,9 @@ impl<B: Backend> ShortConv<B> {
         let hidden = config.hidden;
         let name = |part: &str| format!("blk.{i}.shortconv.{part}");
         let by_channel = w.floats(&name("conv.weight"), &[n_taps, hidden])?;
-        let taps = (0..n_taps * hidden).map(|at| by_channel[at % hidden * n_taps + at / hidden]).collect();
+        let taps = (0..n_taps * hidden)
+            .map(|at| by_channel[at % hidden * n_taps + at / hidden])
+            .collect();
         Ok(Self {
             input: w.linear(&name("in_proj"), hidden, 3 * hidden)?,
             taps: w.backend.vector(taps),
