@@ -40,7 +40,11 @@ impl Candidates {
         check(logits)?;
         self.logits.clear();
         self.logits.extend_from_slice(logits);
+        // Room for all of them at once, not when some logits are flat; pages that are not used cost nothing.
         self.list.clear();
+        self.list.reserve(logits.len());
+        self.weights.clear();
+        self.weights.reserve(logits.len());
         self.selected = false;
         self.sorted = false;
         Ok(())

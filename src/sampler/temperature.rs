@@ -5,8 +5,12 @@ use crate::error::Result;
 
 /// `t > 0`.
 pub(super) fn apply(candidates: &mut Candidates, t: f32) -> Result<()> {
-    // From the largest one: a tiny temperature sends the others to minus infinity, not the best to infinity.
     let max = candidates.max()?;
-    candidates.map_logits(|x| (x - max) / t);
+    if (max / t).is_finite() {
+        candidates.map_logits(|x| x / t);
+    } else {
+        // The same distribution: the largest is 0 then, and the others go to minus infinity at worst.
+        candidates.map_logits(|x| (x - max) / t);
+    }
     Ok(())
 }

@@ -17,7 +17,7 @@ MODEL is the path of a GGUF file. Without it: $KINGLET_MODEL, else models/lfm2-s
 
 /// An on-device LLM runtime: quantized GGUF models on the CPU.
 #[derive(Parser)]
-#[command(name = "kinglet", version, after_help = EXIT_CODES, disable_help_subcommand = true)]
+#[command(name = "kinglet", version, after_help = EXIT_CODES, disable_help_subcommand = true, args_override_self = true)]
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,

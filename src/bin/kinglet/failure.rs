@@ -53,7 +53,7 @@ impl Failure {
     /// One line to stderr, and the exit code.
     pub fn report(&self) -> ExitCode {
         if let Some(line) = self.line() {
-            ui::note(&format!("error: {line}"));
+            ui::note(&format!("error: {}", ui::one_line(&line)));
         }
         ExitCode::from(self.code())
     }

@@ -28,6 +28,7 @@ pub fn run(args: &RunArgs) -> Outcome {
     let model = locate::load(&args.model)?;
     let mut sampler = Sampler::new(&args.sampling.settings(&model)?);
     let session = args.session.open(&model)?;
+    let n_ctx = session.n_ctx();
     let raw = args.raw || model.tokenizer()?.chat_template().is_none();
     if raw && !args.raw {
         ui::note("note: the model has no chat template; the text is continued as it is (--raw)");
@@ -53,7 +54,6 @@ pub fn run(args: &RunArgs) -> Outcome {
         Finish::Stop | Finish::Length => Ok(()),
         Finish::Cancelled => Err(Failure::Interrupted),
         Finish::ContextFull => {
-            let n_ctx = reply.stats.prompt_tokens + reply.tokens.len() - 1;
             let needed = n_ctx + 1;
             Err(kinglet::Error::ContextFull { needed, n_ctx }.into())
         }
