@@ -850,7 +850,7 @@ fn quantize_writes_a_file_that_runs() {
             "quantize",
             path(&small),
             path(&scratch("again.gguf")),
-            "Q8_0",
+            "Q4_0",
         ]),
         2,
     );

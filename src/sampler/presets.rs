@@ -139,7 +139,6 @@ const PRESETS: &[Preset] = &[
         top_p: Some(0.8),
         min_p: Some(0.0),
         repeat_penalty: Some(1.1),
-        ..OTHER
     },
     Preset {
         name: "Qwen2.5",

@@ -74,7 +74,6 @@ pub fn run(args: &ChatArgs) -> Outcome {
             break;
         }
     }
-    input.save_history();
     Ok(())
 }
 
@@ -323,6 +322,9 @@ impl Repl {
                 ui::note(tokenizer.chat_template().unwrap_or("no template"));
             }
             "messages" => {
+                if self.chat.messages().is_empty() {
+                    ui::note("no messages");
+                }
                 for message in self.chat.messages() {
                     ui::note(&format!("{}: {}", message.role, message.content));
                 }
@@ -524,19 +526,13 @@ impl Input {
         }
     }
 
+    /// Puts an entry into the history, and into its file at once: another chat may end later.
     fn remember(&mut self, entry: &str) {
-        if let Input::Terminal { editor, .. } = self {
-            let _ = editor.add_history_entry(entry); // not remembered, then
-        }
-    }
-
-    fn save_history(&mut self) {
-        if let Input::Terminal {
-            editor,
-            history: Some(path),
-        } = self
+        if let Input::Terminal { editor, history } = self
+            && let Ok(true) = editor.add_history_entry(entry)
+            && let Some(path) = history
         {
-            let _ = editor.save_history(path); // a home that cannot be written to
+            let _ = editor.append_history(path); // a home that cannot be written to
         }
     }
 }

@@ -189,13 +189,15 @@ pub fn stats_line(stats: &Stats) -> String {
         0 => String::new(),
         n => format!(" (+{n} kept)"),
     };
-    format!(
-        "prefill {read} tokens{kept} {:.1} tok/s · decode {} tokens {:.1} tok/s · first token {}",
-        stats.prefill_rate(),
-        stats.decode_tokens,
-        stats.decode_rate(),
-        duration(stats.first_token),
-    )
+    let mut line = format!("prefill {read} tokens{kept} {:.1} tok/s", stats.prefill_rate());
+    if !stats.first_token.is_zero() {
+        line += &format!(" · first token {}", duration(stats.first_token));
+    }
+    if stats.decode_tokens > 0 {
+        let (n, rate) = (stats.decode_tokens, stats.decode_rate());
+        line += &format!(" · decode {n} tokens {rate:.1} tok/s");
+    }
+    line
 }
 
 /// `12 ms`, `3.4 s`.
