@@ -1,7 +1,7 @@
 //! Quantization, norms, rotary embedding, gated units, conversions, short convolution.
 
 use kinglet::backend::Activation;
-use kinglet::backend::cpu::acts::Q8_LEN;
+use kinglet::backend::cpu::acts::{Q8_LEN, Q8RowMut};
 use kinglet::backend::cpu::table::{self, Ready, ShortConv, ShortConvRows};
 
 use crate::common::{Random, assert_near, scalar_row, vector_rows};
@@ -32,8 +32,20 @@ fn quantize_rows_are_equal_and_near() {
         x[..Q8_LEN].fill(0.0);
         let blocks = n / Q8_LEN;
         let run = |kernel: Ready<table::Quantize>| {
-            let (mut q, mut d, mut s) = (vec![1; n], vec![1.0; blocks], vec![1.0; blocks]);
-            kernel.run(&x, &mut q, &mut d, &mut s);
+            let (mut q, mut u) = (vec![1; n], vec![1; n]);
+            let (mut d, mut s) = (vec![1.0; blocks], vec![1.0; blocks]);
+            let mut row = Q8RowMut {
+                q: &mut q,
+                u: &mut u,
+                d: &mut d,
+                s: &mut s,
+            };
+            kernel.run(&x, &mut row);
+            assert!(
+                q.iter()
+                    .zip(&u)
+                    .all(|(q, u)| i32::from(*u) == i32::from(*q) + 128)
+            );
             (q, d, s)
         };
         let (q, d, s) = run(scalar_row(table::QUANTIZE));

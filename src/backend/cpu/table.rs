@@ -8,7 +8,7 @@
     reason = "calls to target-feature kernels, each through a `Ready`"
 )]
 
-use super::acts::Acts;
+use super::acts::{Acts, Q8RowMut};
 use super::isa::Isa;
 use super::pool::OutCols;
 use super::scalar;
@@ -177,8 +177,8 @@ macro_rules! operation {
 }
 
 operation! {
-    /// Quantizes a row of activations: `x` (n), `q` (n), `d` (n / 32), `s` (n / 32).
-    Quantize(x: &[f32], q: &mut [i8], d: &mut [f32], s: &mut [f32])
+    /// Quantizes a row of activations: `x` (n), `q` and `u` (n), `d` and `s` (n / 32), see [`acts`](super::acts).
+    Quantize(x: &[f32], row: &mut Q8RowMut)
 }
 operation! {
     /// `y = x / sqrt(mean(x^2) + eps) * gain`, all of one length.
@@ -386,15 +386,41 @@ matmuls! {
 matmuls! {
     /// Many tokens: each tile of weights is unpacked once and used for all of them.
     GEMM {
+        #[cfg(target_arch = "x86_64")]
+        "gemm_f16_f32_avx512vnni", F16, F32, Avx512Vnni, avx512vnni::gemm_float::f16;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_f16_f32_avx2", F16, F32, Avx2, avx2::gemm_float::f16;
         "gemm_f16_f32_scalar", F16, F32, Scalar, scalar::gemv::f32::<quant::BlockF16>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_bf16_f32_avx512vnni", BF16, F32, Avx512Vnni, avx512vnni::gemm_float::bf16;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_bf16_f32_avx2", BF16, F32, Avx2, avx2::gemm_float::bf16;
         "gemm_bf16_f32_scalar", BF16, F32, Scalar, scalar::gemv::f32::<quant::BlockBF16>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_f32_f32_avx512vnni", F32, F32, Avx512Vnni, avx512vnni::gemm_float::f32;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_f32_f32_avx2", F32, F32, Avx2, avx2::gemm_float::f32;
         "gemm_f32_f32_scalar", F32, F32, Scalar, scalar::gemv::f32::<quant::BlockF32>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q4_0_q8_avx512vnni", Q4_0, Q8, Avx512Vnni, avx512vnni::gemm_q4_0::gemm;
         "gemm_q4_0_q8_scalar", Q4_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ4_0>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q4_1_q8_avx512vnni", Q4_1, Q8, Avx512Vnni, avx512vnni::gemm_q4_1::gemm;
         "gemm_q4_1_q8_scalar", Q4_1, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ4_1>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q5_0_q8_avx512vnni", Q5_0, Q8, Avx512Vnni, avx512vnni::gemm_q5_0::gemm;
         "gemm_q5_0_q8_scalar", Q5_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ5_0>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q8_0_q8_avx512vnni", Q8_0, Q8, Avx512Vnni, avx512vnni::gemm_q8_0::gemm;
         "gemm_q8_0_q8_scalar", Q8_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ8_0>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q4_k_q8_avx512vnni", Q4_K, Q8, Avx512Vnni, avx512vnni::gemm_q4_k::gemm;
         "gemm_q4_k_q8_scalar", Q4_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ4K>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q5_k_q8_avx512vnni", Q5_K, Q8, Avx512Vnni, avx512vnni::gemm_q5_k::gemm;
         "gemm_q5_k_q8_scalar", Q5_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ5K>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q6_k_q8_avx512vnni", Q6_K, Q8, Avx512Vnni, avx512vnni::gemm_q6_k::gemm;
         "gemm_q6_k_q8_scalar", Q6_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ6K>;
         "gemm_q5_1_q8_scalar", Q5_1, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ5_1>;
         "gemm_q2_k_q8_scalar", Q2_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ2K>;

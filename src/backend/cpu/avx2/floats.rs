@@ -12,6 +12,9 @@ pub(super) const LANES: usize = 8;
 /// Vectors of a row that a kernel sums at a time for each of four queries.
 pub(super) const WIDTH: usize = 2;
 
+/// Rows and tokens of a GEMM's tile of sums.
+pub(super) const TILE: (usize, usize) = (2, 4);
+
 crate::backend::cpu::x86::floats::operations! { "avx2,fma,f16c":
     // SAFETY: reads the 32 bytes of a borrowed array; no alignment is asked.
     fn load(x: &[f32; 8]) -> V = unsafe { _mm256_loadu_ps(x.as_ptr()) };

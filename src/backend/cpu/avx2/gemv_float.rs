@@ -13,19 +13,19 @@ use crate::quant::{Block, BlockBF16, BlockF16, BlockF32, blocks};
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn widen_f16<T: Pod>(w: &T) -> __m256 {
+pub(super) fn widen_f16<T: Pod>(w: &T) -> __m256 {
     _mm256_cvtph_ps(load128(w))
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn widen_bf16<T: Pod>(w: &T) -> __m256 {
+pub(super) fn widen_bf16<T: Pod>(w: &T) -> __m256 {
     _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(load128(w))))
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn widen_f32(w: &[BlockF32; 8]) -> __m256 {
+pub(super) fn widen_f32(w: &[BlockF32; 8]) -> __m256 {
     v::load(bytemuck::cast_ref::<_, [f32; 8]>(w))
 }
 

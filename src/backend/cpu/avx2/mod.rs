@@ -12,6 +12,7 @@ use bytemuck::Pod;
 pub(crate) mod attend;
 pub(crate) mod elementwise;
 mod floats;
+pub(crate) mod gemm_float;
 pub(crate) mod gemv_float;
 pub(crate) mod gemv_q4_0;
 pub(crate) mod gemv_q4_1;

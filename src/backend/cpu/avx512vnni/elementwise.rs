@@ -3,7 +3,7 @@
 
 use super::floats as v;
 use crate::backend::Activation;
-use crate::backend::cpu::acts::Q8_LEN;
+use crate::backend::cpu::acts::{Q8_LEN, Q8RowMut};
 use crate::backend::cpu::scalar::{elementwise as scalar, short_conv};
 use crate::backend::cpu::table::ShortConvRows;
 

@@ -14,6 +14,9 @@ pub(super) const LANES: usize = 16;
 /// Vectors of a row that a kernel sums at a time for each of four queries.
 pub(super) const WIDTH: usize = 4;
 
+/// Rows and tokens of a GEMM's tile of sums.
+pub(super) const TILE: (usize, usize) = (4, 4);
+
 crate::backend::cpu::x86::floats::operations! { "avx512bw,avx512dq,avx512vl,avx512vnni":
     fn load(x: &[f32; 16]) -> V = _mm512_castsi512_ps(load_bits(x));
     // SAFETY: writes the 64 bytes of an exclusively borrowed array; no alignment is asked.

@@ -13,19 +13,19 @@ use crate::quant::{Block, BlockBF16, BlockF16, BlockF32, blocks};
 
 #[inline]
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn widen_f16<T: Pod>(w: &T) -> __m512 {
+pub(super) fn widen_f16<T: Pod>(w: &T) -> __m512 {
     _mm512_cvtph_ps(load256(w))
 }
 
 #[inline]
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn widen_bf16<T: Pod>(w: &T) -> __m512 {
+pub(super) fn widen_bf16<T: Pod>(w: &T) -> __m512 {
     _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(load256(w))))
 }
 
 #[inline]
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn widen_f32(w: &[BlockF32; 16]) -> __m512 {
+pub(super) fn widen_f32(w: &[BlockF32; 16]) -> __m512 {
     v::load(bytemuck::cast_ref::<_, [f32; 16]>(w))
 }
 

@@ -11,6 +11,15 @@ use bytemuck::Pod;
 pub(crate) mod attend;
 pub(crate) mod elementwise;
 mod floats;
+mod gemm;
+pub(crate) mod gemm_float;
+pub(crate) mod gemm_q4_0;
+pub(crate) mod gemm_q4_1;
+pub(crate) mod gemm_q4_k;
+pub(crate) mod gemm_q5_0;
+pub(crate) mod gemm_q5_k;
+pub(crate) mod gemm_q6_k;
+pub(crate) mod gemm_q8_0;
 pub(crate) mod gemv_float;
 pub(crate) mod gemv_q4_0;
 pub(crate) mod gemv_q4_1;
@@ -27,6 +36,15 @@ fn load<T: Pod>(x: &T) -> __m512i {
     const { assert!(size_of::<T>() == 64) };
     // SAFETY: reads the 64 bytes of a borrowed plain value; no alignment is asked.
     unsafe { _mm512_loadu_si512((x as *const T).cast()) }
+}
+
+/// Writes the 64 bytes of `x`.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn store<T: Pod>(x: __m512i, out: &mut T) {
+    const { assert!(size_of::<T>() == 64) };
+    // SAFETY: writes the 64 bytes of an exclusively borrowed plain value; no alignment is asked.
+    unsafe { _mm512_storeu_si512((out as *mut T).cast(), x) }
 }
 
 /// The 32 bytes of `x`.

@@ -3,11 +3,13 @@
 /// Defines the elementwise kernels of a level.
 macro_rules! elementwise {
     ($features:literal) => {
-        /// `x[i] = d * q[i]`, `d = max|x| / 127` per 32, `s = d * sum(q)`; the same numbers as the scalar row's.
+        /// `x[i] = d * q[i]`, `d = max|x| / 127` per 32, `s = d * sum(q)`, `u = q + 128`; the same numbers as the scalar row's.
         #[target_feature(enable = $features)]
-        pub(crate) fn quantize(x: &[f32], q: &mut [i8], d: &mut [f32], s: &mut [f32]) {
-            let (x, q) = (x.as_chunks::<Q8_LEN>().0, q.as_chunks_mut::<Q8_LEN>().0);
-            for (((x, q), d), s) in x.iter().zip(q).zip(d).zip(s) {
+        pub(crate) fn quantize(x: &[f32], row: &mut Q8RowMut) {
+            let x = x.as_chunks::<Q8_LEN>().0.iter();
+            let q = row.q.as_chunks_mut::<Q8_LEN>().0.iter_mut();
+            let scales = row.d.iter_mut().zip(&mut *row.s);
+            for ((x, q), (d, s)) in x.zip(q).zip(scales) {
                 let x = x.as_chunks::<{ v::LANES }>().0;
                 let mut top = v::splat(0.0);
                 for x in x {
@@ -26,6 +28,7 @@ macro_rules! elementwise {
                 }
                 *s = *d * v::sum(sum);
             }
+            scalar::raise(row);
         }
 
         /// `y = x / sqrt(mean(x^2) + eps) * gain`.

@@ -6,6 +6,7 @@
 pub(super) mod attend;
 pub(super) mod elementwise;
 pub(super) mod floats;
+pub(super) mod gemm_float;
 pub(super) mod gemv;
 
 /// Asks for the cache line `bytes` after the start of `x`; it need not exist.
