@@ -491,7 +491,10 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(4000))]
+        #![proptest_config(ProptestConfig {
+            max_global_rejects: 40_000,
+            ..ProptestConfig::with_cases(4000)
+        })]
         #[test]
         fn scanners_equal_their_patterns(
             text in prop_oneof![
