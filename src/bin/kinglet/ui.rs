@@ -189,7 +189,10 @@ pub fn stats_line(stats: &Stats) -> String {
         0 => String::new(),
         n => format!(" (+{n} kept)"),
     };
-    let mut line = format!("prefill {read} tokens{kept} {:.1} tok/s", stats.prefill_rate());
+    let mut line = format!(
+        "prefill {read} tokens{kept} {:.1} tok/s",
+        stats.prefill_rate()
+    );
     if !stats.first_token.is_zero() {
         line += &format!(" · first token {}", duration(stats.first_token));
     }
