@@ -3,6 +3,7 @@
 use std::ops::ControlFlow;
 use std::path::Path;
 
+use kinglet::tokenizer::Special;
 use kinglet::{KvType, LoadOptions, Model, Session, SessionOptions};
 use serde_json::Value;
 
@@ -158,22 +159,38 @@ const CLEAR_MARGIN: f64 = 0.5;
 
 #[test]
 fn the_chat_model_agrees_with_the_reference_wherever_the_reference_is_clear() {
-    let model = load("models/lfm2-smol-Q4_0.gguf");
-    for prompt in golden("lfm2-smol.json")["prompts"]
-        .as_array()
-        .expect("prompts")
-    {
+    agrees(&load("models/lfm2-smol-Q4_0.gguf"), "lfm2-smol.json");
+}
+
+#[test]
+fn smollm2_agrees_with_llama_cpp_wherever_that_is_clear() {
+    let path = ".cache/models/SmolLM2-135M-Instruct.Q4_1.gguf";
+    if !Path::new(env!("CARGO_MANIFEST_DIR")).join(path).exists() {
+        assert!(
+            std::env::var_os("KINGLET_REQUIRE_MODELS").is_none(),
+            "{path} is missing: models/get-smollm2.sh"
+        );
+        println!("skipped: {path} is missing; models/get-smollm2.sh gets it");
+        return;
+    }
+    agrees(&load(path), "smollm2-q4_1.json");
+}
+
+/// Tokens, top-20 logits and the argmax at each teacher-forced step, in several chunk sizes.
+fn agrees(model: &Model, file: &str) {
+    for prompt in golden(file)["prompts"].as_array().expect("prompts") {
         let name = prompt["name"].as_str().expect("a name");
         let tokens = ids(&prompt["tokens"]);
+        let text = prompt["text"].as_str().expect("a text");
+        let tokenizer = model.tokenizer().expect("a vocabulary");
+        assert_eq!(tokenizer.encode(text, Special::Parse), tokens, "{name}");
         for batch in [512, 3, 1] {
-            let mut session = session(&model, KvType::F16, batch);
+            let mut session = session(model, KvType::F16, batch);
             prefill(&mut session, &tokens);
             let mut worst = 0.0f32;
             for pair in prompt["top20"].as_array().expect("top20") {
-                let (id, logit) = (
-                    pair[0].as_u64().expect("id") as usize,
-                    pair[1].as_f64().expect("logit") as f32,
-                );
+                let id = pair[0].as_u64().expect("id") as usize;
+                let logit = pair[1].as_f64().expect("logit") as f32;
                 worst = worst.max((session.logits()[id] - logit).abs());
             }
             println!("{name}, chunks of {batch}: top-20 logits within {worst:.3}");
@@ -182,12 +199,10 @@ fn the_chat_model_agrees_with_the_reference_wherever_the_reference_is_clear() {
                 "{name}, chunks of {batch}: {worst} from the reference"
             );
             let margins = prompt["greedy_margin"].as_array().expect("margins");
-            for (step, (token, margin)) in ids(&prompt["greedy32"])
-                .into_iter()
-                .zip(margins)
-                .enumerate()
-            {
-                let (found, margin) = (argmax(session.logits()), margin.as_f64().expect("margin"));
+            let steps = ids(&prompt["greedy32"]).into_iter().zip(margins);
+            for (step, (token, margin)) in steps.enumerate() {
+                let found = argmax(session.logits());
+                let margin = margin.as_f64().expect("margin");
                 assert!(
                     found == token || margin < CLEAR_MARGIN,
                     "{name}, step {step}: {found}, not {token}; margin {margin}"

@@ -177,11 +177,11 @@ fn error_bound(dtype: DType) -> f32 {
         // Codes reach to 6, magnitudes to 8.
         DType::MXFP4 => 2.0 / 8.0,
         DType::TQ2_0 => 0.501,
-        DType::Q6_K => 0.06,
-        DType::Q5_K => 0.12,
-        DType::Q4_K => 0.2,
-        DType::Q3_K => 0.4,
-        DType::Q2_K => 0.8,
+        DType::Q6_K => 0.03,
+        DType::Q5_K => 0.06,
+        DType::Q4_K => 0.12,
+        DType::Q3_K => 0.25,
+        DType::Q2_K => 0.5,
         _ => unreachable!("{dtype} is read only"),
     }
 }

@@ -21,7 +21,12 @@ use std::time::SystemTime;
 const MAX_SOURCE: usize = 1 << 20;
 /// What rendering may cost besides the messages: one instruction of the template, or 64 bytes that it makes. This bounds
 /// time and memory of a template that means harm.
-const FUEL: u64 = 1 << 20;
+const FUEL: u64 = 1 << 18;
+/// What it may cost with the longest messages.
+const MAX_FUEL: u64 = 1 << 22;
+/// Stack for each unit of fuel. A template can nest lists in lists; a level costs it at least 3 units, and freeing or
+/// printing one takes up to 600 bytes of stack (measured). Only what is used is ever committed.
+const STACK_PER_FUEL: usize = 256;
 /// Nesting at run time; far more than templates need, and safe on the small stacks of mobile threads.
 const MAX_NESTING: usize = 150;
 
@@ -187,15 +192,35 @@ impl ChatTemplate {
         // All that comes from outside, as text: strings appear in it as they are but for JSON's escapes.
         let outside = serde_json::to_string(&(messages, opts.tools, opts.extra))
             .map_err(|e| Error::Template(e.to_string()))?;
+        let fuel = (FUEL + outside.len() as u64 / 4).min(MAX_FUEL);
+        std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new()
+                .name("chat template".into())
+                .stack_size(fuel as usize * STACK_PER_FUEL)
+                .spawn_scoped(scope, || self.render_here(messages, opts, &outside, fuel))
+                .map_err(|e| Error::Template(format!("no thread to render it: {e}")))?;
+            thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    fn render_here(
+        &self,
+        messages: &[Message],
+        opts: &RenderOptions,
+        outside: &str,
+        fuel: u64,
+    ) -> Result<Vec<Piece>> {
         let taken = self.compiled.sentinels.iter().any(|&s| outside.contains(s));
         let other;
         let compiled = if taken {
-            other = self.instance(&outside, |_, place| place != Place::Tested)?;
+            other = self.instance(outside, |_, place| place != Place::Tested)?;
             &other
         } else {
             &self.compiled
         };
-        let output = compiled.run(self, messages, opts, outside.len())?;
+        let output = compiled.run(self, messages, opts, fuel)?;
 
         // A template may test what a user said against a control token in a way that its syntax does not show (through
         // a variable). Only if the user said one can that matter: then compare with the template as it was written.
@@ -206,16 +231,16 @@ impl ChatTemplate {
             .filter(|t| outside.contains(&escaped(t)))
             .collect();
         if !said.is_empty() {
-            let plain = self.instance(&outside, |_, _| false)?;
-            let expected = plain.run(self, messages, opts, outside.len())?;
+            let plain = self.instance(outside, |_, _| false)?;
+            let expected = plain.run(self, messages, opts, fuel)?;
             let as_written = |compiled: &Compiled, output: &str| {
                 self.expand(compiled, output) == self.expand(&plain, &expected)
             };
             if !as_written(compiled, &output) {
-                let cautious = self.instance(&outside, |text, place| {
+                let cautious = self.instance(outside, |text, place| {
                     place == Place::Output || (place == Place::Statement && !said.contains(&text))
                 })?;
-                let output = cautious.run(self, messages, opts, outside.len())?;
+                let output = cautious.run(self, messages, opts, fuel)?;
                 if as_written(&cautious, &output) {
                     return Ok(self.pieces(&cautious, &output));
                 }
@@ -302,7 +327,7 @@ impl Compiled {
         template: &ChatTemplate,
         messages: &[Message],
         opts: &RenderOptions,
-        bytes: usize,
+        fuel: u64,
     ) -> Result<String> {
         let variable = |text: &String| match template.texts.binary_search(text) {
             Ok(idx) => self.sentinels[idx].to_string(),
@@ -320,7 +345,7 @@ impl Compiled {
         context.insert("bos_token".into(), variable(&template.bos).into());
         context.insert("eos_token".into(), variable(&template.eos).into());
         let mut environment = self.environment.clone();
-        environment.set_fuel(Some(FUEL.saturating_add(bytes as u64)));
+        environment.set_fuel(Some(fuel));
         let now = opts.now.unwrap_or_else(SystemTime::now);
         environment.add_function("strftime_now", move |format: &str| {
             python::strftime(now, format)
@@ -350,6 +375,8 @@ fn environment(source: String) -> Result<Environment<'static>> {
     environment.set_recursion_limit(MAX_NESTING);
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_unknown_method_callback(python::method);
+    environment.set_formatter(python::write_value);
+    environment.add_test("iterable", python::is_iterable);
     environment.add_filter("tojson", python::tojson);
     environment.add_function(
         "raise_exception",

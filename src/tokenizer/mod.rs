@@ -181,11 +181,6 @@ impl Tokenizer {
         ends.sort_unstable();
         ends.dedup();
         let (encoder, texts, add_bos) = if is_bpe {
-            if vocab.merges.is_empty() {
-                return bad(
-                    "tokenizer.ggml.merges: expected the merges of a byte-level BPE, found none",
-                );
-            }
             let (pretokenizer, whole_words) = Pretokenizer::from_name(&vocab.pre)?;
             let mut bytes = StringArray::default();
             let mut spellable = vec![false; n_tokens];

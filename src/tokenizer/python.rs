@@ -1,7 +1,7 @@
 //! What chat templates expect of Python: `tojson` as `json.dumps` writes it, `strftime_now`, string methods.
 
 use minijinja::value::{Kwargs, Value, ValueKind, from_args};
-use minijinja::{Error, ErrorKind, State};
+use minijinja::{Error, ErrorKind, Output, State};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Deeper values are refused, so that writing one cannot exhaust the stack.
@@ -181,6 +181,22 @@ fn float(number: f64) -> String {
         }
         None => text,
     }
+}
+
+/// What `{{ value }}` prints.
+pub(super) fn write_value(out: &mut Output, state: &mut State, value: &Value) -> Result<(), Error> {
+    if value.kind() == ValueKind::Number && !value.is_integer() {
+        return Ok(out.write_str(&float(f64::try_from(value.clone())?))?);
+    }
+    minijinja::escape_formatter(out, state, value)
+}
+
+/// The test `iterable`: in Python, `None` is not.
+pub(super) fn is_iterable(value: &Value) -> bool {
+    matches!(
+        value.kind(),
+        ValueKind::Seq | ValueKind::Iterable | ValueKind::Map | ValueKind::String
+    )
 }
 
 /// Methods of strings and maps that Python has; those of `minijinja-contrib` and a few more.

@@ -165,7 +165,8 @@ impl Specials {
             (std::cmp::Reverse(self.tokens[t].0.len()), self.tokens[t].1)
         });
         cluster.found.clear();
-        let mut free = vec![cluster.start..cluster.end];
+        let whole = cluster.start..cluster.end;
+        let mut free = vec![whole];
         for token in order {
             let needle = &*self.tokens[token].0;
             let mut left = Vec::with_capacity(free.len());

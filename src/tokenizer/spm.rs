@@ -193,8 +193,8 @@ impl Spm {
             self.token(texts, &piece[starts[i]..starts[i + 2]])
                 .map(|(_, score)| score)
         };
-        for i in 0..n - 1 {
-            scores[i] = score(&starts, i);
+        for (i, pair) in scores[..n - 1].iter_mut().enumerate() {
+            *pair = score(&starts, i);
         }
         loop {
             let mut best: Option<(usize, f32)> = None;
@@ -209,8 +209,9 @@ impl Spm {
             starts.copy_within(at + 2..n + 1, at + 1);
             scores.copy_within(at + 1..n, at);
             n -= 1;
-            for i in at.saturating_sub(1)..(at + 1).min(n - 1) {
-                scores[i] = score(&starts, i);
+            let changed = at.saturating_sub(1)..(at + 1).min(n - 1);
+            for (i, pair) in changed.clone().zip(&mut scores[changed]) {
+                *pair = score(&starts, i);
             }
         }
         for i in 0..n {

@@ -169,9 +169,11 @@ impl TemplateSource {
                     }
                 }
                 Token::Text => {
-                    let compared = |token| match token {
-                        Some(Token::Compare | Token::Name("in") | Token::Mark(b'<' | b'>')) => true,
-                        _ => false,
+                    let compared = |token| {
+                        matches!(
+                            token,
+                            Some(Token::Compare | Token::Name("in") | Token::Mark(b'<' | b'>'))
+                        )
                     };
                     let tested = brackets.last().is_some_and(|b| b.tests)
                         || compared(before(1))

@@ -91,9 +91,9 @@ impl Vocab {
     /// # Errors
     /// [`Error::BadModel`] if a key is missing, or its value is of a wrong type or out of range.
     pub fn from_metadata(metadata: &Metadata) -> Result<Vocab> {
-        const MODEL: &str = "tokenizer.ggml.model";
         const TYPES: &str = "tokenizer.ggml.token_type";
         let id = |name: &str| metadata.opt_u32(&format!("tokenizer.ggml.{name}_token_id"));
+        let model = metadata.str("tokenizer.ggml.model")?;
         let numbers = metadata.opt_i32s(TYPES)?.unwrap_or_default();
         let mut types = Vec::with_capacity(numbers.len());
         for (idx, &number) in numbers.iter().enumerate() {
@@ -107,7 +107,7 @@ impl Vocab {
             }
         }
         Ok(Vocab {
-            model: metadata.str(MODEL)?.to_owned(),
+            model: model.to_owned(),
             pre: metadata
                 .opt_str("tokenizer.ggml.pre")?
                 .unwrap_or_default()
@@ -118,10 +118,11 @@ impl Vocab {
                 .unwrap_or_default()
                 .into_owned(),
             types,
-            merges: metadata
-                .opt_strings("tokenizer.ggml.merges")?
-                .cloned()
-                .unwrap_or_default(),
+            merges: if model == "gpt2" {
+                metadata.strings("tokenizer.ggml.merges")?.clone()
+            } else {
+                StringArray::default()
+            },
             bos: id("bos")?,
             eos: id("eos")?,
             eot: id("eot")?,

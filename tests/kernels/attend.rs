@@ -1,1 +1,206 @@
-//! (attention tests)
+//! Attention over spans of keys, against the softmax in `f64`.
+
+use kinglet::backend::cpu::table::{self, Attend, AttendSpan, Ready};
+use kinglet::quant::{f16_to_f32, f32_to_f16};
+
+use crate::common::{Random, assert_near, scalar_row, vector_rows};
+
+struct Case {
+    head_dim: usize,
+    n_keys: usize,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    visible: Vec<(usize, usize)>,
+}
+
+impl Case {
+    /// `scale`: of the queries; 1 gives scores of some units, 30 a softmax of one key.
+    fn random(
+        head_dim: usize,
+        n_keys: usize,
+        visible: Vec<(usize, usize)>,
+        scale: f32,
+        random: &mut Random,
+    ) -> Self {
+        let rounded = |x: Vec<f32>| x.into_iter().map(|x| f16_to_f32(f32_to_f16(x))).collect();
+        Self {
+            head_dim,
+            n_keys,
+            q: random.floats(visible.len() * head_dim, scale),
+            k: rounded(random.floats(n_keys * head_dim, 1.0)),
+            v: rounded(random.floats(n_keys * head_dim, 2.0)),
+            visible,
+        }
+    }
+
+    /// The attention in spans of `span` keys: `out / sum` of each query, NaN where it sees nothing.
+    fn run(&self, kernel: Ready<Attend>, half: bool, span: usize) -> Vec<f32> {
+        let n = self.head_dim;
+        let n_queries = self.visible.len();
+        let bytes = |x: &[f32]| -> Vec<u8> {
+            if half {
+                x.iter()
+                    .flat_map(|x| f32_to_f16(*x).to_le_bytes())
+                    .collect()
+            } else {
+                x.iter().flat_map(|x| x.to_le_bytes()).collect()
+            }
+        };
+        let element = if half { 2 } else { 4 };
+        let (k, v) = (bytes(&self.k), bytes(&self.v));
+        let mut max = vec![f32::NEG_INFINITY; n_queries];
+        let mut sum = vec![0.0; n_queries];
+        let mut out = vec![0.0; n_queries * n];
+        for start in (0..self.n_keys).step_by(span) {
+            let keys = start..(start + span).min(self.n_keys);
+            let inside = |p: usize| p.clamp(keys.start, keys.end) - keys.start;
+            let visible: Vec<_> = self
+                .visible
+                .iter()
+                .map(|(a, b)| (inside(*a), inside(*b)))
+                .collect();
+            // Aligned for the kernel's elements, as pages are.
+            let rows = keys.start * n * element..keys.end * n * element;
+            let (mut ka, mut va) = (
+                vec![0u32; rows.len().div_ceil(4)],
+                vec![0u32; rows.len().div_ceil(4)],
+            );
+            let (ka, va): (&mut [u8], &mut [u8]) = (
+                bytemuck::cast_slice_mut(&mut ka),
+                bytemuck::cast_slice_mut(&mut va),
+            );
+            ka[..rows.len()].copy_from_slice(&k[rows.clone()]);
+            va[..rows.len()].copy_from_slice(&v[rows.clone()]);
+            kernel.run(&mut AttendSpan {
+                q: &self.q,
+                k: &ka[..rows.len()],
+                v: &va[..rows.len()],
+                head_dim: n,
+                visible: &visible,
+                max: &mut max,
+                sum: &mut sum,
+                out: &mut out,
+            });
+        }
+        out.iter()
+            .enumerate()
+            .map(|(i, out)| out / sum[i / n])
+            .collect()
+    }
+
+    fn check(&self, kernel: Ready<Attend>, half: bool, span: usize) {
+        let n = self.head_dim;
+        let y = self.run(kernel, half, span);
+        for (i, (first, end)) in self.visible.iter().enumerate() {
+            let y = &y[i * n..][..n];
+            let what = format!(
+                "{} head_dim {n} n_keys {} span {span} query {i} sees {first}..{end}",
+                kernel.name(),
+                self.n_keys
+            );
+            if first >= end {
+                assert!(y.iter().all(|y| y.is_nan()), "{what}");
+                continue;
+            }
+            let q = &self.q[i * n..][..n];
+            let score = |key: usize| -> f64 {
+                q.iter()
+                    .zip(&self.k[key * n..])
+                    .map(|(q, k)| f64::from(*q) * f64::from(*k))
+                    .sum()
+            };
+            let scores: Vec<f64> = (*first..*end).map(score).collect();
+            let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+            // A score is a sum of n products: its error is that of the exponent.
+            let size: f64 = q.iter().map(|q| f64::from(q.abs())).sum();
+            let epsilon = f64::from(f32::EPSILON) / 2.0;
+            let relative = epsilon * (2.0 * n as f64 * size.min(1e9) + (end - first) as f64 + 32.0);
+            for (j, y) in y.iter().enumerate() {
+                let terms = scores
+                    .iter()
+                    .zip(*first..*end)
+                    .map(|(s, key)| (s - max).exp() / sum * f64::from(self.v[key * n + j]));
+                let exact: f64 = terms.sum();
+                assert_near(*y, exact, 2.0 * relative, &what);
+            }
+        }
+    }
+}
+
+fn kernels() -> Vec<(Ready<Attend>, bool)> {
+    let half = vector_rows(table::ATTEND_F16)
+        .map(|(_, k)| k)
+        .chain([scalar_row(table::ATTEND_F16)]);
+    let full = vector_rows(table::ATTEND_F32)
+        .map(|(_, k)| k)
+        .chain([scalar_row(table::ATTEND_F32)]);
+    half.map(|k| (k, true))
+        .chain(full.map(|k| (k, false)))
+        .collect()
+}
+
+#[test]
+fn heads_of_every_length() {
+    let mut random = Random::new(11);
+    for head_dim in [
+        3, 8, 16, 24, 32, 40, 48, 64, 80, 96, 112, 128, 192, 256, 288,
+    ] {
+        for n_keys in [1, 15, 33, 70] {
+            let case = Case::random(head_dim, n_keys, vec![(0, n_keys); 3], 0.3, &mut random);
+            for (kernel, half) in kernels() {
+                case.check(kernel, half, 256);
+            }
+        }
+    }
+}
+
+#[test]
+fn causal_windowed_and_empty_ranges() {
+    let mut random = Random::new(12);
+    for n_queries in [1usize, 2, 3, 4, 5, 9, 64] {
+        for n_keys in [1, 31, 32, 33, 100, 256] {
+            let causal = (0..n_queries).map(|i| (0, (i * n_keys / n_queries + 1).min(n_keys)));
+            let window = (0..n_queries).map(|i| {
+                let end = (i * n_keys / n_queries + 1).min(n_keys);
+                (end.saturating_sub(20), end)
+            });
+            let any = (0..n_queries).map(|i| {
+                let (a, b) = ((i * 37) % (n_keys + 1), (i * 61 + 5) % (n_keys + 1));
+                if i % 4 == 3 {
+                    (a, a)
+                } else {
+                    (a.min(b), a.max(b))
+                }
+            });
+            for visible in [causal.collect(), window.collect(), any.collect::<Vec<_>>()] {
+                let case = Case::random(64, n_keys, visible, 0.5, &mut random);
+                for (kernel, half) in kernels() {
+                    for span in [256, 40, 7] {
+                        case.check(kernel, half, span);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn large_scores() {
+    let mut random = Random::new(13);
+    for scale in [30.0, 1000.0] {
+        let case = Case::random(
+            64,
+            90,
+            vec![(0, 90), (10, 80), (89, 90)],
+            scale,
+            &mut random,
+        );
+        for (kernel, half) in kernels() {
+            for span in [256, 13] {
+                case.check(kernel, half, span);
+            }
+        }
+    }
+}

@@ -92,8 +92,7 @@ impl Inputs {
                 .chunks_exact(n_in)
                 .zip(rows.chunks_exact_mut(bytes))
             {
-                let row = Q8RowMut::new(row, n_in);
-                quantize.run(x, row.q, row.d, row.s);
+                quantize.run(x, &mut Q8RowMut::new(row, n_in));
             }
         }
         inputs

@@ -1,7 +1,8 @@
 //! Activations as kernels read them: floats, and 8-bit blocks where the weights are quantized.
 //!
 //! `q8`: per 32 values `x[i] = d * q[i]` with `d = max|x| / 127` in `f32`, and `s = d * sum(q)`, which a format with a
-//! minimum multiplies with it.
+//! minimum multiplies with it. `u[i] = q[i] + 128` repeats the values for kernels that multiply unsigned activations by
+//! signed weights.
 
 /// Values in a block of quantized activations.
 pub const Q8_LEN: usize = 32;
@@ -24,6 +25,8 @@ pub struct Acts<'a> {
 pub struct Q8Row<'a> {
     /// `(n_in)`, in -127..=127.
     pub q: &'a [i8],
+    /// `q + 128`, `(n_in)`.
+    pub u: &'a [u8],
     /// Scales, `(n_in / 32)`.
     pub d: &'a [f32],
     /// `d` times the sum of its 32 `q`, `(n_in / 32)`.
@@ -35,6 +38,8 @@ pub struct Q8RowMut<'a> {
     /// As in [`Q8Row`].
     pub q: &'a mut [i8],
     /// As in [`Q8Row`].
+    pub u: &'a mut [u8],
+    /// As in [`Q8Row`].
     pub d: &'a mut [f32],
     /// As in [`Q8Row`].
     pub s: &'a mut [f32],
@@ -43,7 +48,7 @@ pub struct Q8RowMut<'a> {
 impl Q8Row<'_> {
     /// Bytes of a row of `n_in` values: a multiple of 64, so that rows keep the alignment of their buffer.
     pub const fn bytes(n_in: usize) -> usize {
-        (n_in + n_in / 8 + n_in / 8).next_multiple_of(64)
+        (2 * n_in + n_in / 8 + n_in / 8).next_multiple_of(64)
     }
 }
 
@@ -54,9 +59,11 @@ impl<'a> Q8RowMut<'a> {
     /// If `bytes` is shorter than [`Q8Row::bytes`] or not aligned to 4.
     pub fn new(bytes: &'a mut [u8], n_in: usize) -> Self {
         let (q, rest) = bytes.split_at_mut(n_in);
+        let (u, rest) = rest.split_at_mut(n_in);
         let (d, rest) = rest.split_at_mut(n_in / 8);
         Self {
             q: bytemuck::cast_slice_mut(q),
+            u,
             d: bytemuck::cast_slice_mut(d),
             s: bytemuck::cast_slice_mut(&mut rest[..n_in / 8]),
         }
@@ -75,11 +82,15 @@ impl<'a> Acts<'a> {
     /// If the rows were not quantized; the backend quantizes them for every kernel whose table row says so.
     pub fn q8_row(&self, token: usize) -> Q8Row<'a> {
         let n = self.n_in;
-        let bytes = &self.q8[token * Q8Row::bytes(n)..][..n + n / 4];
+        let row = &self.q8[token * Q8Row::bytes(n)..][..2 * n + n / 4];
+        let (q, rest) = row.split_at(n);
+        let (u, rest) = rest.split_at(n);
+        let (d, s) = rest.split_at(n / 8);
         Q8Row {
-            q: bytemuck::cast_slice(&bytes[..n]),
-            d: bytemuck::cast_slice(&bytes[n..n + n / 8]),
-            s: bytemuck::cast_slice(&bytes[n + n / 8..]),
+            q: bytemuck::cast_slice(q),
+            u,
+            d: bytemuck::cast_slice(d),
+            s: bytemuck::cast_slice(s),
         }
     }
 }

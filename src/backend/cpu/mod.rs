@@ -3,12 +3,16 @@
 pub mod acts;
 mod attention;
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512vnni;
 pub mod isa;
 pub mod pool;
 mod scalar;
 mod scratch;
 pub mod table;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 use std::sync::Arc;
 
@@ -110,8 +114,8 @@ impl Cpu {
         let row_bytes = Q8Row::bytes(x.n_cols);
         let mut rows = self.scratch.take(x.n_tokens * row_bytes / size_of::<f32>());
         let quantize = |i: usize, bytes: &mut [u8]| {
-            let row = Q8RowMut::new(bytes, x.n_cols);
-            self.operations.quantize.run(x.row(i), row.q, row.d, row.s);
+            let mut row = Q8RowMut::new(bytes, x.n_cols);
+            self.operations.quantize.run(x.row(i), &mut row);
         };
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut rows);
         if x.n_tokens < PARALLEL_ROWS {
@@ -263,9 +267,10 @@ impl Backend for Cpu {
                 .max(1)
                 .next_multiple_of(8)
         } else {
+            // Whole pairs of panels of the GEMM kernels.
             (n_rows / (8 * self.pool.n_threads()))
-                .clamp(16, 64)
-                .next_multiple_of(16)
+                .clamp(32, 64)
+                .next_multiple_of(32)
         };
         let weights = layers.map(|l| &*l.weight.data);
         let mut outputs = outs

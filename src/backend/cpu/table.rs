@@ -8,12 +8,12 @@
     reason = "calls to target-feature kernels, each through a `Ready`"
 )]
 
-use super::acts::Acts;
-#[cfg(target_arch = "x86_64")]
-use super::avx512vnni;
+use super::acts::{Acts, Q8RowMut};
 use super::isa::Isa;
 use super::pool::OutCols;
 use super::scalar;
+#[cfg(target_arch = "x86_64")]
+use super::{avx2, avx512vnni};
 use crate::backend::Activation;
 use crate::quant::{self, DType};
 
@@ -177,8 +177,8 @@ macro_rules! operation {
 }
 
 operation! {
-    /// Quantizes a row of activations: `x` (n), `q` (n), `d` (n / 32), `s` (n / 32).
-    Quantize(x: &[f32], q: &mut [i8], d: &mut [f32], s: &mut [f32])
+    /// Quantizes a row of activations: `x` (n), `q` and `u` (n), `d` and `s` (n / 32), see [`acts`](super::acts).
+    Quantize(x: &[f32], row: &mut Q8RowMut)
 }
 operation! {
     /// `y = x / sqrt(mean(x^2) + eps) * gain`, all of one length.
@@ -324,33 +324,53 @@ matmuls! {
     GEMV {
         #[cfg(target_arch = "x86_64")]
         "gemv_f16_f32_avx512vnni", F16, F32, Avx512Vnni, avx512vnni::gemv_float::f16;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_f16_f32_avx2", F16, F32, Avx2, avx2::gemv_float::f16;
         "gemv_f16_f32_scalar", F16, F32, Scalar, scalar::gemv::f32::<quant::BlockF16>;
         #[cfg(target_arch = "x86_64")]
         "gemv_bf16_f32_avx512vnni", BF16, F32, Avx512Vnni, avx512vnni::gemv_float::bf16;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_bf16_f32_avx2", BF16, F32, Avx2, avx2::gemv_float::bf16;
         "gemv_bf16_f32_scalar", BF16, F32, Scalar, scalar::gemv::f32::<quant::BlockBF16>;
         #[cfg(target_arch = "x86_64")]
         "gemv_f32_f32_avx512vnni", F32, F32, Avx512Vnni, avx512vnni::gemv_float::f32;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_f32_f32_avx2", F32, F32, Avx2, avx2::gemv_float::f32;
         "gemv_f32_f32_scalar", F32, F32, Scalar, scalar::gemv::f32::<quant::BlockF32>;
         #[cfg(target_arch = "x86_64")]
         "gemv_q4_0_q8_avx512vnni", Q4_0, Q8, Avx512Vnni, avx512vnni::gemv_q4_0::gemv;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_q4_0_q8_avx2", Q4_0, Q8, Avx2, avx2::gemv_q4_0::gemv;
         "gemv_q4_0_q8_scalar", Q4_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ4_0>;
         #[cfg(target_arch = "x86_64")]
         "gemv_q4_1_q8_avx512vnni", Q4_1, Q8, Avx512Vnni, avx512vnni::gemv_q4_1::gemv;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_q4_1_q8_avx2", Q4_1, Q8, Avx2, avx2::gemv_q4_1::gemv;
         "gemv_q4_1_q8_scalar", Q4_1, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ4_1>;
         #[cfg(target_arch = "x86_64")]
         "gemv_q5_0_q8_avx512vnni", Q5_0, Q8, Avx512Vnni, avx512vnni::gemv_q5_0::gemv;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_q5_0_q8_avx2", Q5_0, Q8, Avx2, avx2::gemv_q5_0::gemv;
         "gemv_q5_0_q8_scalar", Q5_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ5_0>;
         #[cfg(target_arch = "x86_64")]
         "gemv_q8_0_q8_avx512vnni", Q8_0, Q8, Avx512Vnni, avx512vnni::gemv_q8_0::gemv;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_q8_0_q8_avx2", Q8_0, Q8, Avx2, avx2::gemv_q8_0::gemv;
         "gemv_q8_0_q8_scalar", Q8_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ8_0>;
         #[cfg(target_arch = "x86_64")]
         "gemv_q4_k_q8_avx512vnni", Q4_K, Q8, Avx512Vnni, avx512vnni::gemv_q4_k::gemv;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_q4_k_q8_avx2", Q4_K, Q8, Avx2, avx2::gemv_q4_k::gemv;
         "gemv_q4_k_q8_scalar", Q4_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ4K>;
         #[cfg(target_arch = "x86_64")]
         "gemv_q5_k_q8_avx512vnni", Q5_K, Q8, Avx512Vnni, avx512vnni::gemv_q5_k::gemv;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_q5_k_q8_avx2", Q5_K, Q8, Avx2, avx2::gemv_q5_k::gemv;
         "gemv_q5_k_q8_scalar", Q5_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ5K>;
         #[cfg(target_arch = "x86_64")]
         "gemv_q6_k_q8_avx512vnni", Q6_K, Q8, Avx512Vnni, avx512vnni::gemv_q6_k::gemv;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_q6_k_q8_avx2", Q6_K, Q8, Avx2, avx2::gemv_q6_k::gemv;
         "gemv_q6_k_q8_scalar", Q6_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ6K>;
         "gemv_q5_1_q8_scalar", Q5_1, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ5_1>;
         "gemv_q2_k_q8_scalar", Q2_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ2K>;
@@ -366,15 +386,41 @@ matmuls! {
 matmuls! {
     /// Many tokens: each tile of weights is unpacked once and used for all of them.
     GEMM {
+        #[cfg(target_arch = "x86_64")]
+        "gemm_f16_f32_avx512vnni", F16, F32, Avx512Vnni, avx512vnni::gemm_float::f16;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_f16_f32_avx2", F16, F32, Avx2, avx2::gemm_float::f16;
         "gemm_f16_f32_scalar", F16, F32, Scalar, scalar::gemv::f32::<quant::BlockF16>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_bf16_f32_avx512vnni", BF16, F32, Avx512Vnni, avx512vnni::gemm_float::bf16;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_bf16_f32_avx2", BF16, F32, Avx2, avx2::gemm_float::bf16;
         "gemm_bf16_f32_scalar", BF16, F32, Scalar, scalar::gemv::f32::<quant::BlockBF16>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_f32_f32_avx512vnni", F32, F32, Avx512Vnni, avx512vnni::gemm_float::f32;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_f32_f32_avx2", F32, F32, Avx2, avx2::gemm_float::f32;
         "gemm_f32_f32_scalar", F32, F32, Scalar, scalar::gemv::f32::<quant::BlockF32>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q4_0_q8_avx512vnni", Q4_0, Q8, Avx512Vnni, avx512vnni::gemm_q4_0::gemm;
         "gemm_q4_0_q8_scalar", Q4_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ4_0>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q4_1_q8_avx512vnni", Q4_1, Q8, Avx512Vnni, avx512vnni::gemm_q4_1::gemm;
         "gemm_q4_1_q8_scalar", Q4_1, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ4_1>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q5_0_q8_avx512vnni", Q5_0, Q8, Avx512Vnni, avx512vnni::gemm_q5_0::gemm;
         "gemm_q5_0_q8_scalar", Q5_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ5_0>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q8_0_q8_avx512vnni", Q8_0, Q8, Avx512Vnni, avx512vnni::gemm_q8_0::gemm;
         "gemm_q8_0_q8_scalar", Q8_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ8_0>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q4_k_q8_avx512vnni", Q4_K, Q8, Avx512Vnni, avx512vnni::gemm_q4_k::gemm;
         "gemm_q4_k_q8_scalar", Q4_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ4K>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q5_k_q8_avx512vnni", Q5_K, Q8, Avx512Vnni, avx512vnni::gemm_q5_k::gemm;
         "gemm_q5_k_q8_scalar", Q5_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ5K>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q6_k_q8_avx512vnni", Q6_K, Q8, Avx512Vnni, avx512vnni::gemm_q6_k::gemm;
         "gemm_q6_k_q8_scalar", Q6_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ6K>;
         "gemm_q5_1_q8_scalar", Q5_1, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ5_1>;
         "gemm_q2_k_q8_scalar", Q2_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ2K>;
@@ -389,41 +435,101 @@ matmuls! {
 
 rows! {
     /// Activations to 8 bits.
-    QUANTIZE: Quantize { "quantize_q8_scalar", Scalar, scalar::elementwise::quantize; }
+    QUANTIZE: Quantize {
+        #[cfg(target_arch = "x86_64")]
+        "quantize_q8_avx512vnni", Avx512Vnni, avx512vnni::elementwise::quantize;
+        #[cfg(target_arch = "x86_64")]
+        "quantize_q8_avx2", Avx2, avx2::elementwise::quantize;
+        "quantize_q8_scalar", Scalar, scalar::elementwise::quantize;
+    }
 }
 rows! {
     /// RMS norm of one row.
-    RMS_NORM: RmsNorm { "rms_norm_scalar", Scalar, scalar::elementwise::rms_norm; }
+    RMS_NORM: RmsNorm {
+        #[cfg(target_arch = "x86_64")]
+        "rms_norm_avx512vnni", Avx512Vnni, avx512vnni::elementwise::rms_norm;
+        #[cfg(target_arch = "x86_64")]
+        "rms_norm_avx2", Avx2, avx2::elementwise::rms_norm;
+        "rms_norm_scalar", Scalar, scalar::elementwise::rms_norm;
+    }
 }
 rows! {
     /// Rotary embedding of one head, NeoX pairs.
-    ROPE_HALVES: RopeHalves { "rope_halves_scalar", Scalar, scalar::elementwise::rope_halves; }
+    ROPE_HALVES: RopeHalves {
+        #[cfg(target_arch = "x86_64")]
+        "rope_halves_avx512vnni", Avx512Vnni, avx512vnni::elementwise::rope_halves;
+        #[cfg(target_arch = "x86_64")]
+        "rope_halves_avx2", Avx2, avx2::elementwise::rope_halves;
+        "rope_halves_scalar", Scalar, scalar::elementwise::rope_halves;
+    }
 }
 rows! {
     /// Rotary embedding of one head, adjacent pairs.
-    ROPE_NEIGHBOURS: RopeNeighbours { "rope_neighbours_scalar", Scalar, scalar::elementwise::rope_neighbours; }
+    ROPE_NEIGHBOURS: RopeNeighbours {
+        #[cfg(target_arch = "x86_64")]
+        "rope_neighbours_avx512vnni", Avx512Vnni, avx512vnni::elementwise::rope_neighbours;
+        #[cfg(target_arch = "x86_64")]
+        "rope_neighbours_avx2", Avx2, avx2::elementwise::rope_neighbours;
+        "rope_neighbours_scalar", Scalar, scalar::elementwise::rope_neighbours;
+    }
 }
 rows! {
     /// Gated unit.
-    GLU: Glu { "glu_scalar", Scalar, scalar::elementwise::glu; }
+    GLU: Glu {
+        #[cfg(target_arch = "x86_64")]
+        "glu_avx512vnni", Avx512Vnni, avx512vnni::elementwise::glu;
+        #[cfg(target_arch = "x86_64")]
+        "glu_avx2", Avx2, avx2::elementwise::glu;
+        "glu_scalar", Scalar, scalar::elementwise::glu;
+    }
 }
 rows! {
     /// Residual sum.
-    ADD: Add { "add_scalar", Scalar, scalar::elementwise::add; }
+    ADD: Add {
+        #[cfg(target_arch = "x86_64")]
+        "add_avx512vnni", Avx512Vnni, avx512vnni::elementwise::add;
+        #[cfg(target_arch = "x86_64")]
+        "add_avx2", Avx2, avx2::elementwise::add;
+        "add_scalar", Scalar, scalar::elementwise::add;
+    }
 }
 rows! {
     /// Half floats for the cache.
-    TO_F16: ToF16 { "to_f16_scalar", Scalar, scalar::elementwise::to_f16; }
+    TO_F16: ToF16 {
+        #[cfg(target_arch = "x86_64")]
+        "to_f16_avx512vnni", Avx512Vnni, avx512vnni::elementwise::to_f16;
+        #[cfg(target_arch = "x86_64")]
+        "to_f16_avx2", Avx2, avx2::elementwise::to_f16;
+        "to_f16_scalar", Scalar, scalar::elementwise::to_f16;
+    }
 }
 rows! {
     /// Gated short convolution.
-    SHORT_CONV: ShortConv { "short_conv_scalar", Scalar, scalar::short_conv::short_conv; }
+    SHORT_CONV: ShortConv {
+        #[cfg(target_arch = "x86_64")]
+        "short_conv_avx512vnni", Avx512Vnni, avx512vnni::elementwise::short_conv;
+        #[cfg(target_arch = "x86_64")]
+        "short_conv_avx2", Avx2, avx2::elementwise::short_conv;
+        "short_conv_scalar", Scalar, scalar::short_conv::short_conv;
+    }
 }
 rows! {
     /// Attention over half floats.
-    ATTEND_F16: Attend { "attend_f16_scalar", Scalar, scalar::attend::attend::<u16>; }
+    ATTEND_F16: Attend {
+        #[cfg(target_arch = "x86_64")]
+        "attend_f16_avx512vnni", Avx512Vnni, avx512vnni::attend::f16;
+        #[cfg(target_arch = "x86_64")]
+        "attend_f16_avx2", Avx2, avx2::attend::f16;
+        "attend_f16_scalar", Scalar, scalar::attend::f16;
+    }
 }
 rows! {
     /// Attention over floats.
-    ATTEND_F32: Attend { "attend_f32_scalar", Scalar, scalar::attend::attend::<f32>; }
+    ATTEND_F32: Attend {
+        #[cfg(target_arch = "x86_64")]
+        "attend_f32_avx512vnni", Avx512Vnni, avx512vnni::attend::f32;
+        #[cfg(target_arch = "x86_64")]
+        "attend_f32_avx2", Avx2, avx2::attend::f32;
+        "attend_f32_scalar", Scalar, scalar::attend::f32;
+    }
 }

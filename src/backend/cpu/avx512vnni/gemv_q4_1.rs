@@ -27,10 +27,10 @@ fn dot(w: &[BlockQ4_1; 4], x: &Prepared, sum: __m512) -> __m512 {
     let (head, _) = bytemuck::cast_ref::<_, [u8; 80]>(w)
         .split_first_chunk::<64>()
         .expect("80 bytes");
-    let d = halves_at(places(0, 10, 4), head);
-    let m = halves_at(places(1, 10, 4), head);
+    let d = halves_at(const { &places(0, 10, 4) }, head);
+    let m = halves_at(const { &places(1, 10, 4) }, head);
     let sum = _mm512_fmadd_ps(m, x.sums, sum);
     _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(d, x.acts.d), sum)
 }
 
-super::gemv!(BlockQ4_1, 4);
+crate::backend::cpu::x86::gemv::gemv!("avx512bw,avx512dq,avx512vl,avx512vnni", BlockQ4_1, 4);

@@ -24,4 +24,4 @@ fn dot(w: &[BlockQ4K; 1], x: &Acts8, sum: __m512) -> __m512 {
     x.add(&scales, [first_even, last_even, first_odd, last_odd], sum)
 }
 
-super::gemv!(BlockQ4K, 1);
+crate::backend::cpu::x86::gemv::gemv!("avx512bw,avx512dq,avx512vl,avx512vnni", BlockQ4K, 1);

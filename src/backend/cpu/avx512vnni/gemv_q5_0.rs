@@ -43,4 +43,4 @@ fn dot(w: &[BlockQ5_0; 4], x: &Prepared, sum: __m512) -> __m512 {
     _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(d, x.acts.d), sum)
 }
 
-super::gemv!(BlockQ5_0, 4);
+crate::backend::cpu::x86::gemv::gemv!("avx512bw,avx512dq,avx512vl,avx512vnni", BlockQ5_0, 4);

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Acts8, Scales, load, load128, nibbles};
+use super::{Acts8, Scales, lanes, load, load128, nibbles};
 use crate::quant::BlockQ5K;
 
 #[inline]
@@ -24,8 +24,8 @@ fn dot(w: &[BlockQ5K; 1], x: &Acts8, sum: __m512) -> __m512 {
     let first = _mm512_broadcast_i32x4(load128(first));
     let last = _mm512_broadcast_i32x4(load128(last));
     // Bit 2i, then 2i + 1, in the lanes of group pair i.
-    let even = load(&std::array::from_fn::<u8, 64, _>(|i| 1 << (i / 16 * 2)));
-    let odd = load(&std::array::from_fn::<u8, 64, _>(|i| 2 << (i / 16 * 2)));
+    let even = _mm512_sllv_epi32(_mm512_set1_epi8(1), load(const { &lanes(0, 2, 4) }));
+    let odd = _mm512_add_epi8(even, even);
     let fifth = |q, bits, which| {
         let set = _mm512_test_epi8_mask(bits, which);
         _mm512_mask_add_epi8(q, set, q, _mm512_set1_epi8(16))
@@ -40,4 +40,4 @@ fn dot(w: &[BlockQ5K; 1], x: &Acts8, sum: __m512) -> __m512 {
     x.add(&scales, q, sum)
 }
 
-super::gemv!(BlockQ5K, 1);
+crate::backend::cpu::x86::gemv::gemv!("avx512bw,avx512dq,avx512vl,avx512vnni", BlockQ5K, 1);

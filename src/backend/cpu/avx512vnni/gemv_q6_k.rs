@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{load, load128, load256, nibbles, splat_half};
+use super::{lanes, load, load128, load256, nibbles, splat_half};
 use crate::quant::BlockQ6K;
 
 struct Prepared {
@@ -23,9 +23,8 @@ fn prepare(q: &[i8; 256], d: &[f32; 8], _: &[f32; 8]) -> Prepared {
         let sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(32), q);
         _mm512_sub_epi32(_mm512_setzero_si512(), sums)
     });
-    let twice = load(&std::array::from_fn::<u32, 16, _>(|i| i as u32 / 2));
     let d = _mm512_castps256_ps512(_mm256_castsi256_ps(load256(d)));
-    let d = _mm512_permutexvar_ps(twice, d);
+    let d = _mm512_permutexvar_ps(load(const { &lanes(0, 1, 2) }), d);
     Prepared { q, offset, d }
 }
 
@@ -35,7 +34,14 @@ fn dot(w: &[BlockQ6K; 1], x: &Prepared, mut sum: __m512) -> __m512 {
     let [w] = w;
     let scales = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load128(&w.scales)));
     let scales = _mm512_mul_ps(_mm512_mul_ps(scales, splat_half(w.d)), x.d);
-    let each4 = |first| load(&std::array::from_fn::<u32, 16, _>(|i| first + i as u32 / 4));
+    let each4 = const {
+        &[
+            lanes(0, 1, 4),
+            lanes(4, 1, 4),
+            lanes(8, 1, 4),
+            lanes(12, 1, 4),
+        ]
+    };
     let ql: &[[u8; 64]; 2] = bytemuck::cast_ref(&w.ql);
     let qh: &[[u8; 32]; 2] = bytemuck::cast_ref(&w.qh);
     let upper = _mm512_set1_epi8(0x30);
@@ -52,11 +58,11 @@ fn dot(w: &[BlockQ6K; 1], x: &Prepared, mut sum: __m512) -> __m512 {
         for (i, q) in [first, last].into_iter().enumerate() {
             let i = 2 * half + i;
             let dot = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(x.offset[i], q, x.q[i]));
-            let scale = _mm512_permutexvar_ps(each4(4 * i as u32), scales);
+            let scale = _mm512_permutexvar_ps(load(&each4[i]), scales);
             sum = _mm512_fmadd_ps(dot, scale, sum);
         }
     }
     sum
 }
 
-super::gemv!(BlockQ6K, 1);
+crate::backend::cpu::x86::gemv::gemv!("avx512bw,avx512dq,avx512vl,avx512vnni", BlockQ6K, 1);

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{halves_at, join2, load, load128, places};
+use super::{halves_at, join2, lanes, load, load128, places};
 use crate::quant::BlockQ8_0;
 
 /// For the first and the last two blocks of four.
@@ -22,8 +22,10 @@ fn prepare(q: &[i8; 128], d: &[f32; 4], _: &[f32; 4]) -> Prepared {
         _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32::<7>(sums))
     });
     let d = _mm512_castps128_ps512(_mm_castsi128_ps(load128(d)));
-    let each8 = |first| load(&std::array::from_fn::<u32, 16, _>(|i| first + i as u32 / 8));
-    let d = [0, 2].map(|first| _mm512_permutexvar_ps(each8(first), d));
+    let d = [
+        _mm512_permutexvar_ps(load(const { &lanes(0, 1, 8) }), d),
+        _mm512_permutexvar_ps(load(const { &lanes(2, 1, 8) }), d),
+    ];
     Prepared { q, offset, d }
 }
 
@@ -37,10 +39,10 @@ fn dot(w: &[BlockQ8_0; 4], x: &Prepared, mut sum: __m512) -> __m512 {
         let (head, _) = bytemuck::cast_ref::<_, [u8; 68]>(w)
             .split_first_chunk::<64>()
             .expect("68 bytes");
-        let d = _mm512_mul_ps(halves_at(places(0, 17, 8), head), x.d[i]);
+        let d = _mm512_mul_ps(halves_at(const { &places(0, 17, 8) }, head), x.d[i]);
         sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), d, sum);
     }
     sum
 }
 
-super::gemv!(BlockQ8_0, 4);
+crate::backend::cpu::x86::gemv::gemv!("avx512bw,avx512dq,avx512vl,avx512vnni", BlockQ8_0, 4);

@@ -8,6 +8,18 @@ use std::arch::x86_64::*;
 
 use bytemuck::Pod;
 
+pub(crate) mod attend;
+pub(crate) mod elementwise;
+mod floats;
+mod gemm;
+pub(crate) mod gemm_float;
+pub(crate) mod gemm_q4_0;
+pub(crate) mod gemm_q4_1;
+pub(crate) mod gemm_q4_k;
+pub(crate) mod gemm_q5_0;
+pub(crate) mod gemm_q5_k;
+pub(crate) mod gemm_q6_k;
+pub(crate) mod gemm_q8_0;
 pub(crate) mod gemv_float;
 pub(crate) mod gemv_q4_0;
 pub(crate) mod gemv_q4_1;
@@ -26,6 +38,15 @@ fn load<T: Pod>(x: &T) -> __m512i {
     unsafe { _mm512_loadu_si512((x as *const T).cast()) }
 }
 
+/// Writes the 64 bytes of `x`.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn store<T: Pod>(x: __m512i, out: &mut T) {
+    const { assert!(size_of::<T>() == 64) };
+    // SAFETY: writes the 64 bytes of an exclusively borrowed plain value; no alignment is asked.
+    unsafe { _mm512_storeu_si512((out as *mut T).cast(), x) }
+}
+
 /// The 32 bytes of `x`.
 #[inline]
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
@@ -42,21 +63,6 @@ fn load128<T: Pod>(x: &T) -> __m128i {
     const { assert!(size_of::<T>() == 16) };
     // SAFETY: reads the 16 bytes of a borrowed plain value; no alignment is asked.
     unsafe { _mm_loadu_si128((x as *const T).cast()) }
-}
-
-/// The 16 floats of `x`.
-#[inline]
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn loadf(x: &[f32; 16]) -> __m512 {
-    _mm512_castsi512_ps(load(x))
-}
-
-/// Asks for the cache line `bytes` after the start of `x`; it need not exist.
-#[inline]
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn prefetch<T>(x: &T, bytes: usize) {
-    let at = (x as *const T).cast::<i8>().wrapping_add(bytes);
-    _mm_prefetch::<_MM_HINT_T0>(at)
 }
 
 /// Four runs of 16 bytes, one after the other.
@@ -89,18 +95,31 @@ fn nibbles(x: __m512i) -> (__m512i, __m512i) {
 /// The half floats at 16 places (in units of 2 bytes) of `x`.
 #[inline]
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn halves_at<T: Pod>(places: __m512i, x: &T) -> __m512 {
-    let halves = _mm512_permutexvar_epi16(places, load(x));
+fn halves_at<T: Pod>(places: &[u16; 32], x: &T) -> __m512 {
+    let halves = _mm512_permutexvar_epi16(load(places), load(x));
     _mm512_cvtph_ps(_mm512_castsi512_si256(halves))
 }
 
-/// The places `step * (i / each) + first` for `halves_at`.
-#[inline]
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn places(first: u16, step: u16, each: u16) -> __m512i {
-    load(&std::array::from_fn::<u16, 32, _>(|i| {
-        first + step * (i as u16 % 16 / each)
-    }))
+/// Indices for a permutation: lane `i` takes `first + step * (i / each)`.
+const fn lanes(first: u32, step: u32, each: u32) -> [u32; 16] {
+    let mut lanes = [0; 16];
+    let mut i = 0;
+    while i < 16 {
+        lanes[i] = first + step * (i as u32 / each);
+        i += 1;
+    }
+    lanes
+}
+
+/// Places for `halves_at`: lane `i` takes `first + step * (i / each)`.
+const fn places(first: u16, step: u16, each: u16) -> [u16; 32] {
+    let mut places = [0; 32];
+    let mut i = 0;
+    while i < 16 {
+        places[i] = first + step * (i as u16 / each);
+        i += 1;
+    }
+    places
 }
 
 /// The 128 activations of four blocks of 32, as the formats with nibbles meet them: of each block the first 16, then
@@ -119,12 +138,11 @@ impl Acts4 {
     fn new(q: &[i8; 128], d: &[f32; 4]) -> Self {
         let [a, b] = bytemuck::cast_ref::<_, [[i8; 64]; 2]>(q);
         let (a, b) = (load(a), load(b));
-        let each4 = load(&std::array::from_fn::<u32, 16, _>(|i| i as u32 / 4));
         let d = _mm512_castps128_ps512(_mm_castsi128_ps(load128(d)));
         Self {
             low: _mm512_shuffle_i32x4::<0b10_00_10_00>(a, b),
             high: _mm512_shuffle_i32x4::<0b11_01_11_01>(a, b),
-            d: _mm512_permutexvar_ps(each4, d),
+            d: _mm512_permutexvar_ps(load(const { &lanes(0, 1, 4) }), d),
         }
     }
 
@@ -198,13 +216,8 @@ impl Acts8 {
         let even = _mm512_dpbusd_epi32(even, q[1], self.q[1]);
         let odd = _mm512_dpbusd_epi32(zero, q[2], self.q[2]);
         let odd = _mm512_dpbusd_epi32(odd, q[3], self.q[3]);
-        let each4 = |first| {
-            load(&std::array::from_fn::<u32, 16, _>(|i| {
-                first + i as u32 / 4 * 2
-            }))
-        };
-        let even_scales = _mm512_permutexvar_ps(each4(0), scales.0);
-        let odd_scales = _mm512_permutexvar_ps(each4(1), scales.0);
+        let even_scales = _mm512_permutexvar_ps(load(const { &lanes(0, 2, 4) }), scales.0);
+        let odd_scales = _mm512_permutexvar_ps(load(const { &lanes(1, 2, 4) }), scales.0);
         let sum = _mm512_mask_add_ps(sum, 0xff00, sum, scales.0);
         let sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(even), even_scales, sum);
         _mm512_fmadd_ps(_mm512_cvtepi32_ps(odd), odd_scales, sum)
@@ -239,94 +252,3 @@ impl Scales {
         ))
     }
 }
-
-/// Defines `gemv` for a format from two functions of its file: `prepare`, what rows share of the activations that meet
-/// `$unit` blocks, and `dot`, which adds the products of `$unit` blocks to a row's partial sums.
-///
-/// Rows are taken four at a time: they share the preparation, and memory sees four streams. A last unit that is not
-/// full reaches back over blocks that are done already; their activations get the scale 0.
-macro_rules! gemv {
-    ($block:ty, $unit:literal) => {
-        /// `y[t, r] = sum_k w[r, k] x[t, k]`.
-        #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-        pub(crate) fn gemv(
-            w: &[u8],
-            x: &crate::backend::cpu::acts::Acts,
-            y: &mut crate::backend::cpu::pool::OutCols,
-        ) {
-            let n_blocks = x.n_in / <$block as crate::quant::Block>::LEN;
-            if n_blocks < $unit {
-                return crate::backend::cpu::scalar::gemv::q8::<$block>(w, x, y);
-            }
-            let w = crate::quant::blocks::<$block>(w);
-            for t in 0..x.n_tokens {
-                let x = x.q8_row(t);
-                let (fours, rest) = y.row(t).as_chunks_mut::<4>();
-                let mut rows = w.chunks_exact(4 * n_blocks);
-                for (y, w) in fours.iter_mut().zip(&mut rows) {
-                    *y = products::<4>(w, n_blocks, &x);
-                }
-                let done = fours.len() * 4;
-                for (y, w) in rest
-                    .iter_mut()
-                    .zip(w[done * n_blocks..].chunks_exact(n_blocks))
-                {
-                    [*y] = products::<1>(w, n_blocks, &x);
-                }
-            }
-        }
-
-        #[inline]
-        #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-        fn products<const R: usize>(
-            w: &[$block],
-            n_blocks: usize,
-            x: &crate::backend::cpu::acts::Q8Row,
-        ) -> [f32; R] {
-            const LEN: usize = <$block as crate::quant::Block>::LEN * $unit;
-            const GROUPS: usize = LEN / crate::backend::cpu::acts::Q8_LEN;
-            assert_eq!(w.len(), R * n_blocks);
-            let (q, d, s) = (
-                x.q.as_chunks::<LEN>().0,
-                x.d.as_chunks::<GROUPS>().0,
-                x.s.as_chunks::<GROUPS>().0,
-            );
-            let n_units = q.len();
-            let (d, s) = (&d[..n_units], &s[..n_units]);
-            let rows: [&[[$block; $unit]]; R] =
-                std::array::from_fn(|r| &w[r * n_blocks..][..n_blocks].as_chunks().0[..n_units]);
-            let ahead = (R * n_blocks * size_of::<$block>()).max(super::AHEAD);
-            let mut sums = [_mm512_setzero_ps(); R];
-            for i in 0..n_units {
-                let x = prepare(&q[i], &d[i], &s[i]);
-                for r in 0..R {
-                    super::prefetch(&rows[r][i], ahead);
-                    sums[r] = dot(&rows[r][i], &x, sums[r]);
-                }
-            }
-            let done = n_units * $unit;
-            if done < n_blocks {
-                let first = n_blocks - $unit;
-                let at = first * (LEN / $unit);
-                let group = first * (GROUPS / $unit);
-                let (mut d, mut s) = ([0.0; GROUPS], [0.0; GROUPS]);
-                let new = (done - first) * (GROUPS / $unit);
-                d[new..].copy_from_slice(&x.d[group + new..][..GROUPS - new]);
-                s[new..].copy_from_slice(&x.s[group + new..][..GROUPS - new]);
-                let q = x.q[at..].first_chunk().expect("a whole unit");
-                let x = prepare(q, &d, &s);
-                for r in 0..R {
-                    let w = w[r * n_blocks + first..]
-                        .first_chunk()
-                        .expect("a whole unit");
-                    sums[r] = dot(w, &x, sums[r]);
-                }
-            }
-            sums.map(|sums| _mm512_reduce_add_ps(sums))
-        }
-    };
-}
-use gemv;
-
-/// How far ahead of its use a weight is asked for, in bytes at least.
-const AHEAD: usize = 2048;

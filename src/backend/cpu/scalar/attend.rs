@@ -6,7 +6,7 @@ use crate::backend::cpu::table::AttendSpan;
 use crate::quant::f16_to_f32;
 
 /// An element of the cache.
-pub(crate) trait Cached: Pod {
+trait Cached: Pod {
     /// As a float.
     fn to_f32(self) -> f32;
 }
@@ -26,7 +26,7 @@ impl Cached for u16 {
 }
 
 /// See [`AttendSpan`].
-pub(crate) fn attend<T: Cached>(span: &mut AttendSpan) {
+fn attend<T: Cached>(span: &mut AttendSpan) {
     let n = span.head_dim;
     let (k, v): (&[T], &[T]) = (bytemuck::cast_slice(span.k), bytemuck::cast_slice(span.v));
     for (i, q) in span.q.chunks_exact(n).enumerate() {
@@ -50,4 +50,14 @@ pub(crate) fn attend<T: Cached>(span: &mut AttendSpan) {
         }
         (span.max[i], span.sum[i]) = (max, sum);
     }
+}
+
+/// Over half floats.
+pub(crate) fn f16(span: &mut AttendSpan) {
+    attend::<u16>(span);
+}
+
+/// Over floats.
+pub(crate) fn f32(span: &mut AttendSpan) {
+    attend::<f32>(span);
 }

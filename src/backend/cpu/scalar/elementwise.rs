@@ -1,18 +1,16 @@
 //! Norms, rotary embedding, gated units, conversions: one body for all levels.
 
 use crate::backend::Activation;
-use crate::backend::cpu::acts::Q8_LEN;
+use crate::backend::cpu::acts::{Q8_LEN, Q8RowMut};
 use crate::quant::f32_to_f16;
 
-/// `x[i] = d * q[i]`, `d = max|x| / 127` per 32, `s = d * sum(q)`.
+/// `x[i] = d * q[i]`, `d = max|x| / 127` per 32, `s = d * sum(q)`, `u = q + 128`.
 #[inline(always)]
-pub(crate) fn quantize(x: &[f32], q: &mut [i8], d: &mut [f32], s: &mut [f32]) {
-    let blocks = x
-        .as_chunks::<Q8_LEN>()
-        .0
-        .iter()
-        .zip(q.as_chunks_mut::<Q8_LEN>().0);
-    for (((x, q), d), s) in blocks.zip(d).zip(s) {
+pub(crate) fn quantize(x: &[f32], row: &mut Q8RowMut) {
+    let x = x.as_chunks::<Q8_LEN>().0.iter();
+    let q = row.q.as_chunks_mut::<Q8_LEN>().0.iter_mut();
+    let scales = row.d.iter_mut().zip(&mut *row.s);
+    for ((x, q), (d, s)) in x.zip(q).zip(scales) {
         let max = x.iter().fold(0.0f32, |max, x| max.max(x.abs()));
         *d = max / 127.0;
         let inverse = if max > 0.0 { 127.0 / max } else { 0.0 };
@@ -23,6 +21,17 @@ pub(crate) fn quantize(x: &[f32], q: &mut [i8], d: &mut [f32], s: &mut [f32]) {
         }
         *s = *d * sum as f32;
     }
+    raise(row);
+}
+
+/// `u = q + 128`.
+#[inline(always)]
+pub(crate) fn raise(row: &mut Q8RowMut) {
+    let q = row.q.iter();
+    row.u
+        .iter_mut()
+        .zip(q)
+        .for_each(|(u, q)| *u = *q as u8 ^ 0x80);
 }
 
 /// `y = x / sqrt(mean(x^2) + eps) * gain`.
@@ -68,8 +77,9 @@ pub(crate) fn glu(activation: Activation, gate: &mut [f32], up: &[f32]) {
     match activation {
         Activation::Silu => pairs.for_each(|(g, u)| *g = *g / (1.0 + (-*g).exp()) * u),
         Activation::GeluTanh => pairs.for_each(|(g, u)| {
-            let inner = 0.797_884_6 * (*g + 0.044_715 * *g * *g * *g);
-            *g = 0.5 * *g * (1.0 + inner.tanh()) * u;
+            // 0.5 (1 + tanh(z)) = 1 / (1 + e^-2z), which does not cancel.
+            let twice = 2.0 * 0.797_884_6 * (*g + 0.044_715 * *g * *g * *g);
+            *g = *g / (1.0 + (-twice).exp()) * u;
         }),
         Activation::Relu => pairs.for_each(|(g, u)| *g = g.max(0.0) * u),
     }

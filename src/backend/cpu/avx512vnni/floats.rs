@@ -1,0 +1,82 @@
+//! Vectors of sixteen floats.
+#![allow(unsafe_code, reason = "loads and stores through array references")]
+
+use std::arch::x86_64::*;
+
+use super::load as load_bits;
+
+/// A vector.
+pub(super) type V = __m512;
+
+/// Its floats.
+pub(super) const LANES: usize = 16;
+
+/// Vectors of a row that a kernel sums at a time for each of four queries.
+pub(super) const WIDTH: usize = 4;
+
+/// Rows and tokens of a GEMM's tile of sums.
+pub(super) const TILE: (usize, usize) = (4, 4);
+
+crate::backend::cpu::x86::floats::operations! { "avx512bw,avx512dq,avx512vl,avx512vnni":
+    fn load(x: &[f32; 16]) -> V = _mm512_castsi512_ps(load_bits(x));
+    // SAFETY: writes the 64 bytes of an exclusively borrowed array; no alignment is asked.
+    fn store(x: V, out: &mut [f32; 16]) = unsafe { _mm512_storeu_ps(out.as_mut_ptr(), x) };
+    fn load_f16(x: &[u16; 16]) -> V = _mm512_cvtph_ps(super::load256(x));
+    fn store_f16(x: V, out: &mut [u16; 16]) = {
+        let halves = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x);
+        // SAFETY: writes the 32 bytes of an exclusively borrowed array; no alignment is asked.
+        unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), halves) }
+    };
+    /// Whole numbers to bytes.
+    fn store_i8(x: V, out: &mut [i8; 16]) = {
+        let bytes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x));
+        // SAFETY: writes the 16 bytes of an exclusively borrowed array; no alignment is asked.
+        unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), bytes) }
+    };
+    fn splat(x: f32) -> V = _mm512_set1_ps(x);
+    fn add(a: V, b: V) -> V = _mm512_add_ps(a, b);
+    fn sub(a: V, b: V) -> V = _mm512_sub_ps(a, b);
+    fn mul(a: V, b: V) -> V = _mm512_mul_ps(a, b);
+    fn div(a: V, b: V) -> V = _mm512_div_ps(a, b);
+    fn max(a: V, b: V) -> V = _mm512_max_ps(a, b);
+    /// `b` where either is NaN.
+    fn min(a: V, b: V) -> V = _mm512_min_ps(a, b);
+    /// `a * b + c`.
+    fn fma(a: V, b: V, c: V) -> V = _mm512_fmadd_ps(a, b, c);
+    fn round(x: V) -> V = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
+    fn sum(x: V) -> f32 = _mm512_reduce_add_ps(x);
+    fn max_of(x: V) -> f32 = _mm512_reduce_max_ps(x);
+    /// Minus infinity outside the lanes `first..end`.
+    fn only(x: V, first: usize, end: usize) -> V = {
+        let lanes = ((1u32 << end) - 1) & !((1u32 << first) - 1);
+        _mm512_mask_mov_ps(splat(f32::NEG_INFINITY), lanes as u16, x)
+    };
+    /// `p * 2^n`; 0 where `x` is below -87.3.
+    fn times_power_of_two(p: V, n: V, x: V) -> V = {
+        let normal = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, splat(-87.3));
+        _mm512_maskz_scalef_ps(normal, p, n)
+    };
+    /// The sums of sixteen vectors.
+    fn fold(x: [V; 16]) -> V = {
+        let four = |i: usize| [x[i], x[i + 1], x[i + 2], x[i + 3]];
+        let (a, b, c, d) = (fold4(four(0)), fold4(four(4)), fold4(four(8)), fold4(four(12)));
+        let ab = halve(a, b);
+        let cd = halve(c, d);
+        halve(ab, cd)
+    };
+    /// In each run of four lanes the sums of that run of four vectors.
+    fn fold4(x: [V; 4]) -> V = {
+        let ab = add(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+        let cd = add(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+        let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+        let low = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
+        add(low, _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)))
+    };
+    /// Sums of pairs of runs of four lanes: two of `a`, then two of `b`.
+    fn halve(a: V, b: V) -> V = {
+        let even = _mm512_shuffle_f32x4::<0b10_00_10_00>(a, b);
+        add(even, _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b))
+    };
+}
+
+crate::backend::cpu::x86::floats::exponentials!("avx512bw,avx512dq,avx512vl,avx512vnni");

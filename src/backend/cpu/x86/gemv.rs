@@ -1,0 +1,147 @@
+//! The loops of a GEMV, around what a level and a format do with a unit of blocks.
+
+/// How far ahead of its use a weight is asked for, in bytes at least.
+pub(in crate::backend::cpu) const AHEAD: usize = 2048;
+
+/// Defines `gemv` for a format from two functions of its file: `prepare`, what rows share of the activations that meet
+/// `$unit` blocks, and `dot`, which adds the products of `$unit` blocks to a row's partial sums.
+///
+/// Rows are taken four at a time: they share the preparation, and memory sees four streams. A last unit that is not
+/// full reaches back over blocks that are done already; their activations get the scale 0.
+macro_rules! gemv {
+    ($features:literal, $block:ty, $unit:literal) => {
+        /// `y[t, r] = sum_k w[r, k] x[t, k]`.
+        #[target_feature(enable = $features)]
+        pub(crate) fn gemv(
+            w: &[u8],
+            x: &crate::backend::cpu::acts::Acts,
+            y: &mut crate::backend::cpu::pool::OutCols,
+        ) {
+            let n_blocks = x.n_in / <$block as crate::quant::Block>::LEN;
+            if n_blocks < $unit {
+                return crate::backend::cpu::scalar::gemv::q8::<$block>(w, x, y);
+            }
+            let w = crate::quant::blocks::<$block>(w);
+            for t in 0..x.n_tokens {
+                let x = x.q8_row(t);
+                let (fours, rest) = y.row(t).as_chunks_mut::<4>();
+                let mut rows = w.chunks_exact(4 * n_blocks);
+                for (y, w) in fours.iter_mut().zip(&mut rows) {
+                    *y = products::<4>(w, n_blocks, &x);
+                }
+                let done = fours.len() * 4;
+                for (y, w) in rest
+                    .iter_mut()
+                    .zip(w[done * n_blocks..].chunks_exact(n_blocks))
+                {
+                    [*y] = products::<1>(w, n_blocks, &x);
+                }
+            }
+        }
+
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn products<const R: usize>(
+            w: &[$block],
+            n_blocks: usize,
+            x: &crate::backend::cpu::acts::Q8Row,
+        ) -> [f32; R] {
+            const LEN: usize = <$block as crate::quant::Block>::LEN * $unit;
+            const GROUPS: usize = LEN / crate::backend::cpu::acts::Q8_LEN;
+            assert_eq!(w.len(), R * n_blocks);
+            let (q, d, s) = (
+                x.q.as_chunks::<LEN>().0,
+                x.d.as_chunks::<GROUPS>().0,
+                x.s.as_chunks::<GROUPS>().0,
+            );
+            let n_units = q.len();
+            let (d, s) = (&d[..n_units], &s[..n_units]);
+            let rows: [&[[$block; $unit]]; R] =
+                std::array::from_fn(|r| &w[r * n_blocks..][..n_blocks].as_chunks().0[..n_units]);
+            let ahead =
+                (R * n_blocks * size_of::<$block>()).max(crate::backend::cpu::x86::gemv::AHEAD);
+            let mut sums = [super::floats::splat(0.0); R];
+            for i in 0..n_units {
+                let x = prepare(&q[i], &d[i], &s[i]);
+                for r in 0..R {
+                    crate::backend::cpu::x86::prefetch(&rows[r][i], ahead);
+                    sums[r] = dot(&rows[r][i], &x, sums[r]);
+                }
+            }
+            let done = n_units * $unit;
+            if done < n_blocks {
+                let first = n_blocks - $unit;
+                let at = first * (LEN / $unit);
+                let group = first * (GROUPS / $unit);
+                let (mut d, mut s) = ([0.0; GROUPS], [0.0; GROUPS]);
+                let new = (done - first) * (GROUPS / $unit);
+                d[new..].copy_from_slice(&x.d[group + new..][..GROUPS - new]);
+                s[new..].copy_from_slice(&x.s[group + new..][..GROUPS - new]);
+                let q = x.q[at..].first_chunk().expect("a whole unit");
+                let x = prepare(q, &d, &s);
+                for r in 0..R {
+                    let w = w[r * n_blocks + first..]
+                        .first_chunk()
+                        .expect("a whole unit");
+                    sums[r] = dot(w, &x, sums[r]);
+                }
+            }
+            sums.map(|sums| super::floats::sum(sums))
+        }
+    };
+}
+pub(in crate::backend::cpu) use gemv;
+
+/// Defines a GEMV over float activations: `$widen` loads a vector of weights.
+macro_rules! gemv_float {
+    ($features:literal, $name:ident, $block:ty, $widen:expr) => {
+        /// `y[t, r] = sum_k w[r, k] x[t, k]`.
+        #[target_feature(enable = $features)]
+        pub(crate) fn $name(w: &[u8], x: &Acts, y: &mut OutCols) {
+            #[inline]
+            #[target_feature(enable = $features)]
+            fn products<const R: usize>(w: &[$block], x: &[f32]) -> [f32; R] {
+                let n = x.len();
+                assert_eq!(w.len(), R * n);
+                let (x, x_rest) = x.as_chunks::<{ v::LANES }>();
+                let n_units = x.len();
+                let rows: [(&[[$block; { v::LANES }]], &[$block]); R] = std::array::from_fn(|r| {
+                    let (units, rest) = w[r * n..][..n].as_chunks();
+                    (&units[..n_units], &rest[..x_rest.len()])
+                });
+                let ahead =
+                    (R * n * size_of::<$block>()).max(crate::backend::cpu::x86::gemv::AHEAD);
+                let mut sums = [v::splat(0.0); R];
+                for i in 0..n_units {
+                    let x = v::load(&x[i]);
+                    for r in 0..R {
+                        let w = &rows[r].0[i];
+                        crate::backend::cpu::x86::prefetch(w, ahead);
+                        sums[r] = v::fma($widen(w), x, sums[r]);
+                    }
+                }
+                std::array::from_fn(|r| {
+                    let mut rest = 0.0;
+                    for (w, x) in rows[r].1.iter().zip(x_rest) {
+                        let mut weight = [0.0];
+                        w.dequantize(&mut weight);
+                        rest += weight[0] * x;
+                    }
+                    v::sum(sums[r]) + rest
+                })
+            }
+            let w = blocks::<$block>(w);
+            for t in 0..x.n_tokens {
+                let (fours, rest) = y.row(t).as_chunks_mut::<4>();
+                for (y, w) in fours.iter_mut().zip(w.chunks_exact(4 * x.n_in)) {
+                    *y = products::<4>(w, x.row(t));
+                }
+                let done = fours.len() * 4 * x.n_in;
+                for (y, w) in rest.iter_mut().zip(w[done..].chunks_exact(x.n_in)) {
+                    [*y] = products::<1>(w, x.row(t));
+                }
+            }
+        }
+    };
+}
+pub(in crate::backend::cpu) use gemv_float;
