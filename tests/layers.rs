@@ -28,7 +28,6 @@ const FENCE: &[&str] = &[
     "src/backend/cpu/avx512vnni/mod.rs",
     "src/backend/cpu/avx512vnni/floats.rs",
     "src/backend/cpu/neon/mod.rs",
-    "src/backend/cpu/neon/floats.rs",
     "src/backend/cpu/neon_dotprod/mod.rs",
 ];
 
