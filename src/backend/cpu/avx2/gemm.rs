@@ -7,6 +7,7 @@
 
 use std::arch::x86_64::*;
 use std::cell::RefCell;
+use std::hint::black_box;
 
 use super::{floats, load};
 use crate::backend::cpu::acts::{Acts, Q8_LEN, Q8Row};
@@ -184,24 +185,38 @@ fn tile<const T: usize, const HALVES: usize, const MIN: bool, const CHAIN: usize
         rows.map(|row| &row.d[..n]),
         rows.map(|row| &row.s[..n]),
     );
+    let length = const { if CHAIN == 0 { 1 } else { CHAIN } };
+    // A long chain of unknown length stays a loop; unrolled, it is rearranged until its sums spill.
+    let chain = if CHAIN >= 4 {
+        black_box(length)
+    } else {
+        length
+    };
     let ones = _mm256_set1_epi16(1);
     let mut sums = [[floats::splat(0.0); 2]; T];
     for (i, unit) in units.iter().enumerate() {
+        let mut blocks = [&[[0; 4]; 8]; T];
+        for (block, x) in blocks.iter_mut().zip(x) {
+            *block = &x[i];
+        }
+        let x = blocks;
         for half in 0..HALVES {
             let start = if CHAIN == 0 {
                 [_mm256_setzero_si256(); 2]
             } else {
-                unit.start[half].each_ref().map(|start| load(start))
+                [load(&unit.start[half][0]), load(&unit.start[half][1])]
             };
             let mut dots = [start; T];
-            let chain = const { if CHAIN == 0 { 1 } else { CHAIN } };
-            for first in (half * 4..half * 4 + 8 / HALVES).step_by(chain) {
+            for link in 0..8 / HALVES / length {
+                let first = half * 4 + link * chain;
                 let mut pairs = [[_mm256_setzero_si256(); 2]; T];
                 for k in first..first + chain {
-                    let w = unit.q[k].each_ref().map(|q| load(q));
-                    let size = w.map(|w| _mm256_abs_epi8(w));
+                    // The mask tells the compiler what is so anyway.
+                    let k = k % 8;
+                    let w = [load(&unit.q[k][0]), load(&unit.q[k][1])];
+                    let size = [_mm256_abs_epi8(w[0]), _mm256_abs_epi8(w[1])];
                     for (pairs, x) in pairs.iter_mut().zip(x) {
-                        let x = _mm256_set1_epi32(i32::from_le_bytes(x[i][k]));
+                        let x = _mm256_set1_epi32(i32::from_le_bytes(x[k]));
                         for ((pair, w), size) in pairs.iter_mut().zip(w).zip(size) {
                             *pair = if CHAIN == 0 {
                                 _mm256_maddubs_epi16(size, _mm256_sign_epi8(x, w))

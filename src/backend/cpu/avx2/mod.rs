@@ -185,16 +185,18 @@ impl Acts8 {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     fn new(q: &[i8; 256], d: &[f32; 8], s: &[f32; 8]) -> Self {
-        let halves: &[[[i8; 32]; 4]; 2] = bytemuck::cast_ref(q);
-        let q = halves.each_ref().map(|groups| {
-            let [a, b, c, e] = groups.each_ref().map(|q| load(q));
-            [
-                _mm256_permute2x128_si256::<0x20>(a, c),
-                _mm256_permute2x128_si256::<0x31>(a, c),
-                _mm256_permute2x128_si256::<0x20>(b, e),
-                _mm256_permute2x128_si256::<0x31>(b, e),
-            ]
-        });
+        let groups: &[[i8; 32]; 8] = bytemuck::cast_ref(q);
+        let mut q = [[_mm256_setzero_si256(); 4]; 2];
+        for (q, groups) in q.iter_mut().zip(groups.as_chunks::<4>().0) {
+            let (even, even_2) = (load(&groups[0]), load(&groups[2]));
+            let (odd, odd_2) = (load(&groups[1]), load(&groups[3]));
+            *q = [
+                _mm256_permute2x128_si256::<0x20>(even, even_2),
+                _mm256_permute2x128_si256::<0x31>(even, even_2),
+                _mm256_permute2x128_si256::<0x20>(odd, odd_2),
+                _mm256_permute2x128_si256::<0x31>(odd, odd_2),
+            ];
+        }
         Self {
             q,
             d: _mm256_castsi256_ps(load(d)),
