@@ -7,6 +7,10 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512vnni;
 pub mod isa;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+#[cfg(target_arch = "aarch64")]
+mod neon_dotprod;
 pub mod pool;
 mod scalar;
 mod scratch;

@@ -46,8 +46,11 @@ impl Report {
             let many = table::gemm(*t).map(|k| k.name());
             (t.name(), few, many)
         });
-        let x86 = |isa: Isa| matches!(isa, Isa::Avx2 | Isa::Avx512Vnni);
-        let native = |isa: &Isa| *isa == Isa::Scalar || x86(*isa) == cfg!(target_arch = "x86_64");
+        let native = |isa: &Isa| match isa {
+            Isa::Scalar => true,
+            Isa::Avx2 | Isa::Avx512Vnni => cfg!(target_arch = "x86_64"),
+            Isa::Neon | Isa::NeonDotprod => cfg!(target_arch = "aarch64"),
+        };
         let levels = Isa::ALL.iter().copied().filter(native);
         let variables = ["KINGLET_ISA", "KINGLET_KERNEL", "KINGLET_MODEL"];
         let set = |name| std::env::var(name).ok().map(|value| (name, value));
