@@ -76,7 +76,7 @@ fn controls(pieces: &[Piece]) -> Vec<&str> {
 }
 
 /// Renders every golden; returns what differs, and how many there are.
-fn differences(goldens: &Path, templates: &Path) -> (Vec<String>, usize) {
+fn differences(goldens: &Path, templates: &Path, strict: bool) -> (Vec<String>, usize) {
     let goldens: Vec<Golden> = serde_json::from_str(&read(goldens)).unwrap();
     let mut differences = Vec::new();
     for golden in &goldens {
@@ -97,6 +97,8 @@ fn differences(goldens: &Path, templates: &Path) -> (Vec<String>, usize) {
         match (&golden.expected, rendered) {
             (Some(expected), Ok(pieces)) if text(&pieces) == *expected => {}
             (None, Err(_)) => {}
+            // Python refuses a little more, such as to iterate over None.
+            (None, Ok(_)) if !strict => {}
             (expected, found) => differences.push(format!(
                 "{}: {:?}\nexpected {expected:?}\nfound    {:?}",
                 golden.template,
@@ -110,7 +112,7 @@ fn differences(goldens: &Path, templates: &Path) -> (Vec<String>, usize) {
 
 #[test]
 fn renders_like_python() {
-    let (differences, n) = differences(&folder().join("goldens.json"), &folder());
+    let (differences, n) = differences(&folder().join("goldens.json"), &folder(), true);
     assert!(n >= 100, "{n}");
     assert!(differences.is_empty(), "{}", differences.join("\n\n"));
 }
@@ -126,7 +128,7 @@ fn renders_like_python_everywhere() {
         println!("skipped: KINGLET_TEMPLATE_ORACLE and KINGLET_TEMPLATES are not both set");
         return;
     };
-    let (differences, n) = differences(&oracle, &templates);
+    let (differences, n) = differences(&oracle, &templates, false);
     println!("{} of {n} differ", differences.len());
     assert!(differences.is_empty(), "{}", differences.join("\n\n"));
 }
@@ -234,8 +236,17 @@ fn look_alike() -> impl Strategy<Value = String> {
     prop::collection::vec(part, 1..6).prop_map(|parts| parts.concat())
 }
 
+/// Cases of a property; what fails is printed, not filed.
+fn config(cases: u32) -> ProptestConfig {
+    ProptestConfig {
+        cases,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(300))]
+    #![proptest_config(config(300))]
     #[test]
     fn content_never_becomes_control(content in look_alike()) {
         for name in TEMPLATES {

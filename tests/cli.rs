@@ -134,6 +134,7 @@ fn wrong_arguments_exit_with_2() {
         &["run", model, "-p", "a", "-t", "0"],
         &["run", model, "-p", "a", "-c", "99999999"],
         &["run", model, "-p", "a", "--special"],
+        &["run", model, "-p", "a", "-s", "b"],
         &["run", "some-user/some-model:Q4_0", "-p", "a"],
         &["quantize", model, "x.gguf", "Q9_9"],
         &["tokenize", model, "a", "b"],
@@ -251,7 +252,11 @@ fn run_takes_its_prompt_from_argument_file_and_pipe() {
     };
     let expected = with(&["-p", "the thing"], "");
     assert_eq!(with(&[], "the thing"), expected);
-    assert_eq!(with(&["-f", "-"], "the thing"), expected);
+    assert_eq!(
+        with(&["-f", "-"], "the thing\n"),
+        expected,
+        "the newline that ends a file is no part of it"
+    );
     let args = [
         "run",
         path(&model),
@@ -489,12 +494,14 @@ fn ctrl_c_in_a_chat_stops_the_reply_and_keeps_the_turn() {
 #[cfg(unix)]
 #[test]
 fn ctrl_c_at_the_prompt_of_a_piped_chat_ends_it() {
-    let child = spawn(&["chat", "-q"]);
-    std::thread::sleep(Duration::from_millis(800));
+    let mut child = spawn(&["chat", "-q"]);
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(b"/show system\n").unwrap();
+    let mut stderr = child.stderr.take().unwrap();
+    read_until(&mut stderr, |text| text.contains("no system message\n"));
     interrupt(&child);
-    // Stdin stays open until here: it was the signal that ended it.
-    let output = child.wait_with_output().unwrap();
-    assert_eq!(output.status.code(), Some(130));
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    drop(stdin); // open until here: it was the signal that ended it
 }
 
 /// A chat of short greedy replies through a pipe.

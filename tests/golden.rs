@@ -152,14 +152,18 @@ fn truncate_at_any_position_equals_a_fresh_run() {
 /// Activations are 8-bit in our kernels and floats in the reference. Over the twenty best tokens the logits, 7 to 30,
 /// then differ by some tenths; llama.cpp's own, with 8-bit activations, differ by up to 0.25 (its figures are in the
 /// file). 0.4 leaves room for another order of sums.
-const TOP20_TOLERANCE: f32 = 0.4;
+const TOLERANCE_TO_FLOATS: f32 = 0.4;
+
+/// Where the reference is llama.cpp itself, both sides have quantized their activations: the differences add up.
+const TOLERANCE_TO_LLAMA_CPP: f32 = 0.8;
 
 /// Below this lead of the best token a kernel with 8-bit activations may rightly prefer another.
 const CLEAR_MARGIN: f64 = 0.5;
 
 #[test]
 fn the_chat_model_agrees_with_the_reference_wherever_the_reference_is_clear() {
-    agrees(&load("models/lfm2-smol-Q4_0.gguf"), "lfm2-smol.json");
+    let model = load("models/lfm2-smol-Q4_0.gguf");
+    agrees(&model, "lfm2-smol.json", TOLERANCE_TO_FLOATS);
 }
 
 #[test]
@@ -173,11 +177,11 @@ fn smollm2_agrees_with_llama_cpp_wherever_that_is_clear() {
         println!("skipped: {path} is missing; models/get-smollm2.sh gets it");
         return;
     }
-    agrees(&load(path), "smollm2-q4_1.json");
+    agrees(&load(path), "smollm2-q4_1.json", TOLERANCE_TO_LLAMA_CPP);
 }
 
 /// Tokens, top-20 logits and the argmax at each teacher-forced step, in several chunk sizes.
-fn agrees(model: &Model, file: &str) {
+fn agrees(model: &Model, file: &str, tolerance: f32) {
     for prompt in golden(file)["prompts"].as_array().expect("prompts") {
         let name = prompt["name"].as_str().expect("a name");
         let tokens = ids(&prompt["tokens"]);
@@ -195,7 +199,7 @@ fn agrees(model: &Model, file: &str) {
             }
             println!("{name}, chunks of {batch}: top-20 logits within {worst:.3}");
             assert!(
-                worst < TOP20_TOLERANCE,
+                worst < tolerance,
                 "{name}, chunks of {batch}: {worst} from the reference"
             );
             let margins = prompt["greedy_margin"].as_array().expect("margins");

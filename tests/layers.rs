@@ -18,13 +18,15 @@ const RULES: &[(&str, &[&str])] = &[
     ),
 ];
 
-/// Where `unsafe` is allowed: the map, the pool, the kernel table, the modules of the instruction-set levels.
+/// Where `unsafe` is allowed: the map, the pool, the kernel table, and the loads and stores of each instruction-set level.
 const FENCE: &[&str] = &[
     "src/gguf/map.rs",
     "src/backend/cpu/pool.rs",
     "src/backend/cpu/table.rs",
     "src/backend/cpu/avx2/mod.rs",
+    "src/backend/cpu/avx2/floats.rs",
     "src/backend/cpu/avx512vnni/mod.rs",
+    "src/backend/cpu/avx512vnni/floats.rs",
     "src/backend/cpu/neon/mod.rs",
     "src/backend/cpu/neon_dotprod/mod.rs",
 ];

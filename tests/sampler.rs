@@ -497,7 +497,7 @@ fn settings_know_their_sources() {
     assert_eq!(row("min-p"), expect("0.2", "command line"));
     assert_eq!(
         row("repeat-penalty"),
-        expect("1.1", "recommended for LFM2 Smol")
+        expect("1.15", "recommended for LFM2 Smol")
     );
     assert_eq!(row("top-k"), expect("0", "recommended for LFM2 Smol"));
     assert_eq!(row("samplers"), expect("top_k;temperature", "model file"));

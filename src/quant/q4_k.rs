@@ -95,7 +95,7 @@ impl Scaled {
             let weights = x.map(|x| rms + x.abs());
             search::affine(x, &weights, n, steps, |e| e * e, &mut codes[i])
         });
-        let top = |of: fn(&Affine) -> f32| found.iter().map(of).fold(0.0, f32::max);
+        let top = |of: fn(&Affine) -> f32| search::greatest(found.iter().map(of));
         let (scale, min) = (top(|a| a.scale), top(|a| a.min));
         // Numbers of 6 bits: the share of the greatest in 63rds.
         let share = |of: f32, v: f32| {

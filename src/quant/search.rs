@@ -152,6 +152,11 @@ pub(super) fn descent<const N: usize>(x: &[f32; N], n: i32, codes: &mut [u8; N])
     if fit.qq > 0.0 { fit.xq / fit.qq } else { 0.0 }
 }
 
+/// The greatest of `values` that is above zero, else a positive zero: `f32::max` may return either zero of a pair.
+pub(super) fn greatest(values: impl Iterator<Item = f32>) -> f32 {
+    values.fold(0.0, |top, v| if v > top { v } else { top })
+}
+
 /// Scale and minimum of a group: `x ≈ scale · code - min`.
 pub(super) struct Affine {
     pub scale: f32,

@@ -1,6 +1,6 @@
 //! The chain: the samplers that are not neutral, in the order of the settings, and the choice at the end.
 
-use super::candidates::{Candidates, check};
+use super::candidates::Candidates;
 use super::penalties::Penalties;
 use super::rng::Rng;
 use super::settings::{Settings, Stage};
@@ -146,7 +146,6 @@ impl Sampler {
             return Err(Error::Invalid(format!("{} logits", logits.len())));
         }
         if self.greedy && self.stages.is_empty() && self.forbidden.is_empty() {
-            check(logits)?;
             return greedy::argmax(logits);
         }
         self.candidates(logits)?;

@@ -7,19 +7,7 @@ use crate::error::Result;
 /// One number of `rng` per token, whatever the candidates.
 pub(super) fn choose(candidates: &mut Candidates, rng: &mut Rng) -> Result<u32> {
     let max = candidates.max()?;
-    let uniform = rng.next_f64();
-    let (list, weights) = candidates.list_and_weights();
-    weights.clear();
-    weights.extend(list.iter().map(|c| (c.logit - max).exp()));
-    let total: f64 = weights.iter().map(|w| f64::from(*w)).sum();
-    let mut left = uniform * total;
-    let mut chosen = None;
-    for (c, w) in list.iter().zip(weights.iter()).filter(|(_, w)| **w > 0.0) {
-        chosen = Some(c.id); // rounding may leave a rest behind the last one
-        left -= f64::from(*w);
-        if left < 0.0 {
-            break;
-        }
-    }
-    Ok(chosen.expect("the likeliest candidate weighs 1"))
+    let total = candidates.weigh(max);
+    let chosen = candidates.at_share(rng.next_f64(), total);
+    Ok(chosen.expect("the likeliest candidate weighs 1").id)
 }

@@ -1,21 +1,16 @@
 //! The likeliest token; of equals the one with the lowest id.
 
-use super::candidates::{Candidates, max};
-use crate::error::{Error, Result};
+use super::candidates::{Candidates, finite, max_number};
+use crate::error::Result;
 
 /// The likeliest of all tokens.
 ///
 /// # Errors
-/// If the largest logit is infinite or there is none.
+/// If a logit is not a number, the largest is infinite, or there is none.
 pub(super) fn argmax(logits: &[f32]) -> Result<u32> {
-    let max = max(logits);
-    match logits.iter().position(|x| *x == max) {
-        Some(id) if max.is_finite() => Ok(id as u32),
-        _ => Err(Error::BadModel(format!(
-            "logits: the largest of {} is {max}, expected a finite one",
-            logits.len()
-        ))),
-    }
+    let max = finite(max_number(logits)?, logits.len())?;
+    let best = logits.iter().position(|x| *x == max);
+    Ok(best.expect("`max` is one of the logits") as u32)
 }
 
 /// The likeliest of the candidates.

@@ -7,6 +7,7 @@
 mod candidates;
 mod chain;
 mod dist;
+mod exp;
 mod greedy;
 mod min_p;
 mod penalties;

@@ -61,7 +61,7 @@ const PRESETS: &[Preset] = &[
         // Small and trained by distillation: it loops on lists without a firm penalty.
         name: "LFM2 Smol",
         words: &["smol"],
-        repeat_penalty: Some(1.1),
+        repeat_penalty: Some(1.15),
         ..LIQUID
     },
     Preset {

@@ -1,40 +1,28 @@
 //! Keeps the smallest set of likeliest tokens whose probabilities sum to at least `p` (Holtzman et al.,
 //! arXiv:1904.09751).
 
-use super::candidates::{Candidates, by_logit};
+use super::candidates::{Candidates, by_logit, keep_first};
 use crate::error::Result;
-
-/// Tokens sorted at first; most nuclei are smaller.
-const FIRST: usize = 64;
 
 pub(super) fn apply(candidates: &mut Candidates, p: f32) -> Result<()> {
     let max = candidates.max()?;
-    let sorted = candidates.sorted();
-    let list = candidates.list();
-    let weight = |logit: f32| f64::from((logit - max).exp());
-    let total: f64 = list.iter().map(|c| weight(c.logit)).sum();
-    let wanted = f64::from(p) * total;
-
-    let (mut n_sorted, mut step) = (if sorted { list.len() } else { 0 }, FIRST);
-    let (mut kept, mut sum) = (0, 0.0);
-    while kept < list.len() {
-        if kept == n_sorted {
-            let rest = &mut list[n_sorted..];
-            let step_now = step.min(rest.len());
-            if step_now < rest.len() {
-                rest.select_nth_unstable_by(step_now, by_logit);
-            }
-            rest[..step_now].sort_unstable_by(by_logit);
-            n_sorted += step_now;
-            step *= 4;
-        }
-        sum += weight(list[kept].logit);
-        kept += 1;
-        if sum >= wanted {
-            break;
+    let wanted = f64::from(p) * candidates.weigh(max);
+    if candidates.all().is_some() {
+        // Of a vocabulary, first those near the likeliest, if they suffice: they are few.
+        let mut distances = [2.0, 4.0, 8.0, 16.0].into_iter();
+        let near = distances.find(|d| candidates.weight_where(|x| x >= max - d) >= wanted);
+        if let Some(distance) = near {
+            candidates.keep_at_least(max - distance);
         }
     }
-    list.truncate(kept);
+    let n_sorted = if candidates.sorted() {
+        candidates.len()
+    } else {
+        0
+    };
+    keep_first(candidates.list(), n_sorted, by_logit, max, |sum| {
+        sum >= wanted
+    });
     candidates.set_sorted(true);
     Ok(())
 }

@@ -307,7 +307,7 @@ mod tests {
         assert_eq!(run(&["END"], &["a E", "N", "D b"]), ("a ".into(), true));
         assert_eq!(
             run(&["END"], &["a E", "N", "E", "ND"]),
-            ("a ENE".into(), false)
+            ("a EN".into(), true)
         );
         assert_eq!(run(&["END"], &["EEN", "D"]), ("E".into(), true));
         assert_eq!(run(&["b", "ab"], &["xa", "b"]), ("x".into(), true));

@@ -395,22 +395,19 @@ impl<'t> Scan<'t> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use fancy_regex::Regex;
     use proptest::prelude::*;
+    use std::sync::LazyLock;
 
     /// The published expressions, and what they mean to the scanners.
-    fn patterns() -> Vec<(Pretokenizer, Vec<fancy_regex::Regex>)> {
+    fn patterns() -> Vec<(Pretokenizer, Vec<Regex>)> {
         let llama3 = |digits: &str| {
             format!(
                 r"'(?:[sS]|[tT]|[rR][eE]|[vV][eE]|[mM]|[lL][lL]|[dD])|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
             )
         };
         let gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
-        let all = |sources: &[&str]| {
-            sources
-                .iter()
-                .map(|s| fancy_regex::Regex::new(s).unwrap())
-                .collect()
-        };
+        let all = |sources: &[&str]| sources.iter().map(|s| Regex::new(s).unwrap()).collect();
         vec![
             (
                 Pretokenizer::Llama3 { max_digits: 3 },
@@ -427,7 +424,7 @@ mod tests {
     }
 
     /// Every pattern cuts each piece of the one before it; what it does not match stays as it is.
-    fn by_patterns<'t>(text: &'t str, patterns: &[fancy_regex::Regex]) -> Vec<&'t str> {
+    fn by_patterns<'t>(text: &'t str, patterns: &[Regex]) -> Vec<&'t str> {
         let mut pieces = vec![text];
         for pattern in patterns {
             let mut next = Vec::new();
@@ -491,7 +488,10 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(4000))]
+        #![proptest_config(ProptestConfig {
+            max_global_rejects: 40_000,
+            ..ProptestConfig::with_cases(4000)
+        })]
         #[test]
         fn scanners_equal_their_patterns(
             text in prop_oneof![
@@ -501,12 +501,13 @@ mod tests {
             ]
         ) {
             // The expressions know a newer Unicode than the tables.
-            let newer = fancy_regex::Regex::new(r"[^\p{age=15.1}]").unwrap();
-            prop_assume!(!newer.is_match(&text).unwrap());
-            for (pre, patterns) in patterns() {
+            static NEWER: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"[^\p{age=15.1}]").unwrap());
+            static PATTERNS: LazyLock<Vec<(Pretokenizer, Vec<Regex>)>> = LazyLock::new(patterns);
+            let text = NEWER.replace_all(&text, "");
+            for (pre, patterns) in PATTERNS.iter() {
                 let mut words = Vec::new();
                 pre.split(&text, |w| words.push(w));
-                prop_assert_eq!(&words, &by_patterns(&text, &patterns), "{:?}", pre);
+                prop_assert_eq!(&words, &by_patterns(&text, patterns), "{:?}", pre);
             }
         }
     }

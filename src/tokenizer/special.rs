@@ -237,9 +237,9 @@ mod tests {
                 }
                 next.push(Part::Text(rest));
             }
-            next.retain(|p| *p != Part::Text(""));
             parts = next;
         }
+        parts.retain(|p| *p != Part::Text(""));
         parts
     }
 

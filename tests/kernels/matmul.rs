@@ -72,8 +72,15 @@ struct Inputs {
 impl Inputs {
     fn random(n_tokens: usize, n_in: usize, random: &mut Random) -> Self {
         let mut f32 = random.floats(n_tokens * n_in, 3.0);
-        // A block of zeros and a block with one large value.
+        // Rows of the largest 8-bit values, all of one sign or by turns; else a block with zeros and one with a large
+        // value.
         let len = f32.len();
+        match random.below(6) {
+            0 => f32.fill(2.5),
+            1 => f32.fill(-2.5),
+            2 => f32.iter_mut().for_each(|x| *x = 2.5f32.copysign(*x)),
+            _ => {}
+        }
         f32[len - n_in.min(7)..].fill(0.0);
         f32[random.below(len)] = 1e4;
         let mut inputs = Self {

@@ -439,36 +439,50 @@ matmuls! {
         "gemm_f32_f32_scalar", F32, F32, Scalar, scalar::gemv::f32::<quant::BlockF32>;
         #[cfg(target_arch = "x86_64")]
         "gemm_q4_0_q8_avx512vnni", Q4_0, Q8, Avx512Vnni, avx512vnni::gemm_q4_0::gemm;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q4_0_q8_avx2", Q4_0, Q8, Avx2, avx2::gemm_q4_0::gemm;
         #[cfg(target_arch = "aarch64")]
         "gemm_q4_0_q8_neon_dotprod", Q4_0, Q8, NeonDotprod, neon_dotprod::gemm::q4_0;
         "gemm_q4_0_q8_scalar", Q4_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ4_0>;
         #[cfg(target_arch = "x86_64")]
         "gemm_q4_1_q8_avx512vnni", Q4_1, Q8, Avx512Vnni, avx512vnni::gemm_q4_1::gemm;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q4_1_q8_avx2", Q4_1, Q8, Avx2, avx2::gemm_q4_1::gemm;
         #[cfg(target_arch = "aarch64")]
         "gemm_q4_1_q8_neon_dotprod", Q4_1, Q8, NeonDotprod, neon_dotprod::gemm::q4_1;
         "gemm_q4_1_q8_scalar", Q4_1, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ4_1>;
         #[cfg(target_arch = "x86_64")]
         "gemm_q5_0_q8_avx512vnni", Q5_0, Q8, Avx512Vnni, avx512vnni::gemm_q5_0::gemm;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q5_0_q8_avx2", Q5_0, Q8, Avx2, avx2::gemm_q5_0::gemm;
         #[cfg(target_arch = "aarch64")]
         "gemm_q5_0_q8_neon_dotprod", Q5_0, Q8, NeonDotprod, neon_dotprod::gemm::q5_0;
         "gemm_q5_0_q8_scalar", Q5_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ5_0>;
         #[cfg(target_arch = "x86_64")]
         "gemm_q8_0_q8_avx512vnni", Q8_0, Q8, Avx512Vnni, avx512vnni::gemm_q8_0::gemm;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q8_0_q8_avx2", Q8_0, Q8, Avx2, avx2::gemm_q8_0::gemm;
         #[cfg(target_arch = "aarch64")]
         "gemm_q8_0_q8_neon_dotprod", Q8_0, Q8, NeonDotprod, neon_dotprod::gemm::q8_0;
         "gemm_q8_0_q8_scalar", Q8_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ8_0>;
         #[cfg(target_arch = "x86_64")]
         "gemm_q4_k_q8_avx512vnni", Q4_K, Q8, Avx512Vnni, avx512vnni::gemm_q4_k::gemm;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q4_k_q8_avx2", Q4_K, Q8, Avx2, avx2::gemm_q4_k::gemm;
         #[cfg(target_arch = "aarch64")]
         "gemm_q4_k_q8_neon_dotprod", Q4_K, Q8, NeonDotprod, neon_dotprod::gemm::q4_k;
         "gemm_q4_k_q8_scalar", Q4_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ4K>;
         #[cfg(target_arch = "x86_64")]
         "gemm_q5_k_q8_avx512vnni", Q5_K, Q8, Avx512Vnni, avx512vnni::gemm_q5_k::gemm;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q5_k_q8_avx2", Q5_K, Q8, Avx2, avx2::gemm_q5_k::gemm;
         #[cfg(target_arch = "aarch64")]
         "gemm_q5_k_q8_neon_dotprod", Q5_K, Q8, NeonDotprod, neon_dotprod::gemm::q5_k;
         "gemm_q5_k_q8_scalar", Q5_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ5K>;
         #[cfg(target_arch = "x86_64")]
         "gemm_q6_k_q8_avx512vnni", Q6_K, Q8, Avx512Vnni, avx512vnni::gemm_q6_k::gemm;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q6_k_q8_avx2", Q6_K, Q8, Avx2, avx2::gemm_q6_k::gemm;
         #[cfg(target_arch = "aarch64")]
         "gemm_q6_k_q8_neon_dotprod", Q6_K, Q8, NeonDotprod, neon_dotprod::gemm::q6_k;
         "gemm_q6_k_q8_scalar", Q6_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ6K>;

@@ -296,6 +296,7 @@ impl Repl {
                 self.sampler.set_settings(&settings);
             }
         }
+        ui::note(&format!("{name} = {value}"));
         Ok(())
     }
 

@@ -55,7 +55,7 @@ fn ppl(args: &PplArgs) -> Outcome {
             args.ctx
         )));
     }
-    let text = ui::read_text(&args.file)?;
+    let text = ui::read_prompt(&args.file)?;
     let model = locate::load(&args.model)?;
     let tokenizer = model.tokenizer()?;
     let tokens = tokenizer.encode_with_bos(&text, Special::Text);

@@ -1,6 +1,7 @@
 //! `kinglet run`: one prompt, one reply.
 
 use std::io::{self, IsTerminal, Write};
+use std::path::Path;
 
 use kinglet::Session;
 use kinglet::sampler::Sampler;
@@ -17,19 +18,24 @@ pub fn run(args: &RunArgs) -> Outcome {
     args.sampling.check()?;
     let prompt = match (&args.prompt, &args.file) {
         (Some(text), _) => text.clone(),
-        (None, Some(path)) => ui::read_text(path)?,
+        (None, Some(path)) => ui::read_prompt(path)?,
         (None, None) if io::stdin().is_terminal() => {
             return Err(Failure::usage(
                 "no prompt: give it with -p, with -f, or through a pipe",
             ));
         }
-        (None, None) => ui::read_stdin()?,
+        (None, None) => ui::read_prompt(Path::new("-"))?,
     };
     let model = locate::load(&args.model)?;
     let mut sampler = Sampler::new(&args.sampling.settings(&model)?);
     let session = args.session.open(&model)?;
     let n_ctx = session.n_ctx();
     let raw = args.raw || model.tokenizer()?.chat_template().is_none();
+    if raw && args.system.is_some() {
+        return Err(Failure::usage(
+            "the model has no chat template, so there is no place for --system",
+        ));
+    }
     if raw && !args.raw {
         ui::note("note: the model has no chat template; the text is continued as it is (--raw)");
     }

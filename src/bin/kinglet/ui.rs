@@ -238,6 +238,15 @@ pub fn count(n: u64) -> String {
     }
 }
 
+/// A prompt or a text to score: as llama.cpp reads it, without the newline at the end of the file.
+pub fn read_prompt(path: &Path) -> Outcome<String> {
+    let mut text = read_text(path)?;
+    if text.ends_with('\n') {
+        text.pop();
+    }
+    Ok(text)
+}
+
 /// The text of a file; `-` is stdin.
 pub fn read_text(path: &Path) -> Outcome<String> {
     if path == Path::new("-") {

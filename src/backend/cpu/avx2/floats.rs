@@ -73,6 +73,15 @@ crate::backend::cpu::x86::floats::operations! { "avx2,fma,f16c":
         let scaled = mul(mul(p, power(half)), power(_mm256_sub_epi32(n, half)));
         _mm256_and_ps(normal, scaled)
     };
+    /// The sum of each of four vectors.
+    fn sum_of_4(x: [V; 4]) -> [f32; 4] = {
+        let x = fold4(x);
+        let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+        let mut out = [0.0; 4];
+        // SAFETY: writes the 16 bytes of a local array; no alignment is asked.
+        unsafe { _mm_storeu_ps(out.as_mut_ptr(), x) };
+        out
+    };
     /// The sums of eight vectors.
     fn fold(x: [V; 8]) -> V = {
         let (a, b) = (fold4([x[0], x[1], x[2], x[3]]), fold4([x[4], x[5], x[6], x[7]]));
@@ -88,4 +97,5 @@ crate::backend::cpu::x86::floats::operations! { "avx2,fma,f16c":
     };
 }
 
+crate::backend::cpu::x86::floats::sums!("avx2,fma,f16c");
 crate::backend::cpu::x86::floats::exponentials!("avx2,fma,f16c");

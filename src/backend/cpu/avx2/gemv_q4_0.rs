@@ -21,11 +21,15 @@ fn prepare(q: &[i8; 128], d: &[f32; 4], _: &[f32; 4]) -> Prepared {
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn dot(w: &[BlockQ4_0; 4], x: &Prepared, sum: __m256) -> __m256 {
-    let dots = [0, 1].map(|i| {
-        let (low, high) = nibbles(join2(&w[2 * i].qs, &w[2 * i + 1].qs));
-        _mm256_sub_epi16(x.acts.dot(i, low, high), x.offset[i])
-    });
-    x.acts.add(w.each_ref().map(|w| w.d), dots, sum)
+    let dots = [dot2(&w[0], &w[1], x, 0), dot2(&w[2], &w[3], x, 1)];
+    x.acts.add([w[0].d, w[1].d, w[2].d, w[3].d], dots, sum)
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn dot2(a: &BlockQ4_0, b: &BlockQ4_0, x: &Prepared, which: usize) -> __m256i {
+    let (low, high) = nibbles(join2(&a.qs, &b.qs));
+    _mm256_sub_epi16(x.acts.dot(which, low, high), x.offset[which])
 }
 
 crate::backend::cpu::x86::gemv::gemv!("avx2,fma,f16c", BlockQ4_0, 4);

@@ -22,13 +22,17 @@ fn prepare(q: &[i8; 128], d: &[f32; 4], s: &[f32; 4]) -> Prepared {
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn dot(w: &[BlockQ4_1; 4], x: &Prepared, sum: __m256) -> __m256 {
-    let dots = [0, 1].map(|i| {
-        let (low, high) = nibbles(join2(&w[2 * i].qs, &w[2 * i + 1].qs));
-        x.acts.dot(i, low, high)
-    });
-    let m = _mm256_zextps128_ps256(halves(w.each_ref().map(|w| w.m)));
-    let sum = _mm256_fmadd_ps(m, x.s, sum);
-    x.acts.add(w.each_ref().map(|w| w.d), dots, sum)
+    let dots = [dot2(&w[0], &w[1], x, 0), dot2(&w[2], &w[3], x, 1)];
+    let m = halves([w[0].m, w[1].m, w[2].m, w[3].m]);
+    let sum = _mm256_fmadd_ps(_mm256_zextps128_ps256(m), x.s, sum);
+    x.acts.add([w[0].d, w[1].d, w[2].d, w[3].d], dots, sum)
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn dot2(a: &BlockQ4_1, b: &BlockQ4_1, x: &Prepared, which: usize) -> __m256i {
+    let (low, high) = nibbles(join2(&a.qs, &b.qs));
+    x.acts.dot(which, low, high)
 }
 
 crate::backend::cpu::x86::gemv::gemv!("avx2,fma,f16c", BlockQ4_1, 4);

@@ -16,14 +16,18 @@ fn prepare(q: &[i8; 256], d: &[f32; 8], s: &[f32; 8]) -> Acts8 {
 fn dot(w: &[BlockQ4K; 1], x: &Acts8, sum: __m256) -> __m256 {
     let [w] = w;
     let qs: &[[u8; 32]; 4] = bytemuck::cast_ref(&w.qs);
-    let q = [0, 1].map(|half| {
-        let (a, b) = (load(&qs[2 * half]), load(&qs[2 * half + 1]));
-        // The first and the last 16 weights of two pairs of groups: even groups in the low nibbles, odd ones in the high.
-        let (first_even, first_odd) = nibbles(_mm256_permute2x128_si256::<0x20>(a, b));
-        let (last_even, last_odd) = nibbles(_mm256_permute2x128_si256::<0x31>(a, b));
-        [first_even, last_even, first_odd, last_odd]
-    });
+    let q = [groups(&qs[0], &qs[1]), groups(&qs[2], &qs[3])];
     x.add((w.d, w.dmin, &w.scales), q, sum)
+}
+
+/// The first and the last 16 weights of two pairs of groups: even groups in the low nibbles, odd ones in the high.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn groups(a: &[u8; 32], b: &[u8; 32]) -> [__m256i; 4] {
+    let (a, b) = (load(a), load(b));
+    let (first_even, first_odd) = nibbles(_mm256_permute2x128_si256::<0x20>(a, b));
+    let (last_even, last_odd) = nibbles(_mm256_permute2x128_si256::<0x31>(a, b));
+    [first_even, last_even, first_odd, last_odd]
 }
 
 crate::backend::cpu::x86::gemv::gemv!("avx2,fma,f16c", BlockQ4K, 1);

@@ -24,7 +24,7 @@ fn prepare(q: &[i8; 128], d: &[f32; 4], _: &[f32; 4]) -> Prepared {
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn dot(w: &[BlockQ8_0; 4], x: &Prepared, mut sum: __m256) -> __m256 {
-    let d = _mm_mul_ps(halves(w.each_ref().map(|w| w.d)), x.d);
+    let d = _mm_mul_ps(halves([w[0].d, w[1].d, w[2].d, w[3].d]), x.d);
     let d = _mm256_castps128_ps256(d);
     for (i, w) in w.iter().enumerate() {
         let w = load(&w.qs);

@@ -12,7 +12,15 @@ use bytemuck::Pod;
 pub(crate) mod attend;
 pub(crate) mod elementwise;
 mod floats;
+mod gemm;
 pub(crate) mod gemm_float;
+pub(crate) mod gemm_q4_0;
+pub(crate) mod gemm_q4_1;
+pub(crate) mod gemm_q4_k;
+pub(crate) mod gemm_q5_0;
+pub(crate) mod gemm_q5_k;
+pub(crate) mod gemm_q6_k;
+pub(crate) mod gemm_q8_0;
 pub(crate) mod gemv_float;
 pub(crate) mod gemv_q4_0;
 pub(crate) mod gemv_q4_1;
@@ -29,6 +37,15 @@ fn load<T: Pod>(x: &T) -> __m256i {
     const { assert!(size_of::<T>() == 32) };
     // SAFETY: reads the 32 bytes of a borrowed plain value; no alignment is asked.
     unsafe { _mm256_loadu_si256((x as *const T).cast()) }
+}
+
+/// Writes the 32 bytes of `x`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn store<T: Pod>(x: __m256i, out: &mut T) {
+    const { assert!(size_of::<T>() == 32) };
+    // SAFETY: writes the 32 bytes of an exclusively borrowed plain value; no alignment is asked.
+    unsafe { _mm256_storeu_si256((out as *mut T).cast(), x) }
 }
 
 /// The 16 bytes of `x`.
@@ -142,7 +159,7 @@ impl Acts4 {
     #[target_feature(enable = "avx2,fma,f16c")]
     fn offset(&self, offset: i8) -> [__m256i; 2] {
         let offset = _mm256_set1_epi8(offset);
-        [0, 1].map(|i| self.dot(i, offset, offset))
+        [self.dot(0, offset, offset), self.dot(1, offset, offset)]
     }
 
     /// Adds the products of two blocks each, in 16 bits, times the blocks' scales.
@@ -168,16 +185,18 @@ impl Acts8 {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     fn new(q: &[i8; 256], d: &[f32; 8], s: &[f32; 8]) -> Self {
-        let halves: &[[[i8; 32]; 4]; 2] = bytemuck::cast_ref(q);
-        let q = halves.each_ref().map(|groups| {
-            let [a, b, c, e] = groups.each_ref().map(|q| load(q));
-            [
-                _mm256_permute2x128_si256::<0x20>(a, c),
-                _mm256_permute2x128_si256::<0x31>(a, c),
-                _mm256_permute2x128_si256::<0x20>(b, e),
-                _mm256_permute2x128_si256::<0x31>(b, e),
-            ]
-        });
+        let groups: &[[i8; 32]; 8] = bytemuck::cast_ref(q);
+        let mut q = [[_mm256_setzero_si256(); 4]; 2];
+        for (q, groups) in q.iter_mut().zip(groups.as_chunks::<4>().0) {
+            let (even, even_2) = (load(&groups[0]), load(&groups[2]));
+            let (odd, odd_2) = (load(&groups[1]), load(&groups[3]));
+            *q = [
+                _mm256_permute2x128_si256::<0x20>(even, even_2),
+                _mm256_permute2x128_si256::<0x31>(even, even_2),
+                _mm256_permute2x128_si256::<0x20>(odd, odd_2),
+                _mm256_permute2x128_si256::<0x31>(odd, odd_2),
+            ];
+        }
         Self {
             q,
             d: _mm256_castsi256_ps(load(d)),
@@ -198,15 +217,18 @@ impl Acts8 {
         let scales = _mm256_mul_ps(_mm256_mul_ps(scales, splat_half(d)), self.d);
         let mins = _mm256_mul_ps(mins, splat_half(dmin));
         let sum = _mm256_fnmadd_ps(mins, self.s, sum);
-        let dot = |i: usize, at: usize| {
-            let first = _mm256_maddubs_epi16(q[i][at], self.q[i][at]);
-            let last = _mm256_maddubs_epi16(q[i][at + 1], self.q[i][at + 1]);
-            pairs(_mm256_add_epi16(first, last))
-        };
-        let sum = _mm256_fmadd_ps(dot(0, 0), spread::<0, 2>(scales), sum);
-        let sum = _mm256_fmadd_ps(dot(0, 2), spread::<1, 3>(scales), sum);
-        let sum = _mm256_fmadd_ps(dot(1, 0), spread::<4, 6>(scales), sum);
-        _mm256_fmadd_ps(dot(1, 2), spread::<5, 7>(scales), sum)
+        let sum = _mm256_fmadd_ps(self.dot(&q, 0, 0), spread::<0, 2>(scales), sum);
+        let sum = _mm256_fmadd_ps(self.dot(&q, 0, 2), spread::<1, 3>(scales), sum);
+        let sum = _mm256_fmadd_ps(self.dot(&q, 1, 0), spread::<4, 6>(scales), sum);
+        _mm256_fmadd_ps(self.dot(&q, 1, 2), spread::<5, 7>(scales), sum)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn dot(&self, q: &[[__m256i; 4]; 2], i: usize, at: usize) -> __m256 {
+        let first = _mm256_maddubs_epi16(q[i][at], self.q[i][at]);
+        let last = _mm256_maddubs_epi16(q[i][at + 1], self.q[i][at + 1]);
+        pairs(_mm256_add_epi16(first, last))
     }
 }
 

@@ -56,10 +56,24 @@ crate::backend::cpu::x86::floats::operations! { "avx512bw,avx512dq,avx512vl,avx5
         let normal = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, splat(-87.3));
         _mm512_maskz_scalef_ps(normal, p, n)
     };
+    /// The sum of each of four vectors.
+    fn sum_of_4(x: [V; 4]) -> [f32; 4] = {
+        let x = fold4(x);
+        let x = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x));
+        let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+        let mut out = [0.0; 4];
+        // SAFETY: writes the 16 bytes of a local array; no alignment is asked.
+        unsafe { _mm_storeu_ps(out.as_mut_ptr(), x) };
+        out
+    };
     /// The sums of sixteen vectors.
     fn fold(x: [V; 16]) -> V = {
-        let four = |i: usize| [x[i], x[i + 1], x[i + 2], x[i + 3]];
-        let (a, b, c, d) = (fold4(four(0)), fold4(four(4)), fold4(four(8)), fold4(four(12)));
+        let [a, b, c, d] = [
+            fold4([x[0], x[1], x[2], x[3]]),
+            fold4([x[4], x[5], x[6], x[7]]),
+            fold4([x[8], x[9], x[10], x[11]]),
+            fold4([x[12], x[13], x[14], x[15]]),
+        ];
         let ab = halve(a, b);
         let cd = halve(c, d);
         halve(ab, cd)
@@ -79,4 +93,5 @@ crate::backend::cpu::x86::floats::operations! { "avx512bw,avx512dq,avx512vl,avx5
     };
 }
 
+crate::backend::cpu::x86::floats::sums!("avx512bw,avx512dq,avx512vl,avx512vnni");
 crate::backend::cpu::x86::floats::exponentials!("avx512bw,avx512dq,avx512vl,avx512vnni");

@@ -181,9 +181,9 @@ fn tile<const T: usize, const HALVES: usize, const MIN: bool>(
     let mut sums = [[_mm512_setzero_ps(); 2]; T];
     for (i, unit) in units.iter().enumerate() {
         for half in 0..HALVES {
-            let mut dots = [unit.start[half].each_ref().map(|start| load(start)); T];
+            let mut dots = [[load(&unit.start[half][0]), load(&unit.start[half][1])]; T];
             for k in half * 4..half * 4 + 8 / HALVES {
-                let w = unit.q[k].each_ref().map(|q| load(q));
+                let w = [load(&unit.q[k][0]), load(&unit.q[k][1])];
                 for (dots, x) in dots.iter_mut().zip(x) {
                     let x = _mm512_set1_epi32(i32::from_le_bytes(x[i][k]));
                     for (dot, w) in dots.iter_mut().zip(w) {

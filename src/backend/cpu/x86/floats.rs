@@ -13,6 +13,23 @@ macro_rules! operations {
 }
 pub(in crate::backend::cpu) use operations;
 
+/// Defines `sums` on vectors: the sum of each.
+macro_rules! sums {
+    ($features:literal) => {
+        /// The sum of each vector; in the same order whether there are four or fewer.
+        #[inline]
+        #[target_feature(enable = $features)]
+        pub(super) fn sums<const R: usize>(x: [V; R]) -> [f32; R] {
+            let mut four = [splat(0.0); 4];
+            four[..R].copy_from_slice(&x);
+            let mut out = [0.0; R];
+            out.copy_from_slice(&sum_of_4(four)[..R]);
+            out
+        }
+    };
+}
+pub(in crate::backend::cpu) use sums;
+
 /// Defines `exp` and `sigmoid` on vectors.
 macro_rules! exponentials {
     ($features:literal) => {

@@ -56,8 +56,11 @@ macro_rules! gemv {
             );
             let n_units = q.len();
             let (d, s) = (&d[..n_units], &s[..n_units]);
-            let rows: [&[[$block; $unit]]; R] =
-                std::array::from_fn(|r| &w[r * n_blocks..][..n_blocks].as_chunks().0[..n_units]);
+            // No closures here: one that is not inlined passes its vectors through memory.
+            let mut rows: [&[[$block; $unit]]; R] = [&[]; R];
+            for (row, blocks) in rows.iter_mut().zip(w.chunks_exact(n_blocks)) {
+                *row = &blocks.as_chunks().0[..n_units];
+            }
             let ahead =
                 (R * n_blocks * size_of::<$block>()).max(crate::backend::cpu::x86::gemv::AHEAD);
             let mut sums = [super::floats::splat(0.0); R];
@@ -73,10 +76,12 @@ macro_rules! gemv {
                 let first = n_blocks - $unit;
                 let at = first * (LEN / $unit);
                 let group = first * (GROUPS / $unit);
-                let (mut d, mut s) = ([0.0; GROUPS], [0.0; GROUPS]);
                 let new = (done - first) * (GROUPS / $unit);
-                d[new..].copy_from_slice(&x.d[group + new..][..GROUPS - new]);
-                s[new..].copy_from_slice(&x.s[group + new..][..GROUPS - new]);
+                let (mut d, mut s) = ([0.0; GROUPS], [0.0; GROUPS]);
+                for i in new..GROUPS {
+                    d[i] = x.d[group + i];
+                    s[i] = x.s[group + i];
+                }
                 let q = x.q[at..].first_chunk().expect("a whole unit");
                 let x = prepare(q, &d, &s);
                 for r in 0..R {
@@ -86,7 +91,7 @@ macro_rules! gemv {
                     sums[r] = dot(w, &x, sums[r]);
                 }
             }
-            sums.map(|sums| super::floats::sum(sums))
+            super::floats::sums(sums)
         }
     };
 }
@@ -105,30 +110,32 @@ macro_rules! gemv_float {
                 assert_eq!(w.len(), R * n);
                 let (x, x_rest) = x.as_chunks::<{ v::LANES }>();
                 let n_units = x.len();
-                let rows: [(&[[$block; { v::LANES }]], &[$block]); R] = std::array::from_fn(|r| {
-                    let (units, rest) = w[r * n..][..n].as_chunks();
-                    (&units[..n_units], &rest[..x_rest.len()])
-                });
+                let mut rows: [&[[$block; v::LANES]]; R] = [&[]; R];
+                for (row, w) in rows.iter_mut().zip(w.chunks_exact(n)) {
+                    *row = &w.as_chunks().0[..n_units];
+                }
                 let ahead =
                     (R * n * size_of::<$block>()).max(crate::backend::cpu::x86::gemv::AHEAD);
                 let mut sums = [v::splat(0.0); R];
                 for i in 0..n_units {
                     let x = v::load(&x[i]);
                     for r in 0..R {
-                        let w = &rows[r].0[i];
+                        let w = &rows[r][i];
                         crate::backend::cpu::x86::prefetch(w, ahead);
                         sums[r] = v::fma($widen(w), x, sums[r]);
                     }
                 }
-                std::array::from_fn(|r| {
-                    let mut rest = 0.0;
-                    for (w, x) in rows[r].1.iter().zip(x_rest) {
-                        let mut weight = [0.0];
-                        w.dequantize(&mut weight);
-                        rest += weight[0] * x;
+                let mut y = v::sums(sums);
+                if !x_rest.is_empty() {
+                    for (y, w) in y.iter_mut().zip(w.chunks_exact(n)) {
+                        for (w, x) in w[n_units * v::LANES..].iter().zip(x_rest) {
+                            let mut weight = [0.0];
+                            w.dequantize(&mut weight);
+                            *y += weight[0] * x;
+                        }
                     }
-                    v::sum(sums[r]) + rest
-                })
+                }
+                y
             }
             let w = blocks::<$block>(w);
             for t in 0..x.n_tokens {

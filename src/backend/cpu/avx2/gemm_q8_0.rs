@@ -1,0 +1,25 @@
+//! Q8_0 by Q8 activations, many tokens.
+
+use std::arch::x86_64::*;
+
+use super::gemm::{self, Scales, float};
+use super::gemv_q8_0;
+use crate::backend::cpu::acts::Acts;
+use crate::backend::cpu::pool::OutCols;
+use crate::quant::BlockQ8_0;
+
+/// `y[t, r] = sum_k w[r, k] x[t, k]`.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn gemm(w: &[u8], x: &Acts, y: &mut OutCols) {
+    if gemm::few(x) {
+        return gemv_q8_0::gemv(w, x, y);
+    }
+    gemm::gemm::<BlockQ8_0, 1, false, 0>(w, x, y, |w, group| unpack(w, group));
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn unpack(w: &BlockQ8_0, _: usize) -> (__m256i, Scales) {
+    let d = float(w.d);
+    (super::load(&w.qs), Scales { d: [d; 2], m: 0.0 })
+}
