@@ -1,7 +1,30 @@
-//! Kinglet: an on-device LLM runtime.
+//! Kinglet: an on-device LLM runtime. A quantized GGUF file is mapped and run on the CPU.
+//!
+//! The modules in the order in which data flows:
+//!
+//! - [`gguf`]: bytes to header, metadata and tensor table, all checked;
+//! - [`quant`]: the weight formats, their layout, dequantize, quantize;
+//! - [`tokenizer`]: text to tokens and back, chat templates;
+//! - [`model`]: an architecture per file, written over [`backend::Backend`];
+//! - [`backend`]: the operations of a forward pass, and the CPU that runs them;
+//! - [`session`]: one timeline of tokens on a model;
+//! - [`sampler`]: logits to a token;
+//! - [`error`]: the one error type.
 
 pub mod backend;
 pub mod error;
+pub mod gguf;
+pub mod model;
 pub mod quant;
+pub mod sampler;
+pub mod session;
+pub mod tokenizer;
 
+pub use backend::KvType;
 pub use error::{Error, Result};
+pub use session::{LoadOptions, MemoryReport, Model, ModelInfo, Session, SessionOptions};
+
+/// The README's example, compiled with the documentation tests.
+#[doc = include_str!("../README.md")]
+#[cfg(doctest)]
+pub struct Readme;

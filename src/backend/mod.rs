@@ -35,10 +35,19 @@ pub enum RopePairs {
 pub struct Rope {
     /// Angle per position of each pair, in radians; twice as many elements of each head rotate.
     pub inv_freq: Vec<f32>,
-    /// Factor on sine and cosine (1 but for YaRN).
-    pub magnitude: f32,
     /// Which elements make a pair.
     pub pairs: RopePairs,
+}
+
+impl Rope {
+    /// `base^(-2i / n_rot)` for each pair.
+    pub fn new(base: f32, n_rot: usize, pairs: RopePairs) -> Self {
+        let power = |i: usize| f64::from(base).powf(-2.0 * i as f64 / n_rot as f64) as f32;
+        Self {
+            inv_freq: (0..n_rot / 2).map(power).collect(),
+            pairs,
+        }
+    }
 }
 
 /// The shape and the mask of an attention.
@@ -97,6 +106,12 @@ pub trait Backend {
     /// If there is no memory for them.
     fn kv_reserve(&self, kv: &mut Self::Kv, n: usize) -> Result<()>;
 
+    /// Bytes that the cache holds.
+    fn kv_bytes(&self, kv: &Self::Kv) -> usize;
+
+    /// Bytes that the memory of a convolution holds.
+    fn conv_bytes(&self, conv: &Self::Conv) -> usize;
+
     /// A zeroed memory of `n_rows` inputs of `n_channels`.
     fn conv(&self, n_rows: usize, n_channels: usize) -> Self::Conv;
 
@@ -129,14 +144,15 @@ pub trait Backend {
         angles: &Self::Tensor,
     );
 
-    /// Writes the rows of `k` and `v` to the cache at positions `start..`, then attends from the rows of `q` (at the
-    /// same positions) to all positions that causality and the window let them see.
+    /// Writes the rows of `k` and `v` to the cache at positions `start..`, for which there is room.
+    fn kv_write(&mut self, kv: &mut Self::Kv, k: &Self::Tensor, v: &Self::Tensor, start: usize);
+
+    /// Attends from the rows of `q`, at positions `start..`, to all cached positions that causality and the window
+    /// let them see.
     fn attention(
         &mut self,
         q: &Self::Tensor,
-        k: &Self::Tensor,
-        v: &Self::Tensor,
-        kv: &mut Self::Kv,
+        kv: &Self::Kv,
         start: usize,
         attention: &Attention,
     ) -> Self::Tensor;

@@ -72,7 +72,7 @@ impl Quantize for BlockQ2K {
             let x = &groups[i];
             search::affine(x, &x.map(f32::abs), 3, &STEPS, f32::abs, &mut codes[i])
         });
-        let top = |of: fn(&Affine) -> f32| found.iter().map(of).fold(0.0, f32::max);
+        let top = |of: fn(&Affine) -> f32| search::greatest(found.iter().map(of));
         let (scale, min) = (top(|a| a.scale), top(|a| a.min));
         // Numbers of 4 bits: the share of the greatest in fifteenths.
         let share = |of: f32, v: f32| {

@@ -95,7 +95,7 @@ impl Scaled {
             let weights = x.map(|x| rms + x.abs());
             search::affine(x, &weights, n, steps, |e| e * e, &mut codes[i])
         });
-        let top = |of: fn(&Affine) -> f32| found.iter().map(of).fold(0.0, f32::max);
+        let top = |of: fn(&Affine) -> f32| search::greatest(found.iter().map(of));
         let (scale, min) = (top(|a| a.scale), top(|a| a.min));
         // Numbers of 6 bits: the share of the greatest in 63rds.
         let share = |of: f32, v: f32| {
@@ -143,6 +143,21 @@ impl Quantize for BlockQ4K {
             dmin: scaled.dmin,
             scales: scaled.scales,
             qs: scaled.nibbles(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scales_and_minima_come_back() {
+        for i in 0..64 {
+            let scales = std::array::from_fn(|j| (i + 7 * j as u8) % 64);
+            let mins = std::array::from_fn(|j| (63 - i + 5 * j as u8) % 64);
+            let packed = pack_scales_mins(&scales, &mins);
+            assert_eq!(unpack_scales_mins(&packed), (scales, mins));
         }
     }
 }

@@ -152,13 +152,19 @@ pub(super) fn descent<const N: usize>(x: &[f32; N], n: i32, codes: &mut [u8; N])
     if fit.qq > 0.0 { fit.xq / fit.qq } else { 0.0 }
 }
 
+/// The greatest of `values` that is above zero, else a positive zero: `f32::max` may return either zero of a pair.
+pub(super) fn greatest(values: impl Iterator<Item = f32>) -> f32 {
+    values.fold(0.0, |top, v| if v > top { v } else { top })
+}
+
 /// Scale and minimum of a group: `x ≈ scale · code - min`.
 pub(super) struct Affine {
     pub scale: f32,
     pub min: f32,
 }
 
-/// The step sizes that [`affine`] tries: `(n + first + step · i) / (max - min)` for i in `0..=last`.
+/// The step sizes that [`affine`] tries: `(n + first + step · i) / (max - min)` for i in `0..=last`, with the minimum that
+/// is the best so far.
 pub(super) struct Steps {
     pub first: f32,
     pub step: f32,
@@ -191,8 +197,9 @@ pub(super) fn affine<const N: usize>(
             min: -low,
         };
     }
-    let encode =
-        |inverse: f32| x.map(|x| nearest(inverse * (x - low)).clamp(0, i32::from(n)) as u8);
+    let encode = |inverse: f32, min: f32| {
+        x.map(|x| nearest(inverse * (x - min)).clamp(0, i32::from(n)) as u8)
+    };
     let error = |codes: &[u8; N], scale: f32, min: f32| {
         let mut sum = 0.0;
         for ((&x, &w), &q) in x.iter().zip(weights).zip(codes) {
@@ -203,11 +210,11 @@ pub(super) fn affine<const N: usize>(
 
     let inverse = f32::from(n) / (high - low);
     let (mut scale, mut min) = (1.0 / inverse, low);
-    *codes = encode(inverse);
+    *codes = encode(inverse, min);
     let mut best = error(codes, scale, min);
     for i in 0..=steps.last {
-        let inverse = (steps.first + steps.step * f32::from(i) + f32::from(n)) / (high - low);
-        let tried = encode(inverse);
+        let inverse = (steps.first + steps.step * f32::from(i) + f32::from(n)) / (high - min);
+        let tried = encode(inverse, min);
         let (mut sum_q, mut sum_qq, mut sum_xq) = (0.0, 0.0, 0.0);
         for ((&x, &w), &q) in x.iter().zip(weights).zip(&tried) {
             let q = f32::from(q);

@@ -66,6 +66,11 @@ impl KvCache {
         Ok(())
     }
 
+    /// Bytes of all pages.
+    pub(super) fn bytes(&self) -> usize {
+        self.keys.iter().chain(&self.values).map(Vec::len).sum()
+    }
+
     /// Stores the keys and values of one position, `(n_kv_heads, head_dim)` each.
     pub(super) fn write(&mut self, position: usize, k: &[f32], v: &[f32], to_f16: Ready<ToF16>) {
         let (page, slot) = (position / PAGE, position % PAGE);

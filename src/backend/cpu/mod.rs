@@ -7,6 +7,10 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512vnni;
 pub mod isa;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+#[cfg(target_arch = "aarch64")]
+mod neon_dotprod;
 pub mod pool;
 mod scalar;
 mod scratch;
@@ -76,6 +80,11 @@ impl Cpu {
     /// The kernels of the operations without weights.
     pub fn operations(&self) -> &Operations {
         &self.operations
+    }
+
+    /// Bytes of activations held, in use or not.
+    pub fn scratch_bytes(&self) -> usize {
+        self.scratch.bytes()
     }
 
     fn tensor(&self, n_tokens: usize, n_cols: usize) -> Tensor {
@@ -165,7 +174,10 @@ impl Backend for Cpu {
             n_out: tensor.n_out(),
             row_bytes,
             gemv,
-            gemm: table::gemm(dtype).unwrap_or(gemv),
+            // A GEMV of a higher level beats a GEMM of a lower one.
+            gemm: table::gemm(dtype)
+                .filter(|gemm| gemm.isa() >= gemv.isa())
+                .unwrap_or(gemv),
         })
     }
 
@@ -179,6 +191,14 @@ impl Backend for Cpu {
 
     fn kv_reserve(&self, kv: &mut KvCache, n: usize) -> Result<()> {
         kv.reserve(n)
+    }
+
+    fn kv_bytes(&self, kv: &KvCache) -> usize {
+        kv.bytes()
+    }
+
+    fn conv_bytes(&self, conv: &ConvState) -> usize {
+        size_of_val(&*conv.u)
     }
 
     fn conv(&self, n_rows: usize, n_channels: usize) -> ConvState {
@@ -286,8 +306,8 @@ impl Backend for Cpu {
             for ((cos, sin), freq) in cos.iter_mut().zip(sin).zip(&rope.inv_freq) {
                 // The product in f32, as the models were trained with; its sine in f64 keeps large angles exact.
                 let angle = f64::from((start + i) as f32 * freq);
-                *cos = angle.cos() as f32 * rope.magnitude;
-                *sin = angle.sin() as f32 * rope.magnitude;
+                *cos = angle.cos() as f32;
+                *sin = angle.sin() as f32;
             }
         });
         out
@@ -306,18 +326,19 @@ impl Backend for Cpu {
         });
     }
 
-    fn attention(
-        &mut self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        kv: &mut KvCache,
-        start: usize,
-        attention: &Attention,
-    ) -> Tensor {
+    fn kv_write(&mut self, kv: &mut KvCache, k: &Tensor, v: &Tensor, start: usize) {
         for i in 0..k.n_tokens {
             kv.write(start + i, k.row(i), v.row(i), self.operations.to_f16);
         }
+    }
+
+    fn attention(
+        &mut self,
+        q: &Tensor,
+        kv: &KvCache,
+        start: usize,
+        attention: &Attention,
+    ) -> Tensor {
         let mut out = self.tensor(q.n_tokens, q.n_cols);
         let attend = attention::Attend {
             cache: kv,

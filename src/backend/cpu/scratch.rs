@@ -10,6 +10,7 @@ use bytemuck::{Pod, Zeroable};
 #[repr(C, align(64))]
 struct Line([f32; 16]);
 
+/// Free buffers.
 type FreeList = Mutex<Vec<Vec<Line>>>;
 
 /// The free list of one backend.
@@ -56,6 +57,17 @@ impl Scratch {
             len,
             home: Arc::clone(&self.free),
         }
+    }
+}
+
+impl Scratch {
+    /// Bytes of the free buffers; between operations of a forward pass some are in use.
+    pub(crate) fn bytes(&self) -> usize {
+        let free = self
+            .free
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        free.iter().map(|lines| size_of_val(&**lines)).sum()
     }
 }
 

@@ -14,6 +14,8 @@ use super::pool::OutCols;
 use super::scalar;
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512vnni};
+#[cfg(target_arch = "aarch64")]
+use super::{neon, neon_dotprod};
 use crate::backend::Activation;
 use crate::quant::{self, DType};
 
@@ -326,51 +328,85 @@ matmuls! {
         "gemv_f16_f32_avx512vnni", F16, F32, Avx512Vnni, avx512vnni::gemv_float::f16;
         #[cfg(target_arch = "x86_64")]
         "gemv_f16_f32_avx2", F16, F32, Avx2, avx2::gemv_float::f16;
+        #[cfg(target_arch = "aarch64")]
+        "gemv_f16_f32_neon", F16, F32, Neon, neon::gemv_float::f16;
         "gemv_f16_f32_scalar", F16, F32, Scalar, scalar::gemv::f32::<quant::BlockF16>;
         #[cfg(target_arch = "x86_64")]
         "gemv_bf16_f32_avx512vnni", BF16, F32, Avx512Vnni, avx512vnni::gemv_float::bf16;
         #[cfg(target_arch = "x86_64")]
         "gemv_bf16_f32_avx2", BF16, F32, Avx2, avx2::gemv_float::bf16;
+        #[cfg(target_arch = "aarch64")]
+        "gemv_bf16_f32_neon", BF16, F32, Neon, neon::gemv_float::bf16;
         "gemv_bf16_f32_scalar", BF16, F32, Scalar, scalar::gemv::f32::<quant::BlockBF16>;
         #[cfg(target_arch = "x86_64")]
         "gemv_f32_f32_avx512vnni", F32, F32, Avx512Vnni, avx512vnni::gemv_float::f32;
         #[cfg(target_arch = "x86_64")]
         "gemv_f32_f32_avx2", F32, F32, Avx2, avx2::gemv_float::f32;
+        #[cfg(target_arch = "aarch64")]
+        "gemv_f32_f32_neon", F32, F32, Neon, neon::gemv_float::f32;
         "gemv_f32_f32_scalar", F32, F32, Scalar, scalar::gemv::f32::<quant::BlockF32>;
         #[cfg(target_arch = "x86_64")]
         "gemv_q4_0_q8_avx512vnni", Q4_0, Q8, Avx512Vnni, avx512vnni::gemv_q4_0::gemv;
         #[cfg(target_arch = "x86_64")]
         "gemv_q4_0_q8_avx2", Q4_0, Q8, Avx2, avx2::gemv_q4_0::gemv;
+        #[cfg(target_arch = "aarch64")]
+        "gemv_q4_0_q8_neon_dotprod", Q4_0, Q8, NeonDotprod, neon_dotprod::gemv::q4_0;
+        #[cfg(target_arch = "aarch64")]
+        "gemv_q4_0_q8_neon", Q4_0, Q8, Neon, neon::gemv::q4_0;
         "gemv_q4_0_q8_scalar", Q4_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ4_0>;
         #[cfg(target_arch = "x86_64")]
         "gemv_q4_1_q8_avx512vnni", Q4_1, Q8, Avx512Vnni, avx512vnni::gemv_q4_1::gemv;
         #[cfg(target_arch = "x86_64")]
         "gemv_q4_1_q8_avx2", Q4_1, Q8, Avx2, avx2::gemv_q4_1::gemv;
+        #[cfg(target_arch = "aarch64")]
+        "gemv_q4_1_q8_neon_dotprod", Q4_1, Q8, NeonDotprod, neon_dotprod::gemv::q4_1;
+        #[cfg(target_arch = "aarch64")]
+        "gemv_q4_1_q8_neon", Q4_1, Q8, Neon, neon::gemv::q4_1;
         "gemv_q4_1_q8_scalar", Q4_1, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ4_1>;
         #[cfg(target_arch = "x86_64")]
         "gemv_q5_0_q8_avx512vnni", Q5_0, Q8, Avx512Vnni, avx512vnni::gemv_q5_0::gemv;
         #[cfg(target_arch = "x86_64")]
         "gemv_q5_0_q8_avx2", Q5_0, Q8, Avx2, avx2::gemv_q5_0::gemv;
+        #[cfg(target_arch = "aarch64")]
+        "gemv_q5_0_q8_neon_dotprod", Q5_0, Q8, NeonDotprod, neon_dotprod::gemv::q5_0;
+        #[cfg(target_arch = "aarch64")]
+        "gemv_q5_0_q8_neon", Q5_0, Q8, Neon, neon::gemv::q5_0;
         "gemv_q5_0_q8_scalar", Q5_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ5_0>;
         #[cfg(target_arch = "x86_64")]
         "gemv_q8_0_q8_avx512vnni", Q8_0, Q8, Avx512Vnni, avx512vnni::gemv_q8_0::gemv;
         #[cfg(target_arch = "x86_64")]
         "gemv_q8_0_q8_avx2", Q8_0, Q8, Avx2, avx2::gemv_q8_0::gemv;
+        #[cfg(target_arch = "aarch64")]
+        "gemv_q8_0_q8_neon_dotprod", Q8_0, Q8, NeonDotprod, neon_dotprod::gemv::q8_0;
+        #[cfg(target_arch = "aarch64")]
+        "gemv_q8_0_q8_neon", Q8_0, Q8, Neon, neon::gemv::q8_0;
         "gemv_q8_0_q8_scalar", Q8_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ8_0>;
         #[cfg(target_arch = "x86_64")]
         "gemv_q4_k_q8_avx512vnni", Q4_K, Q8, Avx512Vnni, avx512vnni::gemv_q4_k::gemv;
         #[cfg(target_arch = "x86_64")]
         "gemv_q4_k_q8_avx2", Q4_K, Q8, Avx2, avx2::gemv_q4_k::gemv;
+        #[cfg(target_arch = "aarch64")]
+        "gemv_q4_k_q8_neon_dotprod", Q4_K, Q8, NeonDotprod, neon_dotprod::gemv::q4_k;
+        #[cfg(target_arch = "aarch64")]
+        "gemv_q4_k_q8_neon", Q4_K, Q8, Neon, neon::gemv::q4_k;
         "gemv_q4_k_q8_scalar", Q4_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ4K>;
         #[cfg(target_arch = "x86_64")]
         "gemv_q5_k_q8_avx512vnni", Q5_K, Q8, Avx512Vnni, avx512vnni::gemv_q5_k::gemv;
         #[cfg(target_arch = "x86_64")]
         "gemv_q5_k_q8_avx2", Q5_K, Q8, Avx2, avx2::gemv_q5_k::gemv;
+        #[cfg(target_arch = "aarch64")]
+        "gemv_q5_k_q8_neon_dotprod", Q5_K, Q8, NeonDotprod, neon_dotprod::gemv::q5_k;
+        #[cfg(target_arch = "aarch64")]
+        "gemv_q5_k_q8_neon", Q5_K, Q8, Neon, neon::gemv::q5_k;
         "gemv_q5_k_q8_scalar", Q5_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ5K>;
         #[cfg(target_arch = "x86_64")]
         "gemv_q6_k_q8_avx512vnni", Q6_K, Q8, Avx512Vnni, avx512vnni::gemv_q6_k::gemv;
         #[cfg(target_arch = "x86_64")]
         "gemv_q6_k_q8_avx2", Q6_K, Q8, Avx2, avx2::gemv_q6_k::gemv;
+        #[cfg(target_arch = "aarch64")]
+        "gemv_q6_k_q8_neon_dotprod", Q6_K, Q8, NeonDotprod, neon_dotprod::gemv::q6_k;
+        #[cfg(target_arch = "aarch64")]
+        "gemv_q6_k_q8_neon", Q6_K, Q8, Neon, neon::gemv::q6_k;
         "gemv_q6_k_q8_scalar", Q6_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ6K>;
         "gemv_q5_1_q8_scalar", Q5_1, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ5_1>;
         "gemv_q2_k_q8_scalar", Q2_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ2K>;
@@ -405,36 +441,50 @@ matmuls! {
         "gemm_q4_0_q8_avx512vnni", Q4_0, Q8, Avx512Vnni, avx512vnni::gemm_q4_0::gemm;
         #[cfg(target_arch = "x86_64")]
         "gemm_q4_0_q8_avx2", Q4_0, Q8, Avx2, avx2::gemm_q4_0::gemm;
+        #[cfg(target_arch = "aarch64")]
+        "gemm_q4_0_q8_neon_dotprod", Q4_0, Q8, NeonDotprod, neon_dotprod::gemm::q4_0;
         "gemm_q4_0_q8_scalar", Q4_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ4_0>;
         #[cfg(target_arch = "x86_64")]
         "gemm_q4_1_q8_avx512vnni", Q4_1, Q8, Avx512Vnni, avx512vnni::gemm_q4_1::gemm;
         #[cfg(target_arch = "x86_64")]
         "gemm_q4_1_q8_avx2", Q4_1, Q8, Avx2, avx2::gemm_q4_1::gemm;
+        #[cfg(target_arch = "aarch64")]
+        "gemm_q4_1_q8_neon_dotprod", Q4_1, Q8, NeonDotprod, neon_dotprod::gemm::q4_1;
         "gemm_q4_1_q8_scalar", Q4_1, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ4_1>;
         #[cfg(target_arch = "x86_64")]
         "gemm_q5_0_q8_avx512vnni", Q5_0, Q8, Avx512Vnni, avx512vnni::gemm_q5_0::gemm;
         #[cfg(target_arch = "x86_64")]
         "gemm_q5_0_q8_avx2", Q5_0, Q8, Avx2, avx2::gemm_q5_0::gemm;
+        #[cfg(target_arch = "aarch64")]
+        "gemm_q5_0_q8_neon_dotprod", Q5_0, Q8, NeonDotprod, neon_dotprod::gemm::q5_0;
         "gemm_q5_0_q8_scalar", Q5_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ5_0>;
         #[cfg(target_arch = "x86_64")]
         "gemm_q8_0_q8_avx512vnni", Q8_0, Q8, Avx512Vnni, avx512vnni::gemm_q8_0::gemm;
         #[cfg(target_arch = "x86_64")]
         "gemm_q8_0_q8_avx2", Q8_0, Q8, Avx2, avx2::gemm_q8_0::gemm;
+        #[cfg(target_arch = "aarch64")]
+        "gemm_q8_0_q8_neon_dotprod", Q8_0, Q8, NeonDotprod, neon_dotprod::gemm::q8_0;
         "gemm_q8_0_q8_scalar", Q8_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ8_0>;
         #[cfg(target_arch = "x86_64")]
         "gemm_q4_k_q8_avx512vnni", Q4_K, Q8, Avx512Vnni, avx512vnni::gemm_q4_k::gemm;
         #[cfg(target_arch = "x86_64")]
         "gemm_q4_k_q8_avx2", Q4_K, Q8, Avx2, avx2::gemm_q4_k::gemm;
+        #[cfg(target_arch = "aarch64")]
+        "gemm_q4_k_q8_neon_dotprod", Q4_K, Q8, NeonDotprod, neon_dotprod::gemm::q4_k;
         "gemm_q4_k_q8_scalar", Q4_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ4K>;
         #[cfg(target_arch = "x86_64")]
         "gemm_q5_k_q8_avx512vnni", Q5_K, Q8, Avx512Vnni, avx512vnni::gemm_q5_k::gemm;
         #[cfg(target_arch = "x86_64")]
         "gemm_q5_k_q8_avx2", Q5_K, Q8, Avx2, avx2::gemm_q5_k::gemm;
+        #[cfg(target_arch = "aarch64")]
+        "gemm_q5_k_q8_neon_dotprod", Q5_K, Q8, NeonDotprod, neon_dotprod::gemm::q5_k;
         "gemm_q5_k_q8_scalar", Q5_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ5K>;
         #[cfg(target_arch = "x86_64")]
         "gemm_q6_k_q8_avx512vnni", Q6_K, Q8, Avx512Vnni, avx512vnni::gemm_q6_k::gemm;
         #[cfg(target_arch = "x86_64")]
         "gemm_q6_k_q8_avx2", Q6_K, Q8, Avx2, avx2::gemm_q6_k::gemm;
+        #[cfg(target_arch = "aarch64")]
+        "gemm_q6_k_q8_neon_dotprod", Q6_K, Q8, NeonDotprod, neon_dotprod::gemm::q6_k;
         "gemm_q6_k_q8_scalar", Q6_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ6K>;
         "gemm_q5_1_q8_scalar", Q5_1, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ5_1>;
         "gemm_q2_k_q8_scalar", Q2_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ2K>;
@@ -454,6 +504,8 @@ rows! {
         "quantize_q8_avx512vnni", Avx512Vnni, avx512vnni::elementwise::quantize;
         #[cfg(target_arch = "x86_64")]
         "quantize_q8_avx2", Avx2, avx2::elementwise::quantize;
+        #[cfg(target_arch = "aarch64")]
+        "quantize_q8_neon", Neon, neon::elementwise::quantize;
         "quantize_q8_scalar", Scalar, scalar::elementwise::quantize;
     }
 }
@@ -494,6 +546,8 @@ rows! {
         "glu_avx512vnni", Avx512Vnni, avx512vnni::elementwise::glu;
         #[cfg(target_arch = "x86_64")]
         "glu_avx2", Avx2, avx2::elementwise::glu;
+        #[cfg(target_arch = "aarch64")]
+        "glu_neon", Neon, neon::elementwise::glu;
         "glu_scalar", Scalar, scalar::elementwise::glu;
     }
 }
@@ -514,6 +568,8 @@ rows! {
         "to_f16_avx512vnni", Avx512Vnni, avx512vnni::elementwise::to_f16;
         #[cfg(target_arch = "x86_64")]
         "to_f16_avx2", Avx2, avx2::elementwise::to_f16;
+        #[cfg(target_arch = "aarch64")]
+        "to_f16_neon", Neon, neon::elementwise::to_f16;
         "to_f16_scalar", Scalar, scalar::elementwise::to_f16;
     }
 }
@@ -534,6 +590,8 @@ rows! {
         "attend_f16_avx512vnni", Avx512Vnni, avx512vnni::attend::f16;
         #[cfg(target_arch = "x86_64")]
         "attend_f16_avx2", Avx2, avx2::attend::f16;
+        #[cfg(target_arch = "aarch64")]
+        "attend_f16_neon", Neon, neon::attend::f16;
         "attend_f16_scalar", Scalar, scalar::attend::f16;
     }
 }
@@ -544,6 +602,8 @@ rows! {
         "attend_f32_avx512vnni", Avx512Vnni, avx512vnni::attend::f32;
         #[cfg(target_arch = "x86_64")]
         "attend_f32_avx2", Avx2, avx2::attend::f32;
+        #[cfg(target_arch = "aarch64")]
+        "attend_f32_neon", Neon, neon::attend::f32;
         "attend_f32_scalar", Scalar, scalar::attend::f32;
     }
 }

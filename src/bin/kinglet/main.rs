@@ -1,2 +1,58 @@
-//! The command line.
-fn main() {}
+//! The command line: verbs, each in a file of its own, on the public API of the library.
+//!
+//! What a model says and what machines read goes to stdout, everything else to stderr.
+
+mod args;
+mod chat;
+mod completions;
+mod doctor;
+mod eval;
+mod failure;
+mod inspect;
+mod interrupt;
+mod locate;
+mod quantize;
+mod run;
+mod show;
+mod tokenize;
+mod ui;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use args::{Cli, Command};
+use failure::Outcome;
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print(); // nobody is left to tell
+            return ExitCode::from(if error.use_stderr() {
+                failure::USAGE
+            } else {
+                0
+            });
+        }
+    };
+    interrupt::install();
+    match dispatch(cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}
+
+fn dispatch(command: Command) -> Outcome {
+    match command {
+        Command::Chat(args) => chat::run(&args),
+        Command::Run(args) => run::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Show(args) => show::run(&args),
+        Command::Tokenize(args) => tokenize::run(&args),
+        Command::Quantize(args) => quantize::run(&args),
+        Command::Eval(args) => eval::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
+        Command::Completions(args) => completions::run(&args),
+    }
+}

@@ -94,7 +94,7 @@ def main():
             n = ggml.ggml_quantize_chunk(kind, x.ctypes.data, made.ctypes.data, 0, len(x), 256, None)
             assert n == made.size
             try:
-                other = gguf.quantize(x, kind).reshape(-1)
+                other = np.ascontiguousarray(gguf.quantize(x, kind)).view(np.uint8).reshape(-1)
                 print(f"{name}: {np.count_nonzero(other != made)} of {made.size} bytes differ from the package's")
             except NotImplementedError:
                 print(f"{name}: the package has no quantizer")

@@ -1,0 +1,387 @@
+//! The arguments of every verb. Names are llama.cpp's where it has them.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use kinglet::sampler::{Settings, Source, preset};
+use kinglet::session::GenerateOptions;
+use kinglet::{KvType, Model, Session, SessionOptions};
+
+use crate::failure::Outcome;
+
+const EXIT_CODES: &str = "\
+Exit codes: 0 done, 2 wrong arguments, 3 bad or unsupported model file, 4 out of memory, 5 input or output failed, \
+7 context full, 130 Ctrl-C.
+
+MODEL is the path of a GGUF file. Without it: $KINGLET_MODEL, else models/lfm2-smol-Q4_0.gguf here or beside the program.";
+
+/// An on-device LLM runtime: quantized GGUF models on the CPU.
+#[derive(Parser)]
+#[command(name = "kinglet", version, after_help = EXIT_CODES, disable_help_subcommand = true, args_override_self = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Talk to a model.
+    Chat(ChatArgs),
+    /// Answer one prompt, or continue a text.
+    Run(RunArgs),
+    /// Show what a model file holds: header, metadata, tensors, problems.
+    Inspect(InspectArgs),
+    /// Show what a model is, and with which values it is sampled.
+    Show(ShowArgs),
+    /// Show the tokens of a text.
+    Tokenize(TokenizeArgs),
+    /// Write a model file in a smaller format.
+    Quantize(QuantizeArgs),
+    /// Measure a model.
+    Eval(EvalArgs),
+    /// Show this machine as Kinglet sees it: CPU, kernels, memory.
+    Doctor(DoctorArgs),
+    /// Write a completion script for a shell.
+    Completions(CompletionsArgs),
+}
+
+/// Which model, on how many threads.
+#[derive(Args)]
+pub struct ModelArgs {
+    /// A GGUF file; without it the small model.
+    #[arg(value_name = "MODEL")]
+    model: Option<String>,
+    /// The same as MODEL.
+    #[arg(
+        short = 'm',
+        long = "model",
+        value_name = "MODEL",
+        conflicts_with = "model"
+    )]
+    model_flag: Option<String>,
+    /// Threads [default: as many as there are cores for this process]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+}
+
+impl ModelArgs {
+    /// MODEL as it was given.
+    pub fn name(&self) -> Option<&str> {
+        self.model.as_deref().or(self.model_flag.as_deref())
+    }
+
+    /// Threads; 0: as many as there are cores.
+    pub fn n_threads(&self) -> usize {
+        self.threads.unwrap_or(0).into()
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum CacheType {
+    F16,
+    F32,
+}
+
+/// How much a session holds, and in which type.
+#[derive(Args)]
+pub struct SessionArgs {
+    /// Tokens that fit [default: what the model was made for, at most 32768]
+    #[arg(short, long, visible_alias = "ctx-size", value_name = "N", value_parser = positive)]
+    ctx: Option<usize>,
+    /// Tokens read at once
+    #[arg(short, long, visible_alias = "batch-size", value_name = "N", default_value = "512", value_parser = positive)]
+    batch: usize,
+    /// Type of cached keys and values
+    #[arg(long, value_name = "TYPE", default_value = "f16")]
+    cache_type: CacheType,
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(n) if n > 0 => Ok(n),
+        _ => Err("expected a whole number from 1".into()),
+    }
+}
+
+impl SessionArgs {
+    pub fn open(&self, model: &Model) -> Outcome<Session> {
+        Ok(Session::new(model, &self.options())?)
+    }
+
+    pub fn options(&self) -> SessionOptions {
+        SessionOptions {
+            n_ctx: self.ctx.unwrap_or(0),
+            kv: match self.cache_type {
+                CacheType::F16 => KvType::F16,
+                CacheType::F32 => KvType::F32,
+            },
+            batch: self.batch,
+        }
+    }
+}
+
+macro_rules! sampling_args {
+    ($($field:ident, $name:literal, $about:literal;)*) => {
+        /// The values of the sampler chain. What is not given comes from the model file, else from a table of models.
+        #[derive(Args)]
+        #[command(next_help_heading = "Sampling")]
+        pub struct SamplingArgs {
+            $(
+                #[doc = $about]
+                #[arg(long = $name, value_name = "X", allow_negative_numbers = true)]
+                $field: Option<String>,
+            )*
+        }
+
+        impl SamplingArgs {
+            /// Sets what was given.
+            fn set(&self, settings: &mut Settings) -> Outcome {
+                $(if let Some(text) = &self.$field {
+                    settings.set($name, text, Source::Flag)?;
+                })*
+                Ok(())
+            }
+        }
+    };
+}
+
+sampling_args! {
+    temp, "temp", "Temperature; 0 takes the likeliest token";
+    top_k, "top-k", "Keep the k likeliest tokens; 0 keeps all";
+    top_p, "top-p", "Keep the likeliest tokens up to this probability; 1 keeps all";
+    min_p, "min-p", "Keep tokens this likely relative to the likeliest; 0 keeps all";
+    typical, "typical", "Keep tokens of typical surprise up to this probability; 1 keeps all";
+    repeat_penalty, "repeat-penalty", "Factor against tokens that occurred; 1 is neutral";
+    repeat_last_n, "repeat-last-n", "Tokens that the penalties look back; -1: all";
+    presence_penalty, "presence-penalty", "Taken from the logits of tokens that occurred";
+    frequency_penalty, "frequency-penalty", "Taken from the logits for each occurrence";
+    seed, "seed", "Of the generator: a number, or `random`";
+    samplers, "samplers", "Order: penalties;top_k;typ_p;top_p;min_p;temperature";
+}
+
+impl SamplingArgs {
+    /// That what was given can be set, before a model is loaded for it.
+    pub fn check(&self) -> Outcome {
+        self.set(&mut Settings::default())
+    }
+
+    /// The values for a model.
+    pub fn settings(&self, model: &Model) -> Outcome<Settings> {
+        let mut settings = recommended(model);
+        self.set(&mut settings)?;
+        Ok(settings)
+    }
+}
+
+/// What the table of models and the file recommend.
+pub fn recommended(model: &Model) -> Settings {
+    let info = model.info();
+    let preset = preset(&info.config.architecture, &info.name);
+    let mut settings = preset.map_or_else(Settings::default, Settings::for_model);
+    settings.read_file(|key| {
+        let value = model
+            .gguf()
+            .metadata()
+            .get(&format!("general.sampling.{key}"))?;
+        let integer = value.as_integer().map(|x| x.to_string());
+        let float = || value.as_float().map(|x| x.to_string());
+        integer
+            .or_else(float)
+            .or_else(|| value.as_str().map(str::to_owned))
+    });
+    settings
+}
+
+/// When a reply ends.
+#[derive(Args)]
+pub struct EndArgs {
+    /// Tokens of a reply at most; -1: no limit
+    #[arg(short = 'n', long = "max-tokens", visible_aliases = ["predict", "n-predict"], value_name = "N",
+          default_value = "-1", allow_negative_numbers = true, value_parser = clap::value_parser!(i64).range(-1..))]
+    max_tokens: i64,
+    /// A text that ends the reply; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+    /// Let the model not end by itself
+    #[arg(long)]
+    ignore_eos: bool,
+}
+
+impl EndArgs {
+    pub fn options(&self) -> GenerateOptions {
+        GenerateOptions {
+            max_tokens: usize::try_from(self.max_tokens).ok(),
+            stop: self.stop.clone(),
+            ignore_end: self.ignore_eos,
+            continued: false,
+        }
+    }
+}
+
+#[derive(Args)]
+pub struct ChatArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Instructions before the conversation
+    #[arg(short, long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// Neither greeting nor statistics
+    #[arg(short, long)]
+    pub quiet: bool,
+    #[command(flatten)]
+    pub end: EndArgs,
+    #[command(flatten)]
+    pub session: SessionArgs,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+#[derive(Args)]
+pub struct RunArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// The prompt; without it and -f it is read from stdin
+    #[arg(short, long, value_name = "TEXT", conflicts_with = "file")]
+    pub prompt: Option<String>,
+    /// A file with the prompt; `-`: stdin
+    #[arg(short, long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
+    /// Instructions before the prompt
+    #[arg(short, long, value_name = "TEXT", conflicts_with = "raw")]
+    pub system: Option<String>,
+    /// Continue the text as it is, without the chat template
+    #[arg(long)]
+    pub raw: bool,
+    /// With --raw: control tokens spelled in the text become control tokens
+    #[arg(long, requires = "raw")]
+    pub special: bool,
+    /// One JSON object with text, tokens, end and times
+    #[arg(long)]
+    pub json: bool,
+    /// No statistics
+    #[arg(short, long)]
+    pub quiet: bool,
+    #[command(flatten)]
+    pub end: EndArgs,
+    #[command(flatten)]
+    pub session: SessionArgs,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+#[derive(Args)]
+pub struct InspectArgs {
+    /// A GGUF file
+    pub file: PathBuf,
+    /// List every tensor
+    #[arg(long)]
+    pub tensors: bool,
+    /// Print the chat template alone, as it is
+    #[arg(long, conflicts_with_all = ["json", "tensors"])]
+    pub template: bool,
+    /// One JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub struct ShowArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub session: SessionArgs,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// One JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub struct TokenizeArgs {
+    /// A GGUF file, if it ends in .gguf, and the text; without the text it is read from stdin
+    #[arg(value_name = "[MODEL] [TEXT]", num_args = 0..=2)]
+    pub model_and_text: Vec<String>,
+    /// A GGUF file
+    #[arg(short, long)]
+    pub model: Option<String>,
+    /// A file with the text; `-`: stdin
+    #[arg(short, long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
+    /// Control tokens spelled in the text become control tokens
+    #[arg(long)]
+    pub special: bool,
+    /// With the tokens that the model wants around a prompt
+    #[arg(long)]
+    pub bos: bool,
+    /// One JSON object with the ids, and whether they decode to the text
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub struct QuantizeArgs {
+    /// A GGUF file
+    #[arg(value_name = "IN")]
+    pub input: PathBuf,
+    /// The file to write
+    #[arg(value_name = "OUT")]
+    pub output: PathBuf,
+    /// The format, as llama.cpp names it: Q8_0, Q4_0, Q4_K_M
+    #[arg(value_name = "TYPE")]
+    pub to: String,
+    /// Quantize again what is quantized already, at a further loss
+    #[arg(long)]
+    pub allow_requantize: bool,
+    /// Threads [default: as many as there are cores for this process]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+}
+
+#[derive(Args)]
+pub struct EvalArgs {
+    #[command(subcommand)]
+    pub what: EvalCommand,
+}
+
+#[derive(Subcommand)]
+pub enum EvalCommand {
+    /// Perplexity of a text, by llama-perplexity's method.
+    Ppl(PplArgs),
+}
+
+#[derive(Args)]
+pub struct PplArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// The text
+    #[arg(short, long, value_name = "FILE")]
+    pub file: PathBuf,
+    /// Tokens of a window, of which the second half is scored
+    #[arg(short, long, visible_alias = "ctx-size", value_name = "N", default_value = "512", value_parser = positive)]
+    pub ctx: usize,
+    /// Windows at most
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub chunks: Option<usize>,
+    /// Tokens read at once
+    #[arg(short, long, visible_alias = "batch-size", value_name = "N", default_value = "512", value_parser = positive)]
+    pub batch: usize,
+    /// Type of cached keys and values
+    #[arg(long, value_name = "TYPE", default_value = "f16")]
+    pub cache_type: CacheType,
+    /// One JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub struct DoctorArgs {
+    /// One JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub struct CompletionsArgs {
+    pub shell: clap_complete::Shell,
+}

@@ -1,0 +1,197 @@
+//! `kinglet doctor`: this machine as Kinglet sees it: CPU, the kernel chosen for each format and operation, memory.
+
+use std::fs;
+use std::io::{self, Write};
+
+use kinglet::backend::cpu::isa::Isa;
+use kinglet::backend::cpu::table::{self, Operations};
+use kinglet::quant::DType;
+use serde_json::json;
+
+use crate::args::DoctorArgs;
+use crate::failure::Outcome;
+use crate::ui;
+
+pub fn run(args: &DoctorArgs) -> Outcome {
+    let report = Report::new();
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    if args.json {
+        writeln!(out, "{}", report.json())?;
+    } else {
+        report.text(&mut out)?;
+    }
+    out.flush()?;
+    Ok(())
+}
+
+struct Report {
+    cpu: Option<String>,
+    cores: usize,
+    levels: Vec<(&'static str, bool)>,
+    /// Format, kernel for few tokens, kernel for many.
+    formats: Vec<(&'static str, Option<&'static str>, Option<&'static str>)>,
+    operations: Vec<(&'static str, &'static str)>,
+    memory_total: Option<u64>,
+    memory_available: Option<u64>,
+    page_size: Option<u64>,
+    huge_pages: Option<String>,
+    environment: Vec<(&'static str, String)>,
+}
+
+impl Report {
+    fn new() -> Self {
+        let ops = Operations::best();
+        let formats = DType::ALL.iter().map(|t| {
+            let few = table::gemv(*t).map(|k| k.name());
+            let many = table::gemm(*t).map(|k| k.name());
+            (t.name(), few, many)
+        });
+        let native = |isa: &Isa| match isa {
+            Isa::Scalar => true,
+            Isa::Avx2 | Isa::Avx512Vnni => cfg!(target_arch = "x86_64"),
+            Isa::Neon | Isa::NeonDotprod => cfg!(target_arch = "aarch64"),
+        };
+        let levels = Isa::ALL.iter().copied().filter(native);
+        let variables = ["KINGLET_ISA", "KINGLET_KERNEL", "KINGLET_MODEL"];
+        let set = |name| std::env::var(name).ok().map(|value| (name, value));
+        Self {
+            cpu: cpu_model(),
+            cores: std::thread::available_parallelism().map_or(1, usize::from),
+            levels: levels.map(|isa| (isa.name(), isa.detected())).collect(),
+            formats: formats.collect(),
+            operations: vec![
+                ("quantize activations", ops.quantize.name()),
+                ("RMS norm", ops.rms_norm.name()),
+                ("RoPE, halves", ops.rope_halves.name()),
+                ("RoPE, neighbours", ops.rope_neighbours.name()),
+                ("gated unit", ops.glu.name()),
+                ("residual", ops.add.name()),
+                ("to half floats", ops.to_f16.name()),
+                ("short convolution", ops.short_conv.name()),
+                ("attention, F16", ops.attend_f16.name()),
+                ("attention, F32", ops.attend_f32.name()),
+            ],
+            memory_total: meminfo("MemTotal:"),
+            memory_available: meminfo("MemAvailable:"),
+            page_size: page_size(),
+            huge_pages: huge_pages(),
+            environment: variables.into_iter().filter_map(set).collect(),
+        }
+    }
+
+    fn text(&self, out: &mut impl Write) -> Outcome {
+        let unknown = || "unknown".to_owned();
+        let bytes = |n: Option<u64>| n.map_or_else(unknown, ui::bytes);
+        writeln!(out, "CPU")?;
+        writeln!(
+            out,
+            "  model           {}",
+            self.cpu.clone().unwrap_or_else(unknown)
+        )?;
+        writeln!(out, "  cores allowed   {}", self.cores)?;
+        for (name, has) in &self.levels {
+            writeln!(out, "  {name:<15} {}", if *has { "yes" } else { "no" })?;
+        }
+        writeln!(out, "\nKernels by weight format: few tokens, many tokens")?;
+        for (format, few, many) in &self.formats {
+            let name = |kernel: &Option<&'static str>| kernel.unwrap_or("none");
+            writeln!(out, "  {format:<8} {:<32} {}", name(few), name(many))?;
+        }
+        writeln!(out, "\nOther kernels")?;
+        for (operation, kernel) in &self.operations {
+            writeln!(out, "  {operation:<21} {kernel}")?;
+        }
+        writeln!(out, "\nMemory")?;
+        writeln!(out, "  total           {}", bytes(self.memory_total))?;
+        writeln!(out, "  available       {}", bytes(self.memory_available))?;
+        writeln!(out, "  page            {}", bytes(self.page_size))?;
+        writeln!(
+            out,
+            "  huge pages      {}",
+            self.huge_pages.clone().unwrap_or_else(unknown)
+        )?;
+        if !self.environment.is_empty() {
+            writeln!(out, "\nEnvironment")?;
+            for (name, value) in &self.environment {
+                writeln!(out, "  {name}={}", ui::one_line(value))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn json(&self) -> serde_json::Value {
+        let object = |pairs: &[(&'static str, &'static str)]| -> serde_json::Map<_, _> {
+            pairs
+                .iter()
+                .map(|(a, b)| (a.to_string(), json!(b)))
+                .collect()
+        };
+        let levels = self
+            .levels
+            .iter()
+            .map(|(name, has)| (name.to_string(), json!(has)));
+        let formats = self
+            .formats
+            .iter()
+            .map(|(format, few, many)| (format.to_string(), json!({ "gemv": few, "gemm": many })));
+        json!({
+            "cpu": self.cpu,
+            "cores": self.cores,
+            "levels": levels.collect::<serde_json::Map<_, _>>(),
+            "formats": formats.collect::<serde_json::Map<_, _>>(),
+            "operations": object(&self.operations),
+            "memory": {
+                "total_bytes": self.memory_total,
+                "available_bytes": self.memory_available,
+                "page_bytes": self.page_size,
+                "huge_pages": self.huge_pages,
+            },
+            "version": env!("CARGO_PKG_VERSION"),
+        })
+    }
+}
+
+/// The value of the first line of /proc/cpuinfo with one of the names.
+fn cpu_model() -> Option<String> {
+    let info = fs::read_to_string("/proc/cpuinfo").ok()?;
+    let value = |name: &str| {
+        let line = info.lines().find(|line| line.starts_with(name))?;
+        let value = line.split_once(':')?.1.trim();
+        (!value.is_empty()).then(|| value.to_owned())
+    };
+    value("model name")
+        .or_else(|| value("Hardware"))
+        .or_else(|| {
+            let part = value("CPU part")?;
+            Some(format!(
+                "Arm implementer {}, part {part}",
+                value("CPU implementer")?
+            ))
+        })
+}
+
+/// Bytes in a line of /proc/meminfo, which counts in KiB.
+fn meminfo(name: &str) -> Option<u64> {
+    let info = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = info.lines().find_map(|line| line.strip_prefix(name))?;
+    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
+    kib.checked_mul(1024)
+}
+
+/// The entry of type AT_PAGESZ (6) in the auxiliary vector: pairs of words.
+fn page_size() -> Option<u64> {
+    let vector = fs::read("/proc/self/auxv").ok()?;
+    let words: Vec<usize> = vector
+        .chunks_exact(size_of::<usize>())
+        .map(|word| usize::from_ne_bytes(word.try_into().expect("chunks of that size")))
+        .collect();
+    let pair = words.chunks_exact(2).find(|pair| pair[0] == 6)?;
+    Some(pair[1] as u64)
+}
+
+/// The mode in brackets: `always [madvise] never`.
+fn huge_pages() -> Option<String> {
+    let modes = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").ok()?;
+    let mode = modes.split_once('[')?.1.split_once(']')?.0;
+    Some(mode.to_owned())
+}

@@ -1,0 +1,136 @@
+//! The mapped file, and advice to the operating system about its pages.
+#![allow(
+    unsafe_code,
+    reason = "mapping a file and dropping its pages are unsafe calls of memmap2"
+)]
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+
+use memmap2::{Mmap, MmapOptions};
+
+/// What the operating system should expect of a range of a mapped file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Advice {
+    /// Nothing in particular.
+    Normal,
+    /// Read from start to end, once: read ahead, drop behind.
+    Sequential,
+    /// Read in no order: no reading ahead.
+    Random,
+    /// Read soon: start now.
+    WillNeed,
+    /// Not read for a while: the pages may go, and come from the file again when they are read.
+    DontNeed,
+}
+
+/// Bytes that somebody else owns.
+pub(crate) type Owner = Box<dyn AsRef<[u8]> + Send + Sync>;
+
+/// The bytes of one part.
+pub(crate) enum Source {
+    /// A mapped file.
+    Map(Mmap),
+    /// Memory of the caller, which begins at a multiple of 16 as a map does: tensors are aligned relative to it.
+    Memory(Owner),
+    /// A copy of memory that does not.
+    Copied { words: Vec<u128>, len: usize },
+}
+
+impl AsRef<[u8]> for Source {
+    #[inline]
+    fn as_ref(&self) -> &[u8] {
+        match self {
+            Source::Map(map) => map,
+            Source::Memory(bytes) => (**bytes).as_ref(),
+            Source::Copied { words, len } => &bytemuck::cast_slice(words)[..*len],
+        }
+    }
+}
+
+impl Source {
+    /// Maps the first `len` bytes of `file`.
+    pub fn map(file: &File, len: u64) -> io::Result<Self> {
+        let len = usize::try_from(len).map_err(|_| {
+            io::Error::new(
+                io::ErrorKind::OutOfMemory,
+                "the file is larger than the address space",
+            )
+        })?;
+        // SAFETY: the map is read-only and its length is the file's. Nothing in this process writes to a model file:
+        // `Writer` makes a new one and renames it. That nobody else truncates or writes the file while it is mapped
+        // is what every program that maps files asks of its user; the header, which decides about lengths, is
+        // read and checked outside the map, and weights are plain numbers for which any bits are valid.
+        let map = unsafe { MmapOptions::new().len(len).map(file) }?;
+        Ok(Source::Map(map))
+    }
+
+    /// `bytes` where they are, if they are aligned, or a copy.
+    pub fn memory(bytes: Owner) -> Self {
+        let given = (*bytes).as_ref();
+        if given.as_ptr().align_offset(align_of::<u128>()) == 0 {
+            return Source::Memory(bytes);
+        }
+        let len = given.len();
+        let mut words = vec![0u128; len.div_ceil(size_of::<u128>())];
+        bytemuck::cast_slice_mut(&mut words)[..len].copy_from_slice(given);
+        Source::Copied { words, len }
+    }
+
+    /// Passes `advice` about `range` on; where there is no map, or no such advice, nothing happens.
+    ///
+    /// # Panics
+    /// If `range` does not lie in the source.
+    pub fn advise(&self, range: Range<usize>, advice: Advice) -> io::Result<()> {
+        let len = self.as_ref()[range.clone()].len();
+        match self {
+            #[cfg(unix)]
+            Source::Map(map) if len > 0 => {
+                use memmap2::{Advice as Safe, UncheckedAdvice};
+                let safe = match advice {
+                    Advice::Normal => Safe::Normal,
+                    Advice::Sequential => Safe::Sequential,
+                    Advice::Random => Safe::Random,
+                    Advice::WillNeed => Safe::WillNeed,
+                    Advice::DontNeed => {
+                        // SAFETY: the map is read-only and backed by the file, so a dropped page comes back with the
+                        // same contents; the range lies in the map, as the slice above has checked.
+                        return unsafe {
+                            map.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, len)
+                        };
+                    }
+                };
+                map.advise_range(safe, range.start, len)
+            }
+            _ => {
+                let _ = (advice, len); // no advice on this system
+                Ok(())
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn misaligned_memory_is_copied() {
+        struct Skip(Vec<u8>, usize);
+        impl AsRef<[u8]> for Skip {
+            fn as_ref(&self) -> &[u8] {
+                &self.0[self.1..]
+            }
+        }
+        let mut copied = 0;
+        for skip in 0..16 {
+            let bytes: Vec<u8> = (0..100).collect();
+            let source = Source::memory(Box::new(Skip(bytes.clone(), skip)));
+            assert_eq!(source.as_ref(), &bytes[skip..]);
+            assert_eq!(source.as_ref().as_ptr().align_offset(16), 0);
+            copied += usize::from(matches!(source, Source::Copied { .. }));
+        }
+        assert_eq!(copied, 15);
+    }
+}

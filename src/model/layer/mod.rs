@@ -1,0 +1,7 @@
+//! Parts that architectures share.
+
+pub(crate) mod attention;
+pub(crate) mod decoder;
+pub(crate) mod embedding;
+pub(crate) mod ffn;
+pub(crate) mod short_conv;

@@ -1,0 +1,85 @@
+//! Architectures: config from metadata, weights by reference, the forward pass over [`Backend`].
+
+pub mod config;
+pub mod layer;
+pub mod quantize;
+pub mod state;
+pub mod weights;
+
+mod gemma3;
+mod lfm2;
+mod llama;
+mod qwen2;
+mod qwen3;
+
+use self::config::Config;
+use self::state::State;
+use self::weights::Weights;
+use crate::backend::{Backend, KvType};
+use crate::error::{Error, Result};
+use crate::gguf::Gguf;
+
+/// What one call of a forward pass computes.
+#[derive(Clone, Copy, Debug)]
+pub struct Pass<'a> {
+    /// Tokens at positions `start..`, all below the size of the vocabulary.
+    pub tokens: &'a [u32],
+    /// Position of the first token.
+    pub start: usize,
+    /// Index of the first token whose logits are wanted; `tokens.len()` for none.
+    pub logits_from: usize,
+    /// Whether keys and values are written to the cache. A pass that rebuilds convolution states reads what is there.
+    pub write_kv: bool,
+}
+
+impl Pass<'_> {
+    /// The rows of `x` whose logits are wanted, if any: what comes after the last mixer needs no others.
+    fn wanted<B: Backend>(&self, b: &mut B, x: B::Tensor) -> Option<B::Tensor> {
+        (self.logits_from < self.tokens.len()).then(|| b.rows_from(x, self.logits_from))
+    }
+}
+
+/// A model that can run on a backend.
+pub trait Network<B: Backend>: Send + Sync {
+    /// Its sizes.
+    fn config(&self) -> &Config;
+
+    /// Fresh memory for one sequence.
+    fn state(&self, backend: &B, kv: KvType) -> State<B>;
+
+    /// Runs `pass` and returns logits, `(n_wanted, n_vocab)`, if any are wanted. `state` has room for the positions.
+    fn forward(&self, backend: &mut B, state: &mut State<B>, pass: &Pass) -> Option<B::Tensor>;
+}
+
+type Loader<B> = fn(&Weights<B>) -> Result<Box<dyn Network<B>>>;
+
+/// Architectures by the name in `general.architecture`.
+fn architectures<B: Backend + 'static>() -> [(&'static str, Loader<B>); 5] {
+    [
+        ("gemma3", gemma3::load),
+        ("lfm2", lfm2::load),
+        ("llama", llama::load),
+        ("qwen2", qwen2::load),
+        ("qwen3", qwen3::load),
+    ]
+}
+
+/// Builds the network of a file on a backend.
+///
+/// # Errors
+/// If the architecture or a tensor type is not supported, or metadata and tensors contradict each other.
+pub fn load<B: Backend + 'static>(gguf: &Gguf, backend: &B) -> Result<Box<dyn Network<B>>> {
+    let architecture = gguf.architecture()?;
+    let table = architectures::<B>();
+    let found = table.iter().find(|(name, _)| *name == architecture);
+    let (_, loader) = found.ok_or_else(|| Error::Unsupported {
+        kind: "architecture",
+        found: architecture.to_owned(),
+        supported: table.map(|(name, _)| name).join(", "),
+    })?;
+    loader(&Weights {
+        gguf,
+        backend,
+        architecture,
+    })
+}

@@ -1,0 +1,85 @@
+//! Tensors of a file, checked for their shape and given to a backend.
+
+use crate::backend::{Backend, Linear};
+use crate::error::{Error, Result};
+use crate::gguf::Gguf;
+use crate::quant::Tensor;
+
+/// Where an architecture takes its weights from.
+pub struct Weights<'a, B> {
+    /// The file.
+    pub gguf: &'a Gguf,
+    /// Who runs them.
+    pub backend: &'a B,
+    /// The prefix of the architecture's keys.
+    pub architecture: &'a str,
+}
+
+impl<B: Backend> Weights<'_, B> {
+    /// Whether the file has a tensor.
+    pub fn has(&self, name: &str) -> bool {
+        self.gguf.tensor(name).is_some()
+    }
+
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let tensor = self.gguf.load(name)?;
+        let mut expected = [1; 4];
+        expected[..shape.len()].copy_from_slice(shape);
+        if tensor.shape == expected {
+            return Ok(tensor);
+        }
+        let found = &tensor.shape[..shape.len().max(
+            tensor
+                .shape
+                .iter()
+                .rposition(|n| *n != 1)
+                .map_or(1, |i| i + 1),
+        )];
+        Err(Error::BadModel(format!(
+            "tensor {name}: expected shape {shape:?}, found {found:?}"
+        )))
+    }
+
+    /// The matrix `name`, `[n_in, n_out]` in the order of the file.
+    ///
+    /// # Errors
+    /// If it is missing, of another shape, or in a format that the backend cannot run.
+    pub fn matrix(&self, name: &str, n_in: usize, n_out: usize) -> Result<B::Matrix> {
+        self.backend.matrix(&self.tensor(name, &[n_in, n_out])?)
+    }
+
+    /// The floats of a tensor.
+    ///
+    /// # Errors
+    /// If it is missing or of another shape.
+    pub fn floats(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        Ok(self.tensor(name, shape)?.to_f32())
+    }
+
+    /// The vector `name` of `n`.
+    ///
+    /// # Errors
+    /// If it is missing or of another shape.
+    pub fn vector(&self, name: &str, n: usize) -> Result<B::Vector> {
+        Ok(self.backend.vector(self.floats(name, &[n])?))
+    }
+
+    /// The vector `name` of `n`, if the file has it.
+    ///
+    /// # Errors
+    /// If it is of another shape.
+    pub fn opt_vector(&self, name: &str, n: usize) -> Result<Option<B::Vector>> {
+        self.has(name).then(|| self.vector(name, n)).transpose()
+    }
+
+    /// The linear layer `name.weight` with `name.bias` if there is one.
+    ///
+    /// # Errors
+    /// As [`Weights::matrix`] and [`Weights::vector`].
+    pub fn linear(&self, name: &str, n_in: usize, n_out: usize) -> Result<Linear<B>> {
+        Ok(Linear {
+            weight: self.matrix(&format!("{name}.weight"), n_in, n_out)?,
+            bias: self.opt_vector(&format!("{name}.bias"), n_out)?,
+        })
+    }
+}

@@ -1,0 +1,329 @@
+//! A prompt to a reply: reuse what the session holds already, prefill the rest, decode until something ends it.
+
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+use super::Session;
+use crate::error::{Error, Result};
+use crate::sampler::Sampler;
+
+/// When a reply ends, and how its tokens become text.
+#[derive(Clone, Debug, Default)]
+pub struct GenerateOptions {
+    /// Tokens at most; `None`: until the model ends or the context is full.
+    pub max_tokens: Option<usize>,
+    /// Texts that end the reply. They are not part of it.
+    pub stop: Vec<String>,
+    /// Whether the model may not end: its end tokens are never chosen.
+    pub ignore_end: bool,
+    /// Whether the reply continues the text of the prompt, so that a space it begins with stays.
+    pub continued: bool,
+}
+
+/// Why a reply ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Finish {
+    /// The model ended it, or a stop text came.
+    Stop,
+    /// It has as many tokens as were asked for.
+    Length,
+    /// The caller broke.
+    Cancelled,
+    /// The context is full.
+    ContextFull,
+}
+
+impl Finish {
+    /// The name in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Finish::Stop => "stop",
+            Finish::Length => "length",
+            Finish::Cancelled => "cancelled",
+            Finish::ContextFull => "context_full",
+        }
+    }
+}
+
+/// What happens while a reply is made.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Event<'a> {
+    /// `done` of `total` tokens of the prompt are read.
+    Prefill {
+        /// Tokens read.
+        done: usize,
+        /// Tokens to read: those of the prompt that the session did not hold.
+        total: usize,
+    },
+    /// A token came, and completed this text: often none.
+    Text(&'a str),
+}
+
+/// Counts and times of a reply.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Stats {
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Those that the session held already.
+    pub reused_tokens: usize,
+    /// Time to read the others.
+    pub prefill: Duration,
+    /// Time from the call to the first token of the reply.
+    pub first_token: Duration,
+    /// Forward passes of single tokens.
+    pub decode_tokens: usize,
+    /// Their time, with sampling.
+    pub decode: Duration,
+}
+
+impl Stats {
+    /// Tokens of the prompt read per second.
+    pub fn prefill_rate(&self) -> f64 {
+        rate(self.prompt_tokens - self.reused_tokens, self.prefill)
+    }
+
+    /// Tokens decoded per second.
+    pub fn decode_rate(&self) -> f64 {
+        rate(self.decode_tokens, self.decode)
+    }
+}
+
+fn rate(n: usize, time: Duration) -> f64 {
+    let seconds = time.as_secs_f64();
+    if seconds > 0.0 {
+        n as f64 / seconds
+    } else {
+        0.0
+    }
+}
+
+/// A reply.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Reply {
+    /// The text, without a stop text.
+    pub text: String,
+    /// The tokens, without the one that ended it.
+    pub tokens: Vec<u32>,
+    /// Why it ended.
+    pub finish: Finish,
+    /// Counts and times.
+    pub stats: Stats,
+}
+
+/// Makes the session hold `prompt` and continues it. Tokens that the session holds already and `prompt` begins with are
+/// kept. `on` is called between the steps of the prefill and after every token; if it breaks, the reply ends there.
+///
+/// # Errors
+/// [`Error::ContextFull`] if `prompt` does not fit (the session stays as it was), [`Error::Invalid`] if it is empty or
+/// has tokens that the model does not know; what [`Session::decode`] and [`Sampler::sample`] say.
+pub fn generate(
+    session: &mut Session,
+    prompt: &[u32],
+    sampler: &mut Sampler,
+    options: &GenerateOptions,
+    on: &mut dyn FnMut(Event) -> ControlFlow<()>,
+) -> Result<Reply> {
+    let begin = Instant::now();
+    let (needed, n_ctx) = (prompt.len(), session.n_ctx());
+    if needed > n_ctx {
+        return Err(Error::ContextFull { needed, n_ctx });
+    }
+    if prompt.is_empty() {
+        return Err(Error::Invalid(
+            "prompt: expected at least one token, found none".into(),
+        ));
+    }
+    let model = session.model().clone();
+    let tokenizer = model.tokenizer()?;
+    let ends = if options.ignore_end {
+        tokenizer.ends()
+    } else {
+        &[]
+    };
+    sampler.forbid(ends);
+    sampler.reset();
+    // What ends a turn is in every prompt of a chat; a penalty on it would make the model ramble.
+    let text = prompt.iter().filter(|token| !tokenizer.is_end(**token));
+    text.for_each(|token| sampler.accept(*token));
+
+    let mut reply = Reply {
+        text: String::new(),
+        tokens: Vec::new(),
+        finish: Finish::Length,
+        stats: Stats {
+            prompt_tokens: prompt.len(),
+            ..Stats::default()
+        },
+    };
+    reply.stats.reused_tokens = rewind(session, prompt)?;
+    let rest = &prompt[reply.stats.reused_tokens..];
+    let prefill_begin = Instant::now();
+    let mut cancelled = false;
+    if !rest.is_empty() {
+        let read = session.prefill(rest, &mut |done, total| {
+            let flow = on(Event::Prefill { done, total });
+            cancelled |= flow.is_break();
+            flow
+        });
+        match read {
+            Err(Error::Cancelled) => {}
+            read => read?,
+        }
+    }
+    reply.stats.prefill = prefill_begin.elapsed();
+    if cancelled {
+        reply.finish = Finish::Cancelled;
+        return Ok(reply);
+    }
+
+    let mut detokenizer = if options.continued {
+        tokenizer.stream_continued()
+    } else {
+        tokenizer.stream()
+    };
+    let mut stops = Stops::new(&options.stop);
+    let mut piece = String::new();
+    let mut decode_begin = Instant::now();
+    while options.max_tokens.is_none_or(|n| reply.tokens.len() < n) {
+        let token = sampler.sample(session.logits())?;
+        if reply.tokens.is_empty() {
+            reply.stats.first_token = begin.elapsed();
+            decode_begin = Instant::now();
+        }
+        if tokenizer.is_end(token) {
+            reply.finish = Finish::Stop;
+            break;
+        }
+        sampler.accept(token);
+        reply.tokens.push(token);
+        piece.clear();
+        detokenizer.push_to(token, &mut piece);
+        let shown = reply.text.len();
+        let stopped = stops.push(&piece, &mut reply.text);
+        let flow = on(Event::Text(&reply.text[shown..]));
+        if stopped {
+            reply.finish = Finish::Stop;
+            break;
+        }
+        if flow.is_break() {
+            reply.finish = Finish::Cancelled;
+            break;
+        }
+        if options.max_tokens == Some(reply.tokens.len()) {
+            break;
+        }
+        if session.tokens().len() == session.n_ctx() {
+            reply.finish = Finish::ContextFull;
+            break;
+        }
+        session.decode(token)?;
+        reply.stats.decode_tokens += 1;
+        reply.stats.decode = decode_begin.elapsed();
+    }
+    // Half a character, or what might have become a stop text.
+    let shown = reply.text.len();
+    if !stops.found {
+        stops.push(&detokenizer.flush(), &mut reply.text);
+        stops.finish(&mut reply.text);
+    }
+    if reply.text.len() > shown {
+        let _ = on(Event::Text(&reply.text[shown..])); // the reply has ended in any case
+    }
+    Ok(reply)
+}
+
+/// Goes back to where the session and `prompt` part. Returns how many tokens of `prompt` need not be read.
+fn rewind(session: &mut Session, prompt: &[u32]) -> Result<usize> {
+    let pairs = session.tokens().iter().zip(prompt);
+    let mut common = pairs.take_while(|(a, b)| a == b).count();
+    let held = session.tokens().len() == common && !session.logits().is_empty();
+    if common == prompt.len() && !held {
+        common -= 1; // the last one again, for its logits
+    }
+    session.truncate(common)?;
+    Ok(common)
+}
+
+/// Holds text back as long as it may be the beginning of a stop text.
+struct Stops<'a> {
+    stops: Vec<&'a str>,
+    held: String,
+    found: bool,
+}
+
+impl<'a> Stops<'a> {
+    fn new(stops: &'a [String]) -> Self {
+        let stops = stops.iter().map(String::as_str).filter(|s| !s.is_empty());
+        Self {
+            stops: stops.collect(),
+            held: String::new(),
+            found: false,
+        }
+    }
+
+    /// Appends to `out` what is certain; whether a stop text has come.
+    fn push(&mut self, piece: &str, out: &mut String) -> bool {
+        if self.stops.is_empty() {
+            out.push_str(piece);
+            return false;
+        }
+        self.held.push_str(piece);
+        if let Some(at) = self.stops.iter().filter_map(|s| self.held.find(s)).min() {
+            out.push_str(&self.held[..at]);
+            self.held.clear();
+            self.found = true;
+            return true;
+        }
+        let held = &self.held;
+        let may_stop = |at: &usize| self.stops.iter().any(|s| s.starts_with(&held[*at..]));
+        let cuts = held.char_indices().map(|(at, _)| at);
+        let cut = cuts.filter(|at| may_stop(at)).min().unwrap_or(held.len());
+        out.push_str(&held[..cut]);
+        self.held.drain(..cut);
+        false
+    }
+
+    fn finish(&mut self, out: &mut String) {
+        out.push_str(&self.held);
+        self.held.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(stops: &[&str], pieces: &[&str]) -> (String, bool) {
+        let stops: Vec<_> = stops.iter().map(|s| s.to_string()).collect();
+        let mut stops = Stops::new(&stops);
+        let mut out = String::new();
+        let found = pieces.iter().any(|piece| stops.push(piece, &mut out));
+        stops.finish(&mut out);
+        (out, found)
+    }
+
+    #[test]
+    fn stop_texts_are_found_across_pieces() {
+        assert_eq!(run(&["END"], &["a E", "N", "D b"]), ("a ".into(), true));
+        assert_eq!(
+            run(&["END"], &["a E", "N", "E", "ND"]),
+            ("a EN".into(), true)
+        );
+        assert_eq!(run(&["END"], &["EEN", "D"]), ("E".into(), true));
+        assert_eq!(run(&["b", "ab"], &["xa", "b"]), ("x".into(), true));
+        assert_eq!(run(&["é!"], &["caf", "é", "?"]), ("café?".into(), false));
+        assert_eq!(run(&[""], &["x"]), ("x".into(), false));
+        assert_eq!(run(&["zz"], &["a z"]), ("a z".into(), false));
+    }
+
+    #[test]
+    fn text_is_held_back_only_while_it_may_stop() {
+        let stops = ["\n\nUser:".to_string()];
+        let mut stops = Stops::new(&stops);
+        let mut out = String::new();
+        stops.push("hello\n", &mut out);
+        assert_eq!(out, "hello");
+        stops.push("world", &mut out);
+        assert_eq!(out, "hello\nworld");
+    }
+}

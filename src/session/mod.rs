@@ -1,0 +1,367 @@
+//! One timeline: tokens, what the layers remember of them, the logits after the last.
+//!
+//! The one place where file, tokenizer, network and backend are put together.
+
+mod chat;
+mod generate;
+
+pub use self::chat::Chat;
+pub use self::generate::{Event, Finish, GenerateOptions, Reply, Stats, generate};
+
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::backend::cpu::Cpu;
+use crate::backend::cpu::pool::Pool;
+use crate::backend::{Backend, KvType};
+use crate::error::{Error, Result};
+use crate::gguf::Gguf;
+use crate::model::config::Config;
+use crate::model::state::State;
+use crate::model::{self, Network, Pass};
+use crate::tokenizer::Tokenizer;
+
+/// Context where neither caller nor file gives a smaller one: metadata often states more than models were trained on.
+const MAX_DEFAULT_CTX: usize = 32_768;
+
+/// Tokens of a prefill step unless the caller says otherwise.
+const DEFAULT_BATCH: usize = 512;
+
+/// Logits that [`Session::score`] holds at once.
+const SCORE_FLOATS: usize = 8 << 20;
+
+/// How a model is loaded.
+#[derive(Clone, Debug, Default)]
+pub struct LoadOptions {
+    /// Threads of the token loop; 0: as many as this process may use.
+    pub threads: usize,
+}
+
+/// How a session is made.
+#[derive(Clone, Debug, Default)]
+pub struct SessionOptions {
+    /// Tokens that it can hold; 0: what the model was made for, at most 32768.
+    pub n_ctx: usize,
+    /// Type of cached keys and values.
+    pub kv: KvType,
+    /// Tokens of a prefill step; 0: 512.
+    pub batch: usize,
+}
+
+/// A model, ready to run. Clones share it.
+#[derive(Clone)]
+pub struct Model(Arc<Inner>);
+
+struct Inner {
+    gguf: Gguf,
+    /// A file without a vocabulary that we read can still be run on tokens.
+    tokenizer: Result<Tokenizer>,
+    network: Box<dyn Network<Cpu>>,
+    pool: Arc<Pool>,
+    info: ModelInfo,
+}
+
+/// What a model is.
+#[derive(Clone, Debug)]
+pub struct ModelInfo {
+    /// `general.name`, or the file's name.
+    pub name: String,
+    /// Weights.
+    pub n_params: u64,
+    /// Bytes of all tensors.
+    pub weight_bytes: u64,
+    /// Sizes.
+    pub config: Config,
+}
+
+/// Bytes that a session holds beside the weights.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct MemoryReport {
+    /// Keys and values.
+    pub kv: usize,
+    /// Memory of convolutions.
+    pub conv: usize,
+    /// Activations.
+    pub scratch: usize,
+}
+
+impl Model {
+    /// Maps the file at `path` and builds its network; weights are not read yet.
+    ///
+    /// # Errors
+    /// If the file cannot be read, is no GGUF file, or holds a model that is not supported.
+    pub fn load(path: &Path, options: &LoadOptions) -> Result<Self> {
+        let gguf = Gguf::open(path)?;
+        let allowed = std::thread::available_parallelism().map_or(1, usize::from);
+        let n_threads = if options.threads == 0 {
+            allowed
+        } else {
+            options.threads
+        };
+        let no_thread = |e| Error::Invalid(format!("{n_threads} threads: {e}"));
+        let pool = Arc::new(Pool::new(n_threads).map_err(no_thread)?);
+        let network = model::load(&gguf, &Cpu::new(Arc::clone(&pool)))?;
+        let file_name = || {
+            path.file_name()
+                .map_or_else(String::new, |name| name.to_string_lossy().into_owned())
+        };
+        let info = ModelInfo {
+            name: gguf
+                .metadata()
+                .opt_str("general.name")?
+                .map_or_else(file_name, str::to_owned),
+            n_params: gguf.tensors().map(|t| t.n_elements() as u64).sum(),
+            weight_bytes: gguf.tensors().map(|t| t.bytes as u64).sum(),
+            config: network.config().clone(),
+        };
+        let tokenizer = Tokenizer::from_gguf(&gguf);
+        Ok(Self(Arc::new(Inner {
+            gguf,
+            tokenizer,
+            network,
+            pool,
+            info,
+        })))
+    }
+
+    /// The file.
+    pub fn gguf(&self) -> &Gguf {
+        &self.0.gguf
+    }
+
+    /// The vocabulary.
+    ///
+    /// # Errors
+    /// If the file has none that is supported.
+    pub fn tokenizer(&self) -> Result<&Tokenizer> {
+        self.0
+            .tokenizer
+            .as_ref()
+            .map_err(|e| Error::BadModel(e.to_string()))
+    }
+
+    /// What it is.
+    pub fn info(&self) -> &ModelInfo {
+        &self.0.info
+    }
+
+    /// Threads of the token loop.
+    pub fn n_threads(&self) -> usize {
+        self.0.pool.n_threads()
+    }
+}
+
+/// One timeline of tokens on a model.
+pub struct Session {
+    model: Model,
+    cpu: Cpu,
+    state: State<Cpu>,
+    tokens: Vec<u32>,
+    logits: Vec<f32>,
+    n_ctx: usize,
+    batch: usize,
+}
+
+impl Session {
+    /// An empty timeline.
+    ///
+    /// # Errors
+    /// If the options are out of range.
+    pub fn new(model: &Model, options: &SessionOptions) -> Result<Self> {
+        let cpu = Cpu::new(Arc::clone(&model.0.pool));
+        let state = model.0.network.state(&cpu, options.kv);
+        let n_ctx_train = model.info().config.n_ctx_train;
+        let n_ctx = if options.n_ctx == 0 {
+            n_ctx_train.min(MAX_DEFAULT_CTX)
+        } else {
+            options.n_ctx
+        };
+        let batch = if options.batch == 0 {
+            DEFAULT_BATCH
+        } else {
+            options.batch
+        };
+        // Positions are rotated by f32 angles and counted in u32 by files; beyond this nothing is meant.
+        if n_ctx > 1 << 24 {
+            return Err(Error::Invalid(format!(
+                "context: expected at most {} tokens, found {n_ctx}",
+                1 << 24
+            )));
+        }
+        Ok(Self {
+            model: model.clone(),
+            cpu,
+            state,
+            tokens: Vec::new(),
+            logits: Vec::new(),
+            n_ctx,
+            batch,
+        })
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// The tokens so far.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Tokens that the session can hold.
+    pub fn n_ctx(&self) -> usize {
+        self.n_ctx
+    }
+
+    /// The logits after the last token, `(n_vocab)`; empty if there is none, or after [`Session::truncate`].
+    pub fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+
+    /// Appends `tokens`, in steps of the batch size. `progress` is told the tokens done and their total after each
+    /// step; if it breaks, the session holds what was done.
+    ///
+    /// # Errors
+    /// If the tokens do not fit, are none of the vocabulary, memory is missing, or `progress` breaks.
+    pub fn prefill(
+        &mut self,
+        tokens: &[u32],
+        progress: &mut dyn FnMut(usize, usize) -> ControlFlow<()>,
+    ) -> Result<()> {
+        self.check(tokens)?;
+        let mut done = 0;
+        for chunk in tokens.chunks(self.batch) {
+            done += chunk.len();
+            let last = done == tokens.len();
+            self.forward(chunk, if last { chunk.len() - 1 } else { chunk.len() })?;
+            if progress(done, tokens.len()).is_break() && !last {
+                return Err(Error::Cancelled);
+            }
+        }
+        Ok(())
+    }
+
+    /// Appends one token.
+    ///
+    /// # Errors
+    /// As [`Session::prefill`].
+    pub fn decode(&mut self, token: u32) -> Result<()> {
+        self.check(&[token])?;
+        self.forward(&[token], 0)
+    }
+
+    /// Appends `tokens` and calls `each` with the position and the logits after every one of them, until it breaks.
+    ///
+    /// # Errors
+    /// As [`Session::prefill`].
+    pub fn score(
+        &mut self,
+        tokens: &[u32],
+        each: &mut dyn FnMut(usize, &[f32]) -> ControlFlow<()>,
+    ) -> Result<()> {
+        self.check(tokens)?;
+        let n_vocab = self.model.info().config.n_vocab;
+        for chunk in tokens.chunks((SCORE_FLOATS / n_vocab).clamp(1, self.batch)) {
+            let start = self.tokens.len();
+            self.forward(chunk, 0)?;
+            // Only the last row stays as "the logits"; the others go by.
+            for (i, logits) in self.logits.chunks_exact(n_vocab).enumerate() {
+                if each(start + i, logits).is_break() {
+                    self.keep_last_logits(n_vocab);
+                    return Err(Error::Cancelled);
+                }
+            }
+            self.keep_last_logits(n_vocab);
+        }
+        Ok(())
+    }
+
+    /// Forgets all tokens from position `n` on. Keys and values of the rest stay; the memory of convolutions, which
+    /// depends on a bounded past alone, is rebuilt from the tokens before `n` against the cached keys and values.
+    ///
+    /// # Errors
+    /// None today; a backend that loses its device will have one.
+    pub fn truncate(&mut self, n: usize) -> Result<()> {
+        if n >= self.tokens.len() {
+            return Ok(());
+        }
+        self.tokens.truncate(n);
+        self.logits.clear();
+        let reach = self.model.info().config.conv_reach;
+        if reach > 0 {
+            self.state.reset_convs(&self.cpu);
+            let start = n.saturating_sub(reach);
+            let past = &self.tokens[start..];
+            if !past.is_empty() {
+                let pass = Pass {
+                    tokens: past,
+                    start,
+                    logits_from: past.len(),
+                    write_kv: false,
+                };
+                self.model
+                    .0
+                    .network
+                    .forward(&mut self.cpu, &mut self.state, &pass);
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes held beside the weights.
+    pub fn memory(&self) -> MemoryReport {
+        let (kv, conv) = self.state.bytes(&self.cpu);
+        MemoryReport {
+            kv,
+            conv,
+            scratch: self.cpu.scratch_bytes() + size_of_val(&*self.logits),
+        }
+    }
+
+    fn check(&self, tokens: &[u32]) -> Result<()> {
+        let n_vocab = self.model.info().config.n_vocab;
+        if let Some(token) = tokens.iter().find(|t| **t as usize >= n_vocab) {
+            return Err(Error::Invalid(format!(
+                "token: expected a number below {n_vocab}, found {token}"
+            )));
+        }
+        let needed = self.tokens.len() + tokens.len();
+        if needed > self.n_ctx {
+            return Err(Error::ContextFull {
+                needed,
+                n_ctx: self.n_ctx,
+            });
+        }
+        Ok(())
+    }
+
+    fn forward(&mut self, tokens: &[u32], logits_from: usize) -> Result<()> {
+        let start = self.tokens.len();
+        self.state.reserve(&self.cpu, start + tokens.len())?;
+        let pass = Pass {
+            tokens,
+            start,
+            logits_from,
+            write_kv: true,
+        };
+        let logits = self
+            .model
+            .0
+            .network
+            .forward(&mut self.cpu, &mut self.state, &pass);
+        match logits {
+            Some(logits) => self.cpu.read(&logits, &mut self.logits),
+            None => self.logits.clear(),
+        }
+        self.tokens.extend_from_slice(tokens);
+        Ok(())
+    }
+
+    fn keep_last_logits(&mut self, n_vocab: usize) {
+        let last = self.logits.len() - n_vocab;
+        self.logits.copy_within(last.., 0);
+        self.logits.truncate(n_vocab);
+    }
+}
