@@ -61,8 +61,8 @@ pub struct ConvState {
     n_channels: usize,
 }
 
-/// Weight bytes that a task of a decode step reads: some microseconds of memory bandwidth.
-const TASK_BYTES: usize = 32 << 10;
+/// Weight bytes that a task of a decode step reads at most: long streams for the memory, an end that is not waited for.
+const TASK_BYTES: usize = 256 << 10;
 
 /// Rows of a batch that are worth a region of their own for elementwise work.
 const PARALLEL_ROWS: usize = 8;
