@@ -10,8 +10,11 @@ mod elementwise;
 mod matmul;
 
 use std::collections::HashSet;
+use std::process::Command;
 
-use kinglet::backend::cpu::table::{self, Kernel};
+use kinglet::backend::cpu::isa::Isa;
+use kinglet::backend::cpu::table::{self, Kernel, Operations};
+use kinglet::quant::DType;
 
 /// `(name, level)` of every row of every table.
 fn all_rows() -> Vec<(&'static str, &'static str)> {
@@ -40,5 +43,75 @@ fn names_are_unique_and_end_with_their_level() {
     assert_eq!(unique.len(), rows.len());
     for (name, isa) in rows {
         assert!(name.ends_with(&format!("_{isa}")), "{name} of {isa}");
+    }
+}
+
+/// The rows chosen for each format and operation.
+fn chosen() -> Vec<&'static str> {
+    let matmuls = DType::ALL.iter().flat_map(|t| {
+        let (gemv, gemm) = (table::gemv(*t), table::gemm(*t));
+        [gemv, gemm].map(|k| k.expect("every format has a row").name())
+    });
+    let best = Operations::best();
+    let operations = [
+        best.quantize.name(),
+        best.rms_norm.name(),
+        best.rope_halves.name(),
+        best.rope_neighbours.name(),
+        best.glu.name(),
+        best.add.name(),
+        best.to_f16.name(),
+        best.short_conv.name(),
+        best.attend_f16.name(),
+        best.attend_f32.name(),
+    ];
+    matmuls.chain(operations).collect()
+}
+
+/// Runs as a process of its own below: the variables are read once.
+#[test]
+#[ignore = "a part of the_environment_chooses"]
+fn print_the_chosen_rows() {
+    println!("chosen: {}", chosen().join(" "));
+}
+
+#[test]
+fn the_environment_chooses() {
+    let choose = |name: &str, value: &str| -> Vec<String> {
+        let run = Command::new(std::env::current_exe().expect("the path of this test"))
+            .args([
+                "--exact",
+                "print_the_chosen_rows",
+                "--ignored",
+                "--nocapture",
+            ])
+            .env_remove("KINGLET_ISA")
+            .env_remove("KINGLET_KERNEL")
+            .env(name, value)
+            .output()
+            .expect("this test starts itself");
+        let output = String::from_utf8(run.stdout).expect("UTF-8");
+        let (_, rows) = output
+            .split_once("chosen: ")
+            .expect("the line printed above");
+        let line = rows.lines().next().expect("a line");
+        line.split(' ').map(str::to_owned).collect()
+    };
+    for &isa in Isa::ALL.iter().filter(|isa| isa.detected()) {
+        let rows = choose("KINGLET_ISA", isa.name());
+        let level = |row: &String| all_rows().into_iter().find(|(name, _)| name == row);
+        for row in &rows {
+            let level = level(row).expect("a row of the table").1;
+            let level = Isa::from_name(level).expect("a level");
+            assert!(level <= isa, "{row} with {}", isa.name());
+        }
+        let of_level = rows
+            .iter()
+            .filter(|row| row.ends_with(&format!("_{}", isa.name())));
+        assert!(of_level.count() > 0, "no row of {}", isa.name());
+    }
+    let rows = choose("KINGLET_KERNEL", "gemv_q4_0_q8_scalar,add_scalar");
+    for named in ["gemv_q4_0_q8_scalar", "add_scalar"] {
+        assert!(rows.iter().any(|row| row == named), "{named}");
     }
 }

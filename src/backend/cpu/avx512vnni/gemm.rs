@@ -8,7 +8,7 @@ use std::arch::x86_64::*;
 use std::cell::RefCell;
 
 use super::{load, load256};
-use crate::backend::cpu::acts::{Acts, Q8_LEN, Q8Row};
+use crate::backend::cpu::acts::{Acts, Q8_LEN};
 use crate::backend::cpu::pool::OutCols;
 use crate::quant::{Block, blocks};
 
@@ -171,13 +171,16 @@ fn tile<const T: usize, const HALVES: usize, const MIN: bool>(
     cols: std::ops::Range<usize>,
 ) {
     let n = units.len();
-    let rows: [Q8Row; T] = std::array::from_fn(|t| x.q8_row(token + t));
-    let x: [&[[[u8; 4]; 8]]; T] = std::array::from_fn(|t| bytemuck::cast_slice(rows[t].u));
-    let (x, d, s) = (
-        x.map(|x| &x[..n]),
-        rows.map(|row| &row.d[..n]),
-        rows.map(|row| &row.s[..n]),
-    );
+    // Plain loops: closures and iterator adaptors that are not inlined cost as much as a block.
+    let acts = x;
+    let mut x: [&[[[u8; 4]; 8]]; T] = [&[]; T];
+    let (mut d, mut s): ([&[f32]; T], [&[f32]; T]) = ([&[]; T], [&[]; T]);
+    for t in 0..T {
+        let row = acts.q8_row(token + t);
+        x[t] = &bytemuck::cast_slice(row.u)[..n];
+        d[t] = &row.d[..n];
+        s[t] = &row.s[..n];
+    }
     let mut sums = [[_mm512_setzero_ps(); 2]; T];
     for (i, unit) in units.iter().enumerate() {
         for half in 0..HALVES {
@@ -208,11 +211,18 @@ fn tile<const T: usize, const HALVES: usize, const MIN: bool>(
             }
         }
     }
-    for (t, sums) in sums.into_iter().enumerate() {
-        let mut out = [[0.0; 16]; 2];
-        super::floats::store(sums[0], &mut out[0]);
-        super::floats::store(sums[1], &mut out[1]);
-        y.row(token + t)[cols.clone()].copy_from_slice(&out.as_flattened()[..cols.len()]);
+    for (t, sums) in sums.iter().enumerate() {
+        let out = &mut y.row(token + t)[cols.clone()];
+        if let Ok(out) = <&mut [f32; ROWS]>::try_from(&mut *out) {
+            let [low, high]: &mut [[f32; 16]; 2] = bytemuck::cast_mut(out);
+            super::floats::store(sums[0], low);
+            super::floats::store(sums[1], high);
+        } else {
+            let mut all = [[0.0; 16]; 2];
+            super::floats::store(sums[0], &mut all[0]);
+            super::floats::store(sums[1], &mut all[1]);
+            out.copy_from_slice(&all.as_flattened()[..out.len()]);
+        }
     }
 }
 
