@@ -23,6 +23,9 @@ fn all_rows() -> Vec<(&'static str, &'static str)> {
     }
     names(table::GEMV)
         .chain(names(table::GEMM))
+        .chain(names(table::TILES))
+        .chain(names(table::PACK_BF16))
+        .chain(names(table::ATTEND_TILES))
         .chain(names(table::QUANTIZE))
         .chain(names(table::RMS_NORM))
         .chain(names(table::ROPE_HALVES))
@@ -50,11 +53,13 @@ fn names_are_unique_and_end_with_their_level() {
 fn chosen() -> Vec<&'static str> {
     let matmuls = DType::ALL.iter().flat_map(|t| {
         let (gemv, gemm) = (table::gemv(*t), table::gemm(*t));
-        [gemv, gemm].map(|k| k.expect("every format has a row").name())
+        let rows = [gemv, gemm].map(|k| k.expect("every format has a row"));
+        rows.into_iter().chain(table::tiles(*t)).map(|k| k.name())
     });
     let best = Operations::best();
     let operations = [
         best.quantize.name(),
+        best.pack_bf16.name(),
         best.rms_norm.name(),
         best.rope_halves.name(),
         best.rope_neighbours.name(),

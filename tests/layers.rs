@@ -25,6 +25,7 @@ const FENCE: &[&str] = &[
     "src/backend/cpu/table.rs",
     "src/backend/cpu/avx2/mod.rs",
     "src/backend/cpu/avx2/floats.rs",
+    "src/backend/cpu/amx/mod.rs",
     "src/backend/cpu/avx512vnni/mod.rs",
     "src/backend/cpu/avx512vnni/floats.rs",
     "src/backend/cpu/neon/mod.rs",

@@ -1,9 +1,10 @@
 //! Attention over spans of keys, against the softmax in `f64`.
 
-use kinglet::backend::cpu::table::{self, Attend, AttendSpan, Ready};
+use kinglet::backend::cpu::pool::OutCols;
+use kinglet::backend::cpu::table::{self, Attend, AttendBatch, AttendSpan, Ready};
 use kinglet::quant::{f16_to_f32, f32_to_f16};
 
-use crate::common::{Random, assert_near, scalar_row, vector_rows};
+use crate::common::{Random, assert_near, bf16, scalar_row, vector_rows};
 
 struct Case {
     head_dim: usize,
@@ -200,6 +201,101 @@ fn large_scores() {
         for (kernel, half) in kernels() {
             for span in [256, 13] {
                 case.check(kernel, half, span);
+            }
+        }
+    }
+}
+
+/// Attention of a batch in tiles, over pages of 128 keys. Bounds: a weight is rounded to bf16 once; queries, keys and
+/// values are rounded in the reference too.
+#[test]
+fn batches_in_tiles() {
+    const PAGE: usize = 128;
+    let mut random = Random::new(14);
+    let cases = [
+        (64, 1, 16, 0, None, 0.5),
+        (64, 3, 50, 0, None, 0.5),
+        (64, 2, 33, 300, None, 0.5),
+        (64, 4, 17, 127, Some(20), 0.5),
+        (128, 2, 200, 64, Some(130), 0.3),
+        (256, 4, 31, 500, Some(512), 0.3),
+        (64, 1, 160, 40, None, 30.0),
+        (64, 2, 16, 128, Some(1), 0.5),
+    ];
+    for (n, group, n_tokens, start, window, size) in cases {
+        let window_start = |p: usize| (p + 1).saturating_sub(window.unwrap_or(usize::MAX));
+        let end = start + n_tokens;
+        let first = window_start(start) / PAGE * PAGE;
+        let n_pages = (end - first).div_ceil(PAGE);
+        let scale = 0.125;
+        let stride = group * n + 64;
+        let q = random.floats((n_tokens - 1) * stride + group * n, size / scale);
+        let mut keys = random.floats(n_pages * PAGE * n, 1.0);
+        let mut values = random.floats(n_pages * PAGE * n, 2.0);
+        // What was never written may hold anything.
+        keys[(end - first) * n..].fill(f32::NAN);
+        values[(end - first) * n..].fill(f32::INFINITY);
+        let pages = |x: &[f32]| -> Vec<Vec<u16>> {
+            x.chunks(PAGE * n)
+                .map(|page| page.iter().map(|x| f32_to_f16(*x)).collect())
+                .collect()
+        };
+        let (k, v) = (pages(&keys), pages(&values));
+        let spans = |pages: &'static [Vec<u16>]| -> Vec<&'static [u8]> {
+            pages.iter().map(|p| bytemuck::cast_slice(p)).collect()
+        };
+        let (k_spans, v_spans) = (spans(k.clone().leak()), spans(v.clone().leak()));
+        for (_, kernel) in vector_rows(table::ATTEND_TILES) {
+            let mut y = vec![f32::NAN; n_tokens * group * n];
+            kernel.run(&mut AttendBatch {
+                q: &q,
+                q_stride: stride,
+                group,
+                head_dim: n,
+                scale,
+                start,
+                window,
+                first,
+                page: PAGE,
+                keys: &k_spans,
+                values: &v_spans,
+                out: OutCols::whole(&mut y, group * n),
+            });
+            let key = |pages: &[Vec<u16>], p: usize, i: usize| {
+                let at = p - first;
+                f64::from(bf16(f16_to_f32(pages[at / PAGE][at % PAGE * n + i])))
+            };
+            for (t, y) in y.chunks_exact(group * n).enumerate() {
+                for (head, y) in y.chunks_exact(n).enumerate() {
+                    let q = &q[t * stride + head * n..][..n];
+                    let score = |p: usize| -> f64 {
+                        let q = q
+                            .iter()
+                            .map(|q| bf16(q * (scale * std::f32::consts::LOG2_E)));
+                        q.enumerate()
+                            .map(|(i, q)| f64::from(q) * key(&k, p, i))
+                            .sum()
+                    };
+                    let sees = window_start(start + t)..start + t + 1;
+                    let scores: Vec<f64> = sees.clone().map(score).collect();
+                    let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                    let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp2()).collect();
+                    let sum: f64 = weights.iter().sum();
+                    for (i, y) in y.iter().enumerate() {
+                        let terms = weights
+                            .iter()
+                            .zip(sees.clone())
+                            .map(|(w, p)| w / sum * key(&v, p, i));
+                        let terms: Vec<f64> = terms.collect();
+                        let size: f64 = terms.iter().map(|t| t.abs()).sum();
+                        let exact = terms.iter().sum();
+                        let what = format!(
+                            "{} n {n} group {group} tokens {n_tokens} start {start} token {t} head {head} element {i}",
+                            kernel.name()
+                        );
+                        assert_near(*y, exact, size / 256.0 + 1e-5, &what);
+                    }
+                }
             }
         }
     }

@@ -60,3 +60,10 @@ pub fn assert_near(a: f32, b: f64, tolerance: f64, what: &dyn std::fmt::Display)
         "{what}: {a} for {b}, {error:e} > {tolerance:e}"
     );
 }
+
+/// `x` rounded to bf16.
+pub fn bf16(x: f32) -> f32 {
+    let bits = x.to_bits();
+    let odd = bits >> 16 & 1;
+    f32::from_bits((bits + 0x7fff + odd) & 0xffff_0000)
+}

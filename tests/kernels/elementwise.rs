@@ -1,10 +1,10 @@
 //! Quantization, norms, rotary embedding, gated units, conversions, short convolution.
 
 use kinglet::backend::Activation;
-use kinglet::backend::cpu::acts::{Q8_LEN, Q8RowMut};
+use kinglet::backend::cpu::acts::{Q8_LEN, Q8RowMut, Tile};
 use kinglet::backend::cpu::table::{self, Ready, ShortConv, ShortConvRows};
 
-use crate::common::{Random, assert_near, scalar_row, vector_rows};
+use crate::common::{Random, assert_near, bf16, scalar_row, vector_rows};
 
 const EPSILON: f64 = f32::EPSILON as f64 / 2.0;
 
@@ -301,6 +301,44 @@ fn short_conv_rows_agree() {
                     assert_eq!(parts, y, "{}", kernel.name());
                 }
             }
+        }
+    }
+}
+
+#[test]
+fn pack_bf16_rows_are_equal() {
+    let mut random = Random::new(23);
+    for (n_tokens, n_in) in [(1, 32), (15, 64), (16, 96), (17, 576), (32, 256)] {
+        let mut x = random.floats(n_tokens * n_in, 4.0);
+        x[0] = f32::MAX;
+        x[1] = -0.0;
+        x[2] = f32::from_bits(0x3f80_8000); // a tie
+        x[3] = f32::from_bits(0x3f81_8000);
+        let run = |kernel: Ready<table::PackBf16>| {
+            let mut group = vec![[Tile([[0xff; 64]; 16]); 2]; n_in / 32];
+            kernel.run(&x, n_in, &mut group);
+            group
+        };
+        let expected = run(scalar_row(table::PACK_BF16));
+        // Token t, values 2p and 2p + 1 of tile k: row p of the tile of its half, lane t.
+        for (t, x) in x.chunks_exact(n_in).enumerate() {
+            for (i, x) in x.iter().enumerate() {
+                let row = &expected[i / 32][t / 16].0[i % 32 / 2];
+                let at = t % 16 * 4 + i % 2 * 2;
+                let bits = u16::from_le_bytes([row[at], row[at + 1]]);
+                assert_eq!(
+                    u32::from(bits) << 16,
+                    bf16(*x).to_bits(),
+                    "token {t} value {i}"
+                );
+            }
+        }
+        for (_, kernel) in vector_rows(table::PACK_BF16) {
+            assert!(
+                run(kernel) == expected,
+                "{} {n_tokens} by {n_in}",
+                kernel.name()
+            );
         }
     }
 }

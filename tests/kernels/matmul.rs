@@ -1,12 +1,12 @@
 //! GEMV and GEMM: random blocks over each format's whole range.
 
-use kinglet::backend::cpu::acts::{Acts, Q8_LEN, Q8Row, Q8RowMut};
+use kinglet::backend::cpu::acts::{Acts, BF16_LEN, BF16_TOKENS, Q8_LEN, Q8Row, Q8RowMut, Tile};
 use kinglet::backend::cpu::isa::Isa;
 use kinglet::backend::cpu::pool::OutCols;
 use kinglet::backend::cpu::table::{self, ActFormat, Kernel, MatMul, Ready};
 use kinglet::quant::{self, DType};
 
-use crate::common::{Random, assert_near, scalar_row, vector_rows};
+use crate::common::{Random, assert_near, bf16, scalar_row, vector_rows};
 
 /// Where the half floats of a block lie.
 fn half_floats(dtype: DType) -> &'static [usize] {
@@ -67,6 +67,7 @@ struct Inputs {
     n_in: usize,
     f32: Vec<f32>,
     q8: Vec<f32>,
+    bf16: Vec<[Tile; 2]>,
 }
 
 impl Inputs {
@@ -88,6 +89,7 @@ impl Inputs {
             n_in,
             f32,
             q8: Vec::new(),
+            bf16: Vec::new(),
         };
         if n_in.is_multiple_of(Q8_LEN) {
             let quantize = scalar_row(table::QUANTIZE);
@@ -102,6 +104,16 @@ impl Inputs {
                 quantize.run(x, &mut Q8RowMut::new(row, n_in));
             }
         }
+        if n_in.is_multiple_of(BF16_LEN) {
+            let pack = scalar_row(table::PACK_BF16);
+            let n_k = n_in / BF16_LEN;
+            let empty = [Tile([[0; 64]; 16]); 2];
+            inputs.bf16 = vec![empty; n_tokens.div_ceil(BF16_TOKENS) * n_k];
+            let groups = inputs.bf16.chunks_exact_mut(n_k);
+            for (x, group) in inputs.f32.chunks(BF16_TOKENS * n_in).zip(groups) {
+                pack.run(x, n_in, group);
+            }
+        }
         inputs
     }
 
@@ -111,6 +123,7 @@ impl Inputs {
             n_in: self.n_in,
             f32: &self.f32,
             q8: bytemuck::cast_slice(&self.q8),
+            bf16: &self.bf16,
         }
     }
 
@@ -118,6 +131,7 @@ impl Inputs {
     fn exact(&self, format: ActFormat) -> Vec<f64> {
         match format {
             ActFormat::F32 => self.f32.iter().map(|x| f64::from(*x)).collect(),
+            ActFormat::Bf16 => self.f32.iter().map(|x| f64::from(bf16(*x))).collect(),
             ActFormat::Q8 => (0..self.n_tokens)
                 .flat_map(|t| {
                     let row = self.acts().q8_row(t);
@@ -158,6 +172,7 @@ fn reference(
     let roundings = match format {
         ActFormat::F32 => n + 8,
         ActFormat::Q8 => 48 + n / 16,
+        ActFormat::Bf16 => n + 8,
     };
     let mut out = Vec::new();
     for x in x.chunks_exact(n) {
@@ -245,11 +260,51 @@ fn gemm_rows_agree() {
     check(table::GEMM, &[1, 2, 3, 5, 17], &[1, 4, 9, 16, 33]);
 }
 
+/// Rows of a matrix unit round each weight to bf16: a relative 2^-8 at most, and a few roundings before that.
+#[test]
+fn tile_rows_are_near() {
+    let mut random = Random::new(31);
+    for (kernel, ready) in vector_rows(table::TILES) {
+        let dtype = kernel.weights;
+        for n_in in lengths(dtype) {
+            if !n_in.is_multiple_of(BF16_LEN) {
+                continue;
+            }
+            for (n_tokens, n_rows) in [(6, 1), (16, 17), (17, 32), (33, 33), (50, 70), (600, 5)] {
+                let n_blocks = n_rows * n_in / dtype.block_len();
+                let w = random_blocks(dtype, n_blocks, Fill::Random, &mut random);
+                let inputs = Inputs::random(n_tokens, n_in, &mut random);
+                let expected = reference(dtype, ActFormat::Bf16, &w, &inputs, n_rows);
+                let mut weights = vec![0.0; n_rows * n_in];
+                quant::dequantize(dtype, &w, &mut weights);
+                let y = run(ready, &w, &inputs, n_rows);
+                let x = inputs.exact(ActFormat::Bf16);
+                for (i, (y, (exact, bound))) in y.iter().zip(&expected).enumerate() {
+                    let (token, row) = (i / n_rows, i % n_rows);
+                    let w = &weights[row * n_in..][..n_in];
+                    let x = &x[token * n_in..][..n_in];
+                    let size: f64 = w
+                        .iter()
+                        .zip(x)
+                        .map(|(w, x)| (f64::from(*w) * x).abs())
+                        .sum();
+                    let at = format!(
+                        "{} n_in {n_in} n_tokens {n_tokens} n_rows {n_rows} output {i}",
+                        kernel.name()
+                    );
+                    assert_near(*y, *exact, bound + size / 256.0, &at);
+                }
+            }
+        }
+    }
+}
+
 /// Every row of a matrix must be the same whichever rows and tokens are computed with it: results may not depend on
 /// how work is cut.
 #[test]
 fn results_do_not_depend_on_the_cut() {
-    for (kernel, ready) in vector_rows(table::GEMV).chain(vector_rows(table::GEMM)) {
+    let rows = vector_rows(table::GEMV).chain(vector_rows(table::GEMM));
+    for (kernel, ready) in rows.chain(vector_rows(table::TILES)) {
         let mut random = Random::new(5);
         let (dtype, n_in, n_rows, n_tokens) = (kernel.weights, 768, 21, 19);
         let n_blocks = n_rows * n_in / dtype.block_len();

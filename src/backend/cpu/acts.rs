@@ -4,8 +4,25 @@
 //! minimum multiplies with it. `u[i] = q[i] + 128` repeats the values for kernels that multiply unsigned activations by
 //! signed weights.
 
+//!
+//! `bf16`: for matrix units, groups of 32 tokens. Of each group, for each 32 values along the row, two tiles of 16
+//! tokens: 16 rows of `(token, 2)`, the pairs of adjacent values of a token side by side. Absent tokens are zeros.
+
+use bytemuck::{Pod, Zeroable};
+
 /// Values in a block of quantized activations.
 pub const Q8_LEN: usize = 32;
+
+/// Tokens in a group of bf16 tiles.
+pub const BF16_TOKENS: usize = 32;
+
+/// Values of a token in a bf16 tile.
+pub const BF16_LEN: usize = 32;
+
+/// What a tile register of a matrix unit holds: 16 rows of 64 bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
+#[repr(C, align(64))]
+pub struct Tile(pub [[u8; 64]; 16]);
 
 /// A batch of activation rows, `(n_tokens, n_in)`.
 #[derive(Clone, Copy)]
@@ -18,6 +35,8 @@ pub struct Acts<'a> {
     pub f32: &'a [f32],
     /// The same in 8 bits, `n_tokens` rows of [`Q8Row::bytes`]; empty if no kernel asked for them.
     pub q8: &'a [u8],
+    /// The same in bf16 tiles, `(n_tokens / 32, n_in / 32)`, rounded up; empty if no kernel asked for them.
+    pub bf16: &'a [[Tile; 2]],
 }
 
 /// One quantized row.
@@ -74,6 +93,15 @@ impl<'a> Acts<'a> {
     /// Row `token` as floats.
     pub fn row(&self, token: usize) -> &'a [f32] {
         &self.f32[token * self.n_in..][..self.n_in]
+    }
+
+    /// The tiles of tokens `32 * group..`.
+    ///
+    /// # Panics
+    /// If the rows were not packed; the backend packs them for every kernel whose table row says so.
+    pub fn bf16_group(&self, group: usize) -> &'a [[Tile; 2]] {
+        let n_k = self.n_in / BF16_LEN;
+        &self.bf16[group * n_k..][..n_k]
     }
 
     /// Row `token` in 8 bits.

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::pool::{Output, Pool};
 use super::scratch::Scratch;
-use super::table::{AttendSpan, Operations, Ready, ToF16};
+use super::table::{AttendBatch, AttendSpan, AttendTokens, Operations, Ready, ToF16};
 use crate::backend::{Attention, KvType};
 use crate::error::{Error, Result};
 
@@ -16,6 +16,15 @@ const PAGE: usize = 256;
 
 /// Queries that share a pass over the keys: few enough for their sums to stay in the first-level cache.
 const MAX_QUERIES: usize = 64;
+
+/// Queries that share the tiles of a page of keys: turning them costs as much as some 30 queries.
+const TILE_QUERIES: usize = 384;
+
+/// Tokens of a tile of queries.
+const TILE_TOKENS: usize = 16;
+
+/// Heads that are whole tiles are multiples of this.
+const TILE_HEAD: usize = 64;
 
 /// Keys and values of one layer.
 pub struct KvCache {
@@ -220,6 +229,14 @@ impl Attend<'_> {
     pub(super) fn many(&self, pool: &Pool, q: &[f32], out: &mut [f32]) {
         let (n, group) = (self.shape.head_dim, self.group());
         let n_cols = self.shape.n_heads * n;
+        let tiles = self.operations.attend_tiles.filter(|_| {
+            q.len() >= TILE_TOKENS * n_cols
+                && self.cache.kind == KvType::F16
+                && n.is_multiple_of(TILE_HEAD)
+        });
+        if let Some(kernel) = tiles {
+            return self.many_in_tiles(pool, kernel, q, out);
+        }
         let n_tokens = (MAX_QUERIES / group).max(1);
         let mut outputs = [Output::new(out, n_cols)];
         pool.run_tiles(&mut outputs, (n_tokens, group * n), &|mut tile| {
@@ -249,6 +266,36 @@ impl Attend<'_> {
                         .for_each(|(out, v)| *out = v * inverse);
                 }
             }
+        });
+    }
+
+    /// As `many`, by a kernel that walks the pages itself and turns each into tiles once for a task.
+    fn many_in_tiles(&self, pool: &Pool, kernel: Ready<AttendTokens>, q: &[f32], out: &mut [f32]) {
+        let (n, group) = (self.shape.head_dim, self.group());
+        let n_cols = self.shape.n_heads * n;
+        let n_tokens = (TILE_QUERIES / group).next_multiple_of(TILE_TOKENS);
+        let mut outputs = [Output::new(out, n_cols)];
+        pool.run_tiles(&mut outputs, (n_tokens, group * n), &|tile| {
+            let kv_head = tile.first_col / (group * n);
+            let start = self.start + tile.first_row;
+            let pages = self.pages(start..start + tile.out.n_tokens());
+            let cache = self.cache;
+            let keys = pages.clone().map(|p| cache.span(&cache.keys, p, kv_head));
+            let values = pages.clone().map(|p| cache.span(&cache.values, p, kv_head));
+            kernel.run(&mut AttendBatch {
+                q: &q[tile.first_row * n_cols + tile.first_col..],
+                q_stride: n_cols,
+                group,
+                head_dim: n,
+                scale: self.shape.scale,
+                start,
+                window: self.shape.window,
+                first: pages.start * PAGE,
+                page: PAGE,
+                keys: &keys.collect::<Vec<_>>(),
+                values: &values.collect::<Vec<_>>(),
+                out: tile.out,
+            });
         });
     }
 }

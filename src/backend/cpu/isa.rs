@@ -11,6 +11,8 @@ pub enum Isa {
     Avx2,
     /// x86-64: AVX-512 F, BW, DQ, VL and VNNI.
     Avx512Vnni,
+    /// x86-64: AMX tiles of bf16, and AVX-512 with conversions to it.
+    Amx,
     /// aarch64: NEON.
     Neon,
     /// aarch64: NEON with the dot product instructions.
@@ -23,6 +25,7 @@ impl Isa {
         Isa::Scalar,
         Isa::Avx2,
         Isa::Avx512Vnni,
+        Isa::Amx,
         Isa::Neon,
         Isa::NeonDotprod,
     ];
@@ -33,6 +36,7 @@ impl Isa {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "avx2",
             Isa::Avx512Vnni => "avx512vnni",
+            Isa::Amx => "amx",
             Isa::Neon => "neon",
             Isa::NeonDotprod => "neon_dotprod",
         }
@@ -56,6 +60,12 @@ impl Isa {
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl")
                     && is_x86_feature_detected!("avx512vnni")
+            }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => {
+                Isa::Avx512Vnni.detected()
+                    && is_x86_feature_detected!("avx512bf16")
+                    && super::amx::permitted()
             }
             #[cfg(target_arch = "aarch64")]
             Isa::Neon => std::arch::is_aarch64_feature_detected!("neon"),

@@ -1,6 +1,8 @@
 //! The CPU backend: runs each operation at once, on the pool, with kernels from the table.
 
 pub mod acts;
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -20,7 +22,7 @@ mod x86;
 
 use std::sync::Arc;
 
-use self::acts::{Acts, Q8Row, Q8RowMut};
+use self::acts::{Acts, BF16_LEN, BF16_TOKENS, Q8Row, Q8RowMut, Tile};
 use self::attention::KvCache;
 use self::pool::{Output, Pool};
 use self::scratch::{Buffer, Scratch};
@@ -45,6 +47,7 @@ pub struct Matrix {
     row_bytes: usize,
     gemv: Ready<MatMul>,
     gemm: Ready<MatMul>,
+    tiles: Option<Ready<MatMul>>,
 }
 
 /// Activations, `(n_tokens, n_cols)`.
@@ -63,6 +66,9 @@ pub struct ConvState {
 
 /// Weight bytes that a task of a decode step reads at most: long streams for the memory, an end that is not waited for.
 const TASK_BYTES: usize = 256 << 10;
+
+/// Tokens from which on a matrix unit is worth the unpacking.
+const TILE_TOKENS: usize = 6;
 
 /// Rows of a batch that are worth a region of their own for elementwise work.
 const PARALLEL_ROWS: usize = 8;
@@ -132,6 +138,32 @@ impl Cpu {
         }
         rows
     }
+
+    fn pack(&self, x: &Tensor) -> Buffer {
+        let n_k = x.n_cols / BF16_LEN;
+        let n_groups = x.n_tokens.div_ceil(BF16_TOKENS);
+        let floats = n_groups * n_k * size_of::<[Tile; 2]>() / size_of::<f32>();
+        let mut groups = self.scratch.take(floats);
+        self.pool
+            .run_pieces(bytemuck::cast_slice_mut(&mut groups), n_k, &|i, group| {
+                let first = i * BF16_TOKENS * x.n_cols;
+                let len = (BF16_TOKENS * x.n_cols).min(x.data.len() - first);
+                let rows = &x.data[first..first + len];
+                self.operations.pack_bf16.run(rows, x.n_cols, group);
+            });
+        groups
+    }
+}
+
+impl Matrix {
+    /// The kernel for a batch of `n_tokens`.
+    fn kernel(&self, n_tokens: usize) -> Ready<MatMul> {
+        match self.tiles {
+            _ if n_tokens == 1 => self.gemv,
+            Some(tiles) if n_tokens >= TILE_TOKENS => tiles,
+            _ => self.gemm,
+        }
+    }
 }
 
 impl Tensor {
@@ -178,6 +210,7 @@ impl Backend for Cpu {
             gemm: table::gemm(dtype)
                 .filter(|gemm| gemm.isa() >= gemv.isa())
                 .unwrap_or(gemv),
+            tiles: table::tiles(dtype).filter(|_| tensor.n_in().is_multiple_of(BF16_LEN)),
         })
     }
 
@@ -240,22 +273,16 @@ impl Backend for Cpu {
     }
 
     fn linear<const N: usize>(&mut self, x: &Tensor, layers: [&Linear<Self>; N]) -> [Tensor; N] {
-        let kernels = layers.map(|l| {
-            if x.n_tokens == 1 {
-                l.weight.gemv
-            } else {
-                l.weight.gemm
-            }
-        });
-        let q8 = kernels
-            .iter()
-            .any(|k| k.acts() == ActFormat::Q8)
-            .then(|| self.quantize(x));
+        let kernels = layers.map(|l| l.weight.kernel(x.n_tokens));
+        let asked = |format| kernels.iter().any(|k| k.acts() == format);
+        let q8 = asked(ActFormat::Q8).then(|| self.quantize(x));
+        let bf16 = asked(ActFormat::Bf16).then(|| self.pack(x));
         let acts = Acts {
             n_tokens: x.n_tokens,
             n_in: x.n_cols,
             f32: &x.data,
             q8: q8.as_deref().map_or(&[], bytemuck::cast_slice),
+            bf16: bf16.as_deref().map_or(&[], bytemuck::cast_slice),
         };
         let mut outs = layers.map(|l| self.tensor(x.n_tokens, l.weight.n_out));
         let n_rows: usize = layers.iter().map(|l| l.weight.n_out).sum();
@@ -271,9 +298,9 @@ impl Backend for Cpu {
                 .max(1)
                 .next_multiple_of(8)
         } else {
-            // Whole pairs of panels of the GEMM kernels.
-            (n_rows / (8 * self.pool.n_threads()))
-                .clamp(32, 64)
+            // Whole pairs of panels of the GEMM kernels; a few tasks a thread, for each reads all activations.
+            (n_rows / (4 * self.pool.n_threads()))
+                .clamp(32, 256)
                 .next_multiple_of(32)
         };
         let weights = layers.map(|l| &*l.weight.data);

@@ -8,12 +8,12 @@
     reason = "calls to target-feature kernels, each through a `Ready`"
 )]
 
-use super::acts::{Acts, Q8RowMut};
+use super::acts::{Acts, Q8RowMut, Tile};
 use super::isa::Isa;
 use super::pool::OutCols;
 use super::scalar;
 #[cfg(target_arch = "x86_64")]
-use super::{avx2, avx512vnni};
+use super::{amx, avx2, avx512vnni};
 #[cfg(target_arch = "aarch64")]
 use super::{neon, neon_dotprod};
 use crate::backend::Activation;
@@ -73,6 +73,8 @@ pub enum ActFormat {
     F32,
     /// 8-bit blocks: `acts.rs`.
     Q8,
+    /// Tiles of bf16: `acts.rs`.
+    Bf16,
 }
 
 /// A product of activations and a weight matrix: `y[t, r] = sum_k w[r, k] x[t, k]`.
@@ -139,6 +141,11 @@ pub fn gemm(weights: DType) -> Option<Ready<MatMul>> {
     Ready::best(GEMM.iter().filter(move |k| k.weights == weights))
 }
 
+/// The best kernel of a matrix unit (many tokens, tiles of bf16) for a format.
+pub fn tiles(weights: DType) -> Option<Ready<MatMul>> {
+    Ready::best(TILES.iter().filter(move |k| k.weights == weights))
+}
+
 /// The formats that have a kernel, for messages.
 pub(crate) fn formats() -> String {
     let names = DType::ALL
@@ -183,6 +190,10 @@ operation! {
     Quantize(x: &[f32], row: &mut Q8RowMut)
 }
 operation! {
+    /// Packs rows `x` (n_tokens, n_in), at most 32, into a group of bf16 tiles, see [`acts`](super::acts).
+    PackBf16(x: &[f32], n_in: usize, group: &mut [[Tile; 2]])
+}
+operation! {
     /// `y = x / sqrt(mean(x^2) + eps) * gain`, all of one length.
     RmsNorm(x: &[f32], gain: &[f32], eps: f32, y: &mut [f32])
 }
@@ -213,6 +224,11 @@ operation! {
 operation! {
     /// Attends to one span of keys, see [`AttendSpan`].
     Attend(span: &mut AttendSpan)
+}
+
+operation! {
+    /// Attends from some tokens of a batch, see [`AttendBatch`].
+    AttendTokens(batch: &mut AttendBatch)
 }
 
 /// A gated short convolution over rows `first..` of a batch: `out[t] = c[t] * sum_j taps[j] * u[t - L + 1 + j]` with
@@ -255,11 +271,41 @@ pub struct AttendSpan<'a> {
     pub out: &'a mut [f32],
 }
 
+/// Attention of adjacent tokens of a batch, all query heads of one key and value head, to every key they see.
+pub struct AttendBatch<'a> {
+    /// Queries, a row of `group` heads for each token, at distances of `q_stride`.
+    pub q: &'a [f32],
+    /// Floats from one token's queries to the next's.
+    pub q_stride: usize,
+    /// Query heads.
+    pub group: usize,
+    /// Elements of a head, a multiple of 64.
+    pub head_dim: usize,
+    /// Factor on scores.
+    pub scale: f32,
+    /// Position of the first token.
+    pub start: usize,
+    /// A query at position `p` sees keys in `(p - window, p]`.
+    pub window: Option<usize>,
+    /// Position of the first key.
+    pub first: usize,
+    /// Keys in a page, a multiple of 64.
+    pub page: usize,
+    /// Pages of keys, each `(page, head_dim)` half floats, up to the one of the last token.
+    pub keys: &'a [&'a [u8]],
+    /// Pages of values likewise.
+    pub values: &'a [&'a [u8]],
+    /// `(n_tokens, group * head_dim)`.
+    pub out: OutCols<'a>,
+}
+
 /// The kernels of the operations that have no weight format, chosen once for a backend.
 #[derive(Clone, Copy)]
 pub struct Operations {
     /// Activations to 8 bits.
     pub quantize: Ready<Quantize>,
+    /// Activations to tiles of bf16.
+    pub pack_bf16: Ready<PackBf16>,
     /// RMS norm.
     pub rms_norm: Ready<RmsNorm>,
     /// Rotary embedding, NeoX pairs.
@@ -278,6 +324,8 @@ pub struct Operations {
     pub attend_f16: Ready<Attend>,
     /// Attention over floats.
     pub attend_f32: Ready<Attend>,
+    /// Attention of a batch over half floats on a matrix unit.
+    pub attend_tiles: Option<Ready<AttendTokens>>,
 }
 
 impl Operations {
@@ -288,6 +336,7 @@ impl Operations {
         }
         Self {
             quantize: best(QUANTIZE),
+            pack_bf16: best(PACK_BF16),
             rms_norm: best(RMS_NORM),
             rope_halves: best(ROPE_HALVES),
             rope_neighbours: best(ROPE_NEIGHBOURS),
@@ -297,6 +346,7 @@ impl Operations {
             short_conv: best(SHORT_CONV),
             attend_f16: best(ATTEND_F16),
             attend_f32: best(ATTEND_F32),
+            attend_tiles: Ready::best(ATTEND_TILES.iter()),
         }
     }
 }
@@ -497,6 +547,52 @@ matmuls! {
     }
 }
 
+matmuls! {
+    /// Many tokens on a matrix unit; rows of a multiple of 32 weights. F16 and F32 weights hold more than bf16 keeps.
+    TILES {
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q4_0_bf16_amx", Q4_0, Bf16, Amx, amx::gemm::q4_0;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q4_1_bf16_amx", Q4_1, Bf16, Amx, amx::gemm::q4_1;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q5_0_bf16_amx", Q5_0, Bf16, Amx, amx::gemm::q5_0;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q8_0_bf16_amx", Q8_0, Bf16, Amx, amx::gemm::q8_0;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q4_k_bf16_amx", Q4_K, Bf16, Amx, amx::gemm::q4_k;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q5_k_bf16_amx", Q5_K, Bf16, Amx, amx::gemm::q5_k;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q6_k_bf16_amx", Q6_K, Bf16, Amx, amx::gemm::q6_k;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_bf16_bf16_amx", BF16, Bf16, Amx, amx::gemm::any::<quant::BlockBF16>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q5_1_bf16_amx", Q5_1, Bf16, Amx, amx::gemm::any::<quant::BlockQ5_1>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q2_k_bf16_amx", Q2_K, Bf16, Amx, amx::gemm::any::<quant::BlockQ2K>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q3_k_bf16_amx", Q3_K, Bf16, Amx, amx::gemm::any::<quant::BlockQ3K>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_iq4_nl_bf16_amx", IQ4_NL, Bf16, Amx, amx::gemm::any::<quant::BlockIQ4NL>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_iq4_xs_bf16_amx", IQ4_XS, Bf16, Amx, amx::gemm::any::<quant::BlockIQ4XS>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_tq1_0_bf16_amx", TQ1_0, Bf16, Amx, amx::gemm::any::<quant::BlockTQ1_0>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_tq2_0_bf16_amx", TQ2_0, Bf16, Amx, amx::gemm::any::<quant::BlockTQ2_0>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_mxfp4_bf16_amx", MXFP4, Bf16, Amx, amx::gemm::any::<quant::BlockMXFP4>;
+    }
+}
+
+rows! {
+    /// Activations to tiles of bf16.
+    PACK_BF16: PackBf16 {
+        #[cfg(target_arch = "x86_64")]
+        "pack_bf16_amx", Amx, amx::pack::pack;
+        "pack_bf16_scalar", Scalar, scalar::elementwise::pack_bf16;
+    }
+}
 rows! {
     /// Activations to 8 bits.
     QUANTIZE: Quantize {
@@ -605,5 +701,12 @@ rows! {
         #[cfg(target_arch = "aarch64")]
         "attend_f32_neon", Neon, neon::attend::f32;
         "attend_f32_scalar", Scalar, scalar::attend::f32;
+    }
+}
+rows! {
+    /// Attention of a batch over half floats on a matrix unit, heads of a multiple of 64.
+    ATTEND_TILES: AttendTokens {
+        #[cfg(target_arch = "x86_64")]
+        "attend_f16_bf16_amx", Amx, amx::attend::f16;
     }
 }

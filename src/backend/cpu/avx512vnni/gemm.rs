@@ -48,9 +48,9 @@ thread_local! {
 }
 
 /// Scale and minimum of each row of a unit, before they are put in place.
-pub(super) struct Scales {
-    pub(super) d: [f32; 2],
-    pub(super) m: f32,
+pub(in crate::backend::cpu) struct Scales {
+    pub(in crate::backend::cpu) d: [f32; 2],
+    pub(in crate::backend::cpu) m: f32,
 }
 
 /// The loops of a GEMM. `unpack` gives 32 weights and their scales; `HALVES` is 2 where 16 weights share a scale.

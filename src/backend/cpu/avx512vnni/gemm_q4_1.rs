@@ -19,7 +19,7 @@ pub(crate) fn gemm(w: &[u8], x: &Acts, y: &mut OutCols) {
 
 #[inline]
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn unpack(w: &BlockQ4_1, _: usize) -> (__m256i, Scales) {
+pub(in crate::backend::cpu) fn unpack(w: &BlockQ4_1, _: usize) -> (__m256i, Scales) {
     let (d, m) = (float(w.d), float(w.m));
     (nibbles32(&w.qs), Scales { d: [d; 2], m })
 }

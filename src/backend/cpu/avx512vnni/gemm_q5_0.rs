@@ -19,7 +19,7 @@ pub(crate) fn gemm(w: &[u8], x: &Acts, y: &mut OutCols) {
 
 #[inline]
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn unpack(w: &BlockQ5_0, _: usize) -> (__m256i, Scales) {
+pub(in crate::backend::cpu) fn unpack(w: &BlockQ5_0, _: usize) -> (__m256i, Scales) {
     // Minus 16 where the fifth bit is clear.
     let fifth = u32::from_le_bytes(w.qh);
     let q = nibbles32(&w.qs);

@@ -19,7 +19,7 @@ pub(crate) fn gemm(w: &[u8], x: &Acts, y: &mut OutCols) {
 
 #[inline]
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn unpack(w: &BlockQ5K, group: usize) -> (__m256i, Scales) {
+pub(in crate::backend::cpu) fn unpack(w: &BlockQ5K, group: usize) -> (__m256i, Scales) {
     let (scales, mins) = w.scales_mins();
     let scales = Scales {
         d: [float(w.d) * f32::from(scales[group]); 2],

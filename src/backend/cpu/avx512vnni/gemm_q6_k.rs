@@ -19,7 +19,7 @@ pub(crate) fn gemm(w: &[u8], x: &Acts, y: &mut OutCols) {
 
 #[inline]
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn unpack(w: &BlockQ6K, group: usize) -> (__m256i, Scales) {
+pub(in crate::backend::cpu) fn unpack(w: &BlockQ6K, group: usize) -> (__m256i, Scales) {
     // 128 weights, four groups, take 64 bytes of `ql` and 32 of `qh`.
     let (half, i) = (group / 4, group % 4);
     let ql: &[[u8; 32]; 4] = bytemuck::cast_ref(&w.ql);

@@ -19,7 +19,7 @@ pub(crate) fn gemm(w: &[u8], x: &Acts, y: &mut OutCols) {
 
 #[inline]
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn unpack(w: &BlockQ8_0, _: usize) -> (__m256i, Scales) {
+pub(in crate::backend::cpu) fn unpack(w: &BlockQ8_0, _: usize) -> (__m256i, Scales) {
     let d = float(w.d);
     (super::load256(&w.qs), Scales { d: [d; 2], m: 0.0 })
 }

@@ -11,7 +11,7 @@ use bytemuck::Pod;
 pub(crate) mod attend;
 pub(crate) mod elementwise;
 mod floats;
-mod gemm;
+pub(crate) mod gemm;
 pub(crate) mod gemm_float;
 pub(crate) mod gemm_q4_0;
 pub(crate) mod gemm_q4_1;

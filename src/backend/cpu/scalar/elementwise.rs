@@ -1,6 +1,7 @@
 //! Norms, rotary embedding, gated units, conversions: one body for all levels.
 
 use crate::backend::Activation;
+use crate::backend::cpu::acts::{BF16_LEN, BF16_TOKENS, Tile};
 use crate::backend::cpu::acts::{Q8_LEN, Q8RowMut};
 use crate::quant::f32_to_f16;
 
@@ -95,4 +96,18 @@ pub(crate) fn add(x: &mut [f32], y: &[f32]) {
 #[inline(always)]
 pub(crate) fn to_f16(x: &[f32], y: &mut [u16]) {
     x.iter().zip(y).for_each(|(x, y)| *y = f32_to_f16(*x));
+}
+
+/// Rows of at most 32 tokens to a group of bf16 tiles, see [`acts`](crate::backend::cpu::acts).
+pub(crate) fn pack_bf16(x: &[f32], n_in: usize, group: &mut [[Tile; 2]]) {
+    const TOKENS: usize = BF16_TOKENS / 2;
+    group.fill([Tile([[0; 64]; 16]); 2]);
+    for (token, x) in x.chunks_exact(n_in).enumerate() {
+        for (i, x) in x.iter().enumerate() {
+            let tile = &mut group[i / BF16_LEN][token / TOKENS];
+            let at = token % TOKENS * 4 + i % 2 * 2;
+            tile.0[i % BF16_LEN / 2][at..at + 2]
+                .copy_from_slice(&half::bf16::from_f32(*x).to_le_bytes());
+        }
+    }
 }
