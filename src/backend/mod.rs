@@ -7,6 +7,8 @@
 //! Activations are row-major `(n_tokens, n)` matrices of `f32`. Weights keep the format of the file.
 
 pub mod cpu;
+#[cfg(feature = "ggml")]
+pub mod ggml;
 
 use crate::error::Result;
 use crate::quant::Tensor;
@@ -18,16 +20,25 @@ pub enum BackendKind {
     /// Our kernels on the CPU.
     #[default]
     Cpu,
+    /// ggml's kernels on the CPU: the reference.
+    #[cfg(feature = "ggml")]
+    Ggml,
 }
 
 impl BackendKind {
     /// Every backend of this build.
-    pub const ALL: &[BackendKind] = &[BackendKind::Cpu];
+    pub const ALL: &[BackendKind] = &[
+        BackendKind::Cpu,
+        #[cfg(feature = "ggml")]
+        BackendKind::Ggml,
+    ];
 
     /// The name in `--backend`.
     pub fn name(self) -> &'static str {
         match self {
             BackendKind::Cpu => "cpu",
+            #[cfg(feature = "ggml")]
+            BackendKind::Ggml => "ggml",
         }
     }
 

@@ -53,6 +53,8 @@ pub(super) fn load(
             let pool = Arc::new(Pool::new(n_threads).map_err(no_thread)?);
             placed(gguf, move || Ok(Cpu::new(Arc::clone(&pool))))
         }
+        #[cfg(feature = "ggml")]
+        BackendKind::Ggml => placed(gguf, move || crate::backend::ggml::Ggml::new(n_threads)),
     }
 }
 
