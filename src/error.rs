@@ -54,6 +54,9 @@ pub enum Error {
         /// Its size.
         bytes: usize,
     },
+    /// A backend failed at work that it had taken on.
+    #[error("{0}")]
+    Backend(String),
     /// An argument of the caller is out of its range.
     #[error("{0}")]
     Invalid(String),

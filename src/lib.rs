@@ -20,7 +20,7 @@ pub mod sampler;
 pub mod session;
 pub mod tokenizer;
 
-pub use backend::KvType;
+pub use backend::{BackendKind, KvType};
 pub use error::{Error, Result};
 pub use session::{LoadOptions, MemoryReport, Model, ModelInfo, Session, SessionOptions};
 

@@ -9,7 +9,11 @@ use kinglet::{Error, LoadOptions, Model, Session, SessionOptions};
 
 fn tiny() -> Model {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/lfm2-tiny-random.gguf");
-    Model::load(&path, &LoadOptions { threads: 1 }).unwrap()
+    let options = LoadOptions {
+        threads: 1,
+        ..LoadOptions::default()
+    };
+    Model::load(&path, &options).unwrap()
 }
 
 fn session(model: &Model, n_ctx: usize) -> Session {

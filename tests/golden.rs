@@ -9,7 +9,11 @@ use serde_json::Value;
 
 fn load(path: &str) -> Model {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
-    Model::load(&path, &LoadOptions { threads: 2 }).expect("the model loads")
+    let options = LoadOptions {
+        threads: 2,
+        ..LoadOptions::default()
+    };
+    Model::load(&path, &options).expect("the model loads")
 }
 
 fn golden(name: &str) -> Value {

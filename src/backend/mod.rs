@@ -1,14 +1,52 @@
 //! What a forward pass is written in: a dozen operations over opaque tensors.
 //!
-//! The CPU backend runs each call at once; a GPU backend records it and submits at [`Backend::read`]. So a model never
-//! looks at numbers in the middle of a token: shapes and positions are the only things it may branch on.
+//! The CPU backend runs each call at once; a GPU backend records it and submits at [`Backend::read`] or
+//! [`Backend::flush`], one of which ends every pass. So a model never looks at numbers in the middle of a token: shapes
+//! and positions are the only things it may branch on.
 //!
 //! Activations are row-major `(n_tokens, n)` matrices of `f32`. Weights keep the format of the file.
 
 pub mod cpu;
+#[cfg(feature = "ggml")]
+pub mod ggml;
 
 use crate::error::Result;
 use crate::quant::Tensor;
+
+/// The backends of this build.
+#[non_exhaustive]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum BackendKind {
+    /// Our kernels on the CPU.
+    #[default]
+    Cpu,
+    /// ggml's kernels on the CPU: the reference.
+    #[cfg(feature = "ggml")]
+    Ggml,
+}
+
+impl BackendKind {
+    /// Every backend of this build.
+    pub const ALL: &[BackendKind] = &[
+        BackendKind::Cpu,
+        #[cfg(feature = "ggml")]
+        BackendKind::Ggml,
+    ];
+
+    /// The name in `--backend`.
+    pub fn name(self) -> &'static str {
+        match self {
+            BackendKind::Cpu => "cpu",
+            #[cfg(feature = "ggml")]
+            BackendKind::Ggml => "ggml",
+        }
+    }
+
+    /// The backend called `name`, if this build has it.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|kind| kind.name() == name)
+    }
+}
 
 /// The activation of a gated unit, applied to the gate.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -182,7 +220,19 @@ pub trait Backend {
     fn rows_from(&mut self, x: Self::Tensor, from: usize) -> Self::Tensor;
 
     /// The numbers, after everything before has run.
-    fn read(&mut self, x: &Self::Tensor, out: &mut Vec<f32>);
+    ///
+    /// # Errors
+    /// If something before could not be run; caches and memories it should have changed are then unspecified.
+    fn read(&mut self, x: &Self::Tensor, out: &mut Vec<f32>) -> Result<()>;
+
+    /// Runs everything before: the end of a pass that is not read.
+    ///
+    /// # Errors
+    /// As [`Backend::read`].
+    fn flush(&mut self) -> Result<()>;
+
+    /// Bytes of activations held, in use or not.
+    fn scratch_bytes(&self) -> usize;
 }
 
 /// A linear layer.

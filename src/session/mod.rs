@@ -3,6 +3,7 @@
 //! The one place where file, tokenizer, network and backend are put together.
 
 mod chat;
+mod engine;
 mod generate;
 
 pub use self::chat::Chat;
@@ -12,14 +13,12 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::backend::cpu::Cpu;
-use crate::backend::cpu::pool::Pool;
-use crate::backend::{Backend, KvType};
+use self::engine::{Engine, Loaded};
+use crate::backend::{BackendKind, KvType};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
+use crate::model::Pass;
 use crate::model::config::Config;
-use crate::model::state::State;
-use crate::model::{self, Network, Pass};
 use crate::tokenizer::Tokenizer;
 
 /// Context where neither caller nor file gives a smaller one: metadata often states more than models were trained on.
@@ -36,6 +35,8 @@ const SCORE_FLOATS: usize = 8 << 20;
 pub struct LoadOptions {
     /// Threads of the token loop; 0: as many as this process may use.
     pub threads: usize,
+    /// Who runs the operations.
+    pub backend: BackendKind,
 }
 
 /// How a session is made.
@@ -57,8 +58,9 @@ struct Inner {
     gguf: Gguf,
     /// A file without a vocabulary that we read can still be run on tokens.
     tokenizer: Result<Tokenizer>,
-    network: Box<dyn Network<Cpu>>,
-    pool: Arc<Pool>,
+    network: Box<dyn Loaded>,
+    backend: BackendKind,
+    n_threads: usize,
     info: ModelInfo,
 }
 
@@ -99,9 +101,7 @@ impl Model {
         } else {
             options.threads
         };
-        let no_thread = |e| Error::Invalid(format!("{n_threads} threads: {e}"));
-        let pool = Arc::new(Pool::new(n_threads).map_err(no_thread)?);
-        let network = model::load(&gguf, &Cpu::new(Arc::clone(&pool)))?;
+        let network = engine::load(&gguf, options, n_threads)?;
         let file_name = || {
             path.file_name()
                 .map_or_else(String::new, |name| name.to_string_lossy().into_owned())
@@ -120,7 +120,8 @@ impl Model {
             gguf,
             tokenizer,
             network,
-            pool,
+            backend: options.backend,
+            n_threads,
             info,
         })))
     }
@@ -146,17 +147,21 @@ impl Model {
         &self.0.info
     }
 
+    /// Who runs the operations.
+    pub fn backend(&self) -> BackendKind {
+        self.0.backend
+    }
+
     /// Threads of the token loop.
     pub fn n_threads(&self) -> usize {
-        self.0.pool.n_threads()
+        self.0.n_threads
     }
 }
 
 /// One timeline of tokens on a model.
 pub struct Session {
     model: Model,
-    cpu: Cpu,
-    state: State<Cpu>,
+    engine: Box<dyn Engine>,
     tokens: Vec<u32>,
     logits: Vec<f32>,
     n_ctx: usize,
@@ -167,10 +172,8 @@ impl Session {
     /// An empty timeline.
     ///
     /// # Errors
-    /// If the options are out of range.
+    /// If the options are out of range, or the backend cannot be had.
     pub fn new(model: &Model, options: &SessionOptions) -> Result<Self> {
-        let cpu = Cpu::new(Arc::clone(&model.0.pool));
-        let state = model.0.network.state(&cpu, options.kv);
         let n_ctx_train = model.info().config.n_ctx_train;
         let n_ctx = if options.n_ctx == 0 {
             n_ctx_train.min(MAX_DEFAULT_CTX)
@@ -191,8 +194,7 @@ impl Session {
         }
         Ok(Self {
             model: model.clone(),
-            cpu,
-            state,
+            engine: model.0.network.engine(options.kv)?,
             tokens: Vec::new(),
             logits: Vec::new(),
             n_ctx,
@@ -282,7 +284,7 @@ impl Session {
     /// depends on a bounded past alone, is rebuilt from the tokens before `n` against the cached keys and values.
     ///
     /// # Errors
-    /// None today; a backend that loses its device will have one.
+    /// If the backend fails.
     pub fn truncate(&mut self, n: usize) -> Result<()> {
         if n >= self.tokens.len() {
             return Ok(());
@@ -291,7 +293,7 @@ impl Session {
         self.logits.clear();
         let reach = self.model.info().config.conv_reach;
         if reach > 0 {
-            self.state.reset_convs(&self.cpu);
+            self.engine.reset_convs();
             let start = n.saturating_sub(reach);
             let past = &self.tokens[start..];
             if !past.is_empty() {
@@ -301,10 +303,7 @@ impl Session {
                     logits_from: past.len(),
                     write_kv: false,
                 };
-                self.model
-                    .0
-                    .network
-                    .forward(&mut self.cpu, &mut self.state, &pass);
+                self.engine.forward(&pass, &mut self.logits)?;
             }
         }
         Ok(())
@@ -312,11 +311,11 @@ impl Session {
 
     /// Bytes held beside the weights.
     pub fn memory(&self) -> MemoryReport {
-        let (kv, conv) = self.state.bytes(&self.cpu);
+        let (kv, conv) = self.engine.state_bytes();
         MemoryReport {
             kv,
             conv,
-            scratch: self.cpu.scratch_bytes() + size_of_val(&*self.logits),
+            scratch: self.engine.scratch_bytes() + size_of_val(&*self.logits),
         }
     }
 
@@ -339,22 +338,14 @@ impl Session {
 
     fn forward(&mut self, tokens: &[u32], logits_from: usize) -> Result<()> {
         let start = self.tokens.len();
-        self.state.reserve(&self.cpu, start + tokens.len())?;
+        self.engine.reserve(start + tokens.len())?;
         let pass = Pass {
             tokens,
             start,
             logits_from,
             write_kv: true,
         };
-        let logits = self
-            .model
-            .0
-            .network
-            .forward(&mut self.cpu, &mut self.state, &pass);
-        match logits {
-            Some(logits) => self.cpu.read(&logits, &mut self.logits),
-            None => self.logits.clear(),
-        }
+        self.engine.forward(&pass, &mut self.logits)?;
         self.tokens.extend_from_slice(tokens);
         Ok(())
     }

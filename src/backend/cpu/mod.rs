@@ -88,11 +88,6 @@ impl Cpu {
         &self.operations
     }
 
-    /// Bytes of activations held, in use or not.
-    pub fn scratch_bytes(&self) -> usize {
-        self.scratch.bytes()
-    }
-
     fn tensor(&self, n_tokens: usize, n_cols: usize) -> Tensor {
         Tensor {
             data: self.scratch.take(n_tokens * n_cols),
@@ -429,9 +424,18 @@ impl Backend for Cpu {
         out
     }
 
-    fn read(&mut self, x: &Tensor, out: &mut Vec<f32>) {
+    fn read(&mut self, x: &Tensor, out: &mut Vec<f32>) -> Result<()> {
         out.clear();
         out.extend_from_slice(&x.data);
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn scratch_bytes(&self) -> usize {
+        self.scratch.bytes()
     }
 }
 

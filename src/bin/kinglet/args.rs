@@ -2,10 +2,11 @@
 
 use std::path::PathBuf;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kinglet::sampler::{Settings, Source, preset};
 use kinglet::session::GenerateOptions;
-use kinglet::{KvType, Model, Session, SessionOptions};
+use kinglet::{BackendKind, KvType, Model, Session, SessionOptions};
 
 use crate::failure::Outcome;
 
@@ -45,7 +46,7 @@ pub enum Command {
     Completions(CompletionsArgs),
 }
 
-/// Which model, on how many threads.
+/// Which model, on what.
 #[derive(Args)]
 pub struct ModelArgs {
     /// A GGUF file; without it the small model.
@@ -62,6 +63,15 @@ pub struct ModelArgs {
     /// Threads [default: as many as there are cores for this process]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    /// Who computes
+    #[arg(long, value_name = "NAME", default_value = BackendKind::default().name(), value_parser = backends())]
+    backend: BackendKind,
+}
+
+/// The backends of this build.
+fn backends() -> impl TypedValueParser<Value = BackendKind> {
+    PossibleValuesParser::new(BackendKind::ALL.iter().map(|kind| kind.name()))
+        .map(|name| BackendKind::from_name(&name).expect("one of their names"))
 }
 
 impl ModelArgs {
@@ -73,6 +83,11 @@ impl ModelArgs {
     /// Threads; 0: as many as there are cores.
     pub fn n_threads(&self) -> usize {
         self.threads.unwrap_or(0).into()
+    }
+
+    /// Who computes.
+    pub fn backend(&self) -> BackendKind {
+        self.backend
     }
 }
 

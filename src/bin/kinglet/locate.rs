@@ -15,8 +15,11 @@ const VARIABLE: &str = "KINGLET_MODEL";
 /// Loads what the arguments name.
 pub fn load(args: &ModelArgs) -> Outcome<Model> {
     let path = locate(args.name())?;
-    let threads = args.n_threads();
-    Ok(Model::load(&path, &LoadOptions { threads })?)
+    let options = LoadOptions {
+        threads: args.n_threads(),
+        backend: args.backend(),
+    };
+    Ok(Model::load(&path, &options)?)
 }
 
 /// The file that MODEL means.

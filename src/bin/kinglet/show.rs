@@ -89,6 +89,7 @@ pub fn card(session: &Session, kv: KvType) -> String {
             ui::bytes(kv_bytes(session, kv))
         ),
     );
+    row("backend", model.backend().name().to_owned());
     row("threads", model.n_threads().to_string());
     format!("Model\n{card}")
 }

@@ -1,0 +1,41 @@
+//! Build script of the package: nothing, unless the feature `ggml` asks for bindings to the ggml that
+//! `llama-cpp-sys-2` has built.
+
+fn main() {
+    println!("cargo::rerun-if-changed=src/backend/ggml/build.rs");
+    #[cfg(feature = "ggml")]
+    bindings();
+}
+
+/// Writes `ggml.rs`: the functions that `graph.rs` and `memory.rs` call, and the types of their arguments.
+#[cfg(feature = "ggml")]
+fn bindings() {
+    use std::env;
+    use std::path::PathBuf;
+
+    let folder = |variable| PathBuf::from(env::var(variable).expect("cargo sets it"));
+    let include = folder("DEP_LLAMA_ROOT").join("include");
+    let headers = ["ggml.h", "ggml-alloc.h", "ggml-backend.h", "ggml-cpu.h"];
+    let lines = headers.map(|header| format!("#include <{header}>\n"));
+    let functions = [
+        "add|build_forward_expand|concat|cont|cpy|flash_attn_ext|geglu_split|get_rows|mul|mul_mat|nbytes|new_tensor_2d",
+        "permute|reglu_split|reshape_2d|reshape_3d|rms_norm|rope_ext|scale|set_output|ssm_conv|swiglu_split|transpose",
+        "view_2d|view_3d",
+        "free|get_mem_size|init|new_graph_custom|reset|used_mem",
+        "gallocr_(alloc_graph|free|get_buffer_size|new|reserve)|graph_(compute|overhead_custom|plan)|tensor_overhead",
+        "backend_buft_alloc_buffer|backend_buffer_(clear|free|get_base|get_size)|backend_cpu_buffer_type",
+        "threadpool_(free|new|params_default)|cpu_has_.*",
+    ];
+    bindgen::builder()
+        .header_contents("ggml.h", &lines.concat())
+        .clang_arg(format!("-I{}", include.display()))
+        .allowlist_function(format!("ggml_({})", functions.join("|")))
+        .allowlist_var("GGML_MAX_N_THREADS|GGML_ROPE_TYPE_NEOX")
+        .prepend_enum_name(false)
+        .generate_comments(false)
+        .layout_tests(false)
+        .generate()
+        .expect("clang reads the headers that were just installed")
+        .write_to_file(folder("OUT_DIR").join("ggml.rs"))
+        .expect("cargo made the folder");
+}

@@ -1,0 +1,130 @@
+//! The seam between sessions and backends: a network on some backend, whose type ends here.
+//!
+//! One call through it is a whole pass, so it costs a token nothing.
+
+use std::sync::Arc;
+
+use super::LoadOptions;
+use crate::backend::cpu::Cpu;
+use crate::backend::cpu::pool::Pool;
+use crate::backend::{Backend, BackendKind, KvType};
+use crate::error::{Error, Result};
+use crate::gguf::Gguf;
+use crate::model::config::Config;
+use crate::model::state::State;
+use crate::model::{self, Network, Pass};
+
+/// A network whose weights a backend has taken; makes an engine for each session.
+pub(super) trait Loaded: Send + Sync {
+    /// Sizes of the network.
+    fn config(&self) -> &Config;
+
+    /// A backend with fresh memory for one sequence.
+    fn engine(&self, kv: KvType) -> Result<Box<dyn Engine>>;
+}
+
+/// Runs passes of one sequence and remembers what its layers do.
+pub(super) trait Engine: Send {
+    /// Makes room for `n` positions in all.
+    fn reserve(&mut self, n: usize) -> Result<()>;
+
+    /// Runs `pass`, for whose positions there is room. `logits` becomes `(n_wanted, n_vocab)`.
+    fn forward(&mut self, pass: &Pass, logits: &mut Vec<f32>) -> Result<()>;
+
+    /// Zeroes the memory of all convolutions.
+    fn reset_convs(&mut self);
+
+    /// Bytes of keys and values, and of convolution memory.
+    fn state_bytes(&self) -> (usize, usize);
+
+    /// Bytes of activations.
+    fn scratch_bytes(&self) -> usize;
+}
+
+/// Builds the network of a file on the backend that `options` name, which runs `n_threads`.
+pub(super) fn load(
+    gguf: &Gguf,
+    options: &LoadOptions,
+    n_threads: usize,
+) -> Result<Box<dyn Loaded>> {
+    match options.backend {
+        BackendKind::Cpu => {
+            let no_thread = |e| Error::Invalid(format!("{n_threads} threads: {e}"));
+            let pool = Arc::new(Pool::new(n_threads).map_err(no_thread)?);
+            placed(gguf, move || Ok(Cpu::new(Arc::clone(&pool))))
+        }
+        #[cfg(feature = "ggml")]
+        BackendKind::Ggml => placed(gguf, move || crate::backend::ggml::Ggml::new(n_threads)),
+    }
+}
+
+fn placed<B, F>(gguf: &Gguf, backend: F) -> Result<Box<dyn Loaded>>
+where
+    B: Backend + Send + 'static,
+    F: Fn() -> Result<B> + Send + Sync + 'static,
+{
+    let network = Arc::from(model::load(gguf, &backend()?)?);
+    Ok(Box::new(Placed { network, backend }))
+}
+
+/// A network, and how to make another backend of the kind that holds its weights.
+struct Placed<B: Backend, F> {
+    network: Arc<dyn Network<B>>,
+    backend: F,
+}
+
+struct Runner<B: Backend> {
+    network: Arc<dyn Network<B>>,
+    backend: B,
+    state: State<B>,
+}
+
+impl<B, F> Loaded for Placed<B, F>
+where
+    B: Backend + Send + 'static,
+    F: Fn() -> Result<B> + Send + Sync,
+{
+    fn config(&self) -> &Config {
+        self.network.config()
+    }
+
+    fn engine(&self, kv: KvType) -> Result<Box<dyn Engine>> {
+        let backend = (self.backend)()?;
+        Ok(Box::new(Runner {
+            state: self.network.state(&backend, kv),
+            network: Arc::clone(&self.network),
+            backend,
+        }))
+    }
+}
+
+impl<B: Backend + Send> Engine for Runner<B> {
+    fn reserve(&mut self, n: usize) -> Result<()> {
+        self.state.reserve(&self.backend, n)
+    }
+
+    fn forward(&mut self, pass: &Pass, logits: &mut Vec<f32>) -> Result<()> {
+        let wanted = self
+            .network
+            .forward(&mut self.backend, &mut self.state, pass);
+        match wanted {
+            Some(wanted) => self.backend.read(&wanted, logits),
+            None => {
+                logits.clear();
+                self.backend.flush()
+            }
+        }
+    }
+
+    fn reset_convs(&mut self) {
+        self.state.reset_convs(&self.backend);
+    }
+
+    fn state_bytes(&self) -> (usize, usize) {
+        self.state.bytes(&self.backend)
+    }
+
+    fn scratch_bytes(&self) -> usize {
+        self.backend.scratch_bytes()
+    }
+}
