@@ -27,6 +27,14 @@ pub struct KvCache {
 }
 
 impl KvType {
+    /// The name, as llama.cpp writes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            KvType::F32 => "f32",
+            KvType::F16 => "f16",
+        }
+    }
+
     /// Bytes of an element.
     pub fn bytes(self) -> usize {
         match self {

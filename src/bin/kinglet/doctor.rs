@@ -152,7 +152,7 @@ impl Report {
 }
 
 /// The value of the first line of /proc/cpuinfo with one of the names.
-fn cpu_model() -> Option<String> {
+pub fn cpu_model() -> Option<String> {
     let info = fs::read_to_string("/proc/cpuinfo").ok()?;
     let value = |name: &str| {
         let line = info.lines().find(|line| line.starts_with(name))?;
