@@ -20,6 +20,7 @@ use crate::gguf::Gguf;
 use crate::model::config::Config;
 use crate::model::state::State;
 use crate::model::{self, Network, Pass};
+use crate::profile::Work;
 use crate::tokenizer::Tokenizer;
 
 /// Context where neither caller nor file gives a smaller one: metadata often states more than models were trained on.
@@ -318,6 +319,11 @@ impl Session {
             conv,
             scratch: self.cpu.scratch_bytes() + size_of_val(&*self.logits),
         }
+    }
+
+    /// What the backend has done for this session so far.
+    pub fn work(&self) -> Work {
+        self.cpu.work()
     }
 
     fn check(&self, tokens: &[u32]) -> Result<()> {

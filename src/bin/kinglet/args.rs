@@ -554,6 +554,12 @@ pub fn spelled_out(mut arguments: Vec<OsString>) -> Vec<OsString> {
 
 #[derive(Args)]
 pub struct DoctorArgs {
+    /// Measure the roofline again, though it is kept
+    #[arg(long)]
+    pub measure: bool,
+    /// Do not measure it, though it is missing
+    #[arg(long, conflicts_with = "measure")]
+    pub no_measure: bool,
     /// One JSON object
     #[arg(long)]
     pub json: bool,

@@ -11,6 +11,7 @@ mod eval;
 mod failure;
 mod inspect;
 mod interrupt;
+mod limits;
 mod locate;
 mod quantize;
 mod run;

@@ -24,7 +24,7 @@ use self::timeline::{Runner, Timeline, Tokens};
 pub fn run(args: &BenchArgs) -> Outcome {
     let groups = plan::groups(args)?;
     let _busy = interrupt::busy();
-    let mut printer = Printer::new(args.output, &groups, crate::doctor::cpu_model());
+    let mut printer = Printer::new(args.output, &groups, kinglet::profile::machine::cpu_name());
     let measured = groups
         .iter()
         .try_for_each(|group| run_group(group, args, &mut printer));
