@@ -9,12 +9,14 @@
 //! - [`backend`]: the operations of a forward pass, and the CPU that runs them;
 //! - [`session`]: one timeline of tokens on a model;
 //! - [`sampler`]: logits to a token;
+//! - [`profile`]: what the machine can do at most, and what was done;
 //! - [`error`]: the one error type.
 
 pub mod backend;
 pub mod error;
 pub mod gguf;
 pub mod model;
+pub mod profile;
 pub mod quant;
 pub mod sampler;
 pub mod session;

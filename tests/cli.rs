@@ -107,6 +107,7 @@ fn help_goes_to_stdout_and_names_every_verb() {
         "tokenize",
         "quantize",
         "eval",
+        "bench",
         "doctor",
         "completions",
     ];

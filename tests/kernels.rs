@@ -8,6 +8,8 @@ mod common;
 mod elementwise;
 #[path = "kernels/matmul.rs"]
 mod matmul;
+#[path = "kernels/roofline.rs"]
+mod roofline;
 
 use std::collections::HashSet;
 use std::process::Command;
@@ -36,6 +38,9 @@ fn all_rows() -> Vec<(&'static str, &'static str)> {
         .chain(names(table::SHORT_CONV))
         .chain(names(table::ATTEND_F16))
         .chain(names(table::ATTEND_F32))
+        .chain(names(table::READ))
+        .chain(names(table::PRODUCTS_I8))
+        .chain(names(table::PRODUCTS_F32))
         .collect()
 }
 

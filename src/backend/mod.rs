@@ -11,6 +11,7 @@ pub mod cpu;
 pub mod ggml;
 
 use crate::error::Result;
+use crate::profile::Work;
 use crate::quant::Tensor;
 
 /// The backends of this build.
@@ -233,6 +234,11 @@ pub trait Backend {
 
     /// Bytes of activations held, in use or not.
     fn scratch_bytes(&self) -> usize;
+
+    /// What was done so far; nothing where a backend does not count.
+    fn work(&self) -> Work {
+        Work::default()
+    }
 }
 
 /// A linear layer.

@@ -13,6 +13,7 @@ use crate::gguf::Gguf;
 use crate::model::config::Config;
 use crate::model::state::State;
 use crate::model::{self, Network, Pass};
+use crate::profile::Work;
 
 /// A network whose weights a backend has taken; makes an engine for each session.
 pub(super) trait Loaded: Send + Sync {
@@ -39,6 +40,9 @@ pub(super) trait Engine: Send {
 
     /// Bytes of activations.
     fn scratch_bytes(&self) -> usize;
+
+    /// What the backend has done.
+    fn work(&self) -> Work;
 }
 
 /// Builds the network of a file on the backend that `options` name, which runs `n_threads`.
@@ -126,5 +130,9 @@ impl<B: Backend + Send> Engine for Runner<B> {
 
     fn scratch_bytes(&self) -> usize {
         self.backend.scratch_bytes()
+    }
+
+    fn work(&self) -> Work {
+        self.backend.work()
     }
 }

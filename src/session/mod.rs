@@ -19,6 +19,7 @@ use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::model::Pass;
 use crate::model::config::Config;
+use crate::profile::Work;
 use crate::tokenizer::Tokenizer;
 
 /// Context where neither caller nor file gives a smaller one: metadata often states more than models were trained on.
@@ -317,6 +318,11 @@ impl Session {
             conv,
             scratch: self.engine.scratch_bytes() + size_of_val(&*self.logits),
         }
+    }
+
+    /// What the backend has done for this session so far.
+    pub fn work(&self) -> Work {
+        self.engine.work()
     }
 
     fn check(&self, tokens: &[u32]) -> Result<()> {

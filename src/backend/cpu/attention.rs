@@ -10,6 +10,7 @@ use super::scratch::Scratch;
 use super::table::{AttendBatch, AttendSpan, AttendTokens, Operations, Ready, ToF16};
 use crate::backend::{Attention, KvType};
 use crate::error::{Error, Result};
+use crate::profile::Work;
 
 /// Positions in a page.
 const PAGE: usize = 256;
@@ -36,6 +37,14 @@ pub struct KvCache {
 }
 
 impl KvType {
+    /// The name, as llama.cpp writes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            KvType::F32 => "f32",
+            KvType::F16 => "f16",
+        }
+    }
+
     /// Bytes of an element.
     pub fn bytes(self) -> usize {
         match self {
@@ -131,18 +140,33 @@ impl<'a> Sums<'a> {
     }
 }
 
+/// Positions that a query at `position` sees.
+fn seen_from(shape: &Attention, position: usize) -> Range<usize> {
+    let first = shape
+        .window
+        .map_or(0, |window| (position + 1).saturating_sub(window));
+    first..position + 1
+}
+
+/// What queries at `positions` do: each cached key and value that any of them sees is read, and each query multiplies
+/// and adds those that it sees.
+pub(super) fn work(cache: &KvCache, shape: &Attention, positions: Range<usize>) -> Work {
+    let read = positions.end - seen_from(shape, positions.start).start;
+    let seen: usize = positions.map(|p| seen_from(shape, p).len()).sum();
+    Work {
+        kv_bytes: 2 * (read * cache.n_kv_heads * cache.head_dim * cache.kind.bytes()) as u64,
+        attention_ops: 4 * (seen * shape.n_heads * shape.head_dim) as u64,
+        ..Work::default()
+    }
+}
+
 impl Attend<'_> {
     fn group(&self) -> usize {
         self.shape.n_heads / self.shape.n_kv_heads
     }
 
-    /// Positions that a query at `position` sees.
     fn visible(&self, position: usize) -> Range<usize> {
-        let first = self
-            .shape
-            .window
-            .map_or(0, |window| (position + 1).saturating_sub(window));
-        first..position + 1
+        seen_from(self.shape, position)
     }
 
     /// Pages that the queries at `positions` see.

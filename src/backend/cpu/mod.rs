@@ -14,6 +14,7 @@ mod neon;
 #[cfg(target_arch = "aarch64")]
 mod neon_dotprod;
 pub mod pool;
+pub mod roofline;
 mod scalar;
 mod scratch;
 pub mod table;
@@ -29,6 +30,7 @@ use self::scratch::{Buffer, Scratch};
 use self::table::{ActFormat, MatMul, Operations, Ready, ShortConvRows};
 use super::{Activation, Attention, Backend, KvType, Linear, Rope, RopePairs};
 use crate::error::{Error, Result};
+use crate::profile::Work;
 use crate::quant::{self, Bytes, DType, Tensor as FileTensor};
 
 /// The CPU: a pool of threads, the kernels of this machine, scratch memory.
@@ -36,6 +38,7 @@ pub struct Cpu {
     pool: Arc<Pool>,
     operations: Operations,
     scratch: Scratch,
+    work: Work,
 }
 
 /// Weights that lie in the mapped file.
@@ -80,6 +83,7 @@ impl Cpu {
             pool,
             operations: Operations::best(),
             scratch: Scratch::default(),
+            work: Work::default(),
         }
     }
 
@@ -279,6 +283,11 @@ impl Backend for Cpu {
             q8: q8.as_deref().map_or(&[], bytemuck::cast_slice),
             bf16: bf16.as_deref().map_or(&[], bytemuck::cast_slice),
         };
+        for layer in layers {
+            let weight = &layer.weight;
+            self.work.weight_bytes += weight.data.len() as u64;
+            self.work.matmul_ops += 2 * (weight.n_in * weight.n_out * x.n_tokens) as u64;
+        }
         let mut outs = layers.map(|l| self.tensor(x.n_tokens, l.weight.n_out));
         let n_rows: usize = layers.iter().map(|l| l.weight.n_out).sum();
         let grain = if x.n_tokens == 1 {
@@ -362,6 +371,7 @@ impl Backend for Cpu {
         attention: &Attention,
     ) -> Tensor {
         let mut out = self.tensor(q.n_tokens, q.n_cols);
+        self.work += attention::work(kv, attention, start..start + q.n_tokens);
         let attend = attention::Attend {
             cache: kv,
             shape: attention,
@@ -432,6 +442,14 @@ impl Backend for Cpu {
 
     fn flush(&mut self) -> Result<()> {
         Ok(())
+    }
+
+    /// Regions are those of the pool, whoever entered them.
+    fn work(&self) -> Work {
+        Work {
+            regions: self.pool.n_regions(),
+            ..self.work
+        }
     }
 
     fn scratch_bytes(&self) -> usize {

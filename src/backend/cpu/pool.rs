@@ -97,6 +97,11 @@ impl Pool {
         self.workers.len() + 1
     }
 
+    /// Regions that were entered by more than one thread so far, modulo `2^32`: barriers.
+    pub fn n_regions(&self) -> u64 {
+        State::region(self.shared.state.load(Ordering::Relaxed))
+    }
+
     /// Calls `body` once for each of `0..n_tasks`, spread over the threads, and returns when all are done.
     ///
     /// # Panics

@@ -230,6 +230,43 @@ operation! {
     /// Attends from some tokens of a batch, see [`AttendBatch`].
     AttendTokens(batch: &mut AttendBatch)
 }
+operation! {
+    /// Reads all of `x`: adds the exclusive or of its 64-bit words to `sum` by exclusive or.
+    Read(x: &[Line], sum: &mut u64)
+}
+operation! {
+    /// Products of bytes, see [`Products`].
+    ProductsI8(products: &mut Products<u8, i8, 64>)
+}
+operation! {
+    /// Products of floats, see [`Products`].
+    ProductsF32(products: &mut Products<f32, f32, 16>)
+}
+
+/// 64 bytes, as they lie in memory: a cache line of today's machines.
+pub type Line = [u8; 64];
+
+/// Work that needs no memory, to see how fast a level can multiply and add: adds `rounds` times the sum of all
+/// `w[i][k] * x[j][k]` to `sum`. Exact for whole numbers `w` of 0 to 15, floats `x` of -15 to 15, and at most
+/// [`Products::MAX_ROUNDS`].
+pub struct Products<'a, W, X, const N: usize> {
+    /// One side.
+    pub w: &'a [[W; N]; 4],
+    /// The other.
+    pub x: &'a [[X; N]; 4],
+    /// How often.
+    pub rounds: usize,
+    /// The sum.
+    pub sum: f64,
+}
+
+impl<W, X, const N: usize> Products<'_, W, X, N> {
+    /// Rounds whose sums 32 bits hold: at most 32 products meet in a lane, and `32 * 15 * 127 * 2^14` is below `2^31`;
+    /// of floats it is four, and `4 * 15 * 15 * 2^14` is below `2^24`.
+    pub const MAX_ROUNDS: usize = 1 << 14;
+    /// Multiplications, and as many additions, of a round.
+    pub const PER_ROUND: usize = 4 * 4 * N;
+}
 
 /// A gated short convolution over rows `first..` of a batch: `out[t] = c[t] * sum_j taps[j] * u[t - L + 1 + j]` with
 /// `u = b * x`, rows before the batch from `state`.
@@ -708,5 +745,44 @@ rows! {
     ATTEND_TILES: AttendTokens {
         #[cfg(target_arch = "x86_64")]
         "attend_f16_bf16_amx", Amx, amx::attend::f16;
+    }
+}
+rows! {
+    /// Memory at full speed.
+    READ: Read {
+        #[cfg(target_arch = "x86_64")]
+        "read_stream_avx512vnni", Avx512Vnni, avx512vnni::roofline::read_stream;
+        #[cfg(target_arch = "x86_64")]
+        "read_streams_avx512vnni", Avx512Vnni, avx512vnni::roofline::read_streams;
+        #[cfg(target_arch = "x86_64")]
+        "read_stream_avx2", Avx2, avx2::roofline::read_stream;
+        #[cfg(target_arch = "x86_64")]
+        "read_streams_avx2", Avx2, avx2::roofline::read_streams;
+        "read_stream_scalar", Scalar, scalar::roofline::read_stream;
+        "read_streams_scalar", Scalar, scalar::roofline::read_streams;
+    }
+}
+rows! {
+    /// Products of bytes at full speed.
+    PRODUCTS_I8: ProductsI8 {
+        #[cfg(target_arch = "x86_64")]
+        "products_i8_avx512vnni", Avx512Vnni, avx512vnni::roofline::products_i8;
+        #[cfg(target_arch = "x86_64")]
+        "products_i8_avx2", Avx2, avx2::roofline::products_i8;
+        #[cfg(target_arch = "aarch64")]
+        "products_i8_neon_dotprod", NeonDotprod, neon_dotprod::roofline::products_i8;
+        "products_i8_scalar", Scalar, scalar::roofline::products_i8;
+    }
+}
+rows! {
+    /// Products of floats at full speed.
+    PRODUCTS_F32: ProductsF32 {
+        #[cfg(target_arch = "x86_64")]
+        "products_f32_avx512vnni", Avx512Vnni, avx512vnni::roofline::products_f32;
+        #[cfg(target_arch = "x86_64")]
+        "products_f32_avx2", Avx2, avx2::roofline::products_f32;
+        #[cfg(target_arch = "aarch64")]
+        "products_f32_neon", Neon, neon::roofline::products_f32;
+        "products_f32_scalar", Scalar, scalar::roofline::products_f32;
     }
 }

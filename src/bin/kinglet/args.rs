@@ -1,5 +1,6 @@
 //! The arguments of every verb. Names are llama.cpp's where it has them.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
@@ -38,8 +39,10 @@ pub enum Command {
     Tokenize(TokenizeArgs),
     /// Write a model file in a smaller format.
     Quantize(QuantizeArgs),
-    /// Measure a model.
+    /// Measure how well a model predicts a text.
     Eval(EvalArgs),
+    /// Measure how fast models run.
+    Bench(BenchArgs),
     /// Show this machine as Kinglet sees it: CPU, kernels, memory.
     Doctor(DoctorArgs),
     /// Write a completion script for a shell.
@@ -91,10 +94,19 @@ impl ModelArgs {
     }
 }
 
-#[derive(Clone, Copy, ValueEnum)]
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum CacheType {
     F16,
     F32,
+}
+
+impl From<CacheType> for KvType {
+    fn from(kind: CacheType) -> Self {
+        match kind {
+            CacheType::F16 => KvType::F16,
+            CacheType::F32 => KvType::F32,
+        }
+    }
 }
 
 /// How much a session holds, and in which type.
@@ -126,10 +138,7 @@ impl SessionArgs {
     pub fn options(&self) -> SessionOptions {
         SessionOptions {
             n_ctx: self.ctx.unwrap_or(0),
-            kv: match self.cache_type {
-                CacheType::F16 => KvType::F16,
-                CacheType::F32 => KvType::F32,
-            },
+            kv: self.cache_type.into(),
             batch: self.batch,
         }
     }
@@ -389,8 +398,183 @@ pub struct PplArgs {
     pub json: bool,
 }
 
+/// Numbers as llama-bench takes them: `1,2,4`, `1-4`, `64-256+64`, `1-8*2`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Numbers(Vec<usize>);
+
+/// More would be a slip of the finger.
+const MAX_NUMBERS: usize = 1000;
+
+impl std::str::FromStr for Numbers {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let bad =
+            || format!("expected numbers like 1,2 or 1-4 or 64-256+64 or 1-8*2, found `{text}`");
+        let number = |text: &str| text.parse::<u32>().map(|n| n as usize).map_err(|_| bad());
+        let mut numbers = Vec::new();
+        for part in text.split(',') {
+            let Some((first, rest)) = part.split_once('-') else {
+                numbers.push(number(part)?);
+                continue;
+            };
+            let (last, step, times) = match (rest.split_once('+'), rest.split_once('*')) {
+                (Some((last, step)), _) => (last, number(step)?, 1),
+                (_, Some((last, times))) => (last, 0, number(times)?),
+                _ => (rest, 1, 1),
+            };
+            let (mut n, last) = (number(first)?, number(last)?);
+            while n <= last && numbers.len() <= MAX_NUMBERS {
+                numbers.push(n);
+                let next = n * times + step;
+                if next <= n {
+                    return Err(bad());
+                }
+                n = next;
+            }
+        }
+        if numbers.is_empty() || numbers.len() > MAX_NUMBERS {
+            return Err(bad());
+        }
+        Ok(Self(numbers))
+    }
+}
+
+/// Tokens of a prompt and of a reply: `512,128`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PromptAndReply(pub usize, pub usize);
+
+impl std::str::FromStr for PromptAndReply {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match Numbers::from_str(text) {
+            Ok(Numbers(numbers)) if numbers.len() == 2 && text.contains(',') => {
+                Ok(Self(numbers[0], numbers[1]))
+            }
+            _ => Err(format!("expected two numbers like 512,128, found `{text}`")),
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    Md,
+    Csv,
+    Json,
+    Jsonl,
+}
+
+#[derive(Args)]
+#[command(after_help = BENCH_HELP)]
+pub struct BenchArgs {
+    /// GGUF files; without them the small model
+    #[arg(value_name = "MODEL")]
+    models: Vec<String>,
+    /// The same as MODEL; may be given several times
+    #[arg(short, long = "model", value_name = "MODEL")]
+    model: Vec<String>,
+    /// Tokens of a prompt, read at once; 0: no such test [default: 512]
+    #[arg(short = 'p', long, value_name = "N")]
+    n_prompt: Vec<Numbers>,
+    /// Tokens decoded one by one; 0: no such test [default: 128]
+    #[arg(short = 'n', long, value_name = "N")]
+    n_gen: Vec<Numbers>,
+    /// A prompt and then a reply, timed together; also `-pg`
+    #[arg(long, value_name = "P,N")]
+    pub pg: Vec<PromptAndReply>,
+    /// Tokens that come before, not timed [default: 0]
+    #[arg(short = 'd', long, value_name = "N")]
+    n_depth: Vec<Numbers>,
+    /// Tokens of a prompt given at once, with logits after the last [default: 2048]
+    #[arg(short, long, value_name = "N")]
+    batch_size: Vec<Numbers>,
+    /// Tokens of a step of those; also `-ub` [default: 512]
+    #[arg(long, value_name = "N")]
+    ubatch_size: Vec<Numbers>,
+    /// Threads [default: as many as there are cores for this process]
+    #[arg(short, long, value_name = "N")]
+    threads: Vec<Numbers>,
+    /// Type of cached keys, and values; also `-ctk` [default: f16]
+    #[arg(long, value_name = "TYPE", value_delimiter = ',')]
+    pub cache_type_k: Vec<CacheType>,
+    /// The same as --cache-type-k: both have one type; also `-ctv`
+    #[arg(long, value_name = "TYPE", value_delimiter = ',')]
+    pub cache_type_v: Vec<CacheType>,
+    /// Times that each test is run
+    #[arg(short, long, value_name = "N", default_value = "5", value_parser = positive)]
+    pub repetitions: usize,
+    /// Format of the results
+    #[arg(short, long, value_name = "FORMAT", default_value = "md")]
+    pub output: Format,
+    /// Time the first run too
+    #[arg(long)]
+    pub no_warmup: bool,
+    /// Seconds to wait before each test
+    #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = clap::value_parser!(u64).range(..=3600))]
+    pub delay: u64,
+}
+
+const BENCH_HELP: &str = "\
+Flags, tests and columns are llama-bench's. Numbers can be lists and ranges (1,2  1-4  64-256+64  1-8*2) or be given \
+several times; every combination is run. Rows: pp512 reads a prompt, tg128 decodes, `@ d4096` after so many tokens.";
+
+impl BenchArgs {
+    /// Models as they were given; a comma separates them unless a file has it in its name.
+    pub fn models(&self) -> Vec<&str> {
+        let names = self.models.iter().chain(&self.model).map(String::as_str);
+        let apart = |name: &'_ str| std::path::Path::new(name).exists();
+        names
+            .flat_map(|name| {
+                let whole = apart(name).then_some(name);
+                let parts = name.split(',').filter(move |_| whole.is_none());
+                whole.into_iter().chain(parts)
+            })
+            .collect()
+    }
+}
+
+macro_rules! number_lists {
+    ($($name:ident)*) => {
+        impl BenchArgs {
+            $(
+                #[doc = concat!("The numbers of `", stringify!($name), "`, if any were given.")]
+                pub fn $name(&self) -> Option<Vec<usize>> {
+                    let numbers = || self.$name.iter().flat_map(|list| list.0.clone()).collect();
+                    (!self.$name.is_empty()).then(numbers)
+                }
+            )*
+        }
+    };
+}
+
+number_lists! { n_prompt n_gen n_depth batch_size ubatch_size threads }
+
+/// llama-bench's flags of several letters after one dash, which this parser would read letter by letter.
+pub fn spelled_out(mut arguments: Vec<OsString>) -> Vec<OsString> {
+    if arguments.get(1).is_some_and(|verb| verb == "bench") {
+        for argument in &mut arguments[2..] {
+            let long = match argument.to_str() {
+                Some("-pg") => "--pg",
+                Some("-ub") => "--ubatch-size",
+                Some("-ctk") => "--cache-type-k",
+                Some("-ctv") => "--cache-type-v",
+                _ => continue,
+            };
+            *argument = long.into();
+        }
+    }
+    arguments
+}
+
 #[derive(Args)]
 pub struct DoctorArgs {
+    /// Measure the roofline again, though it is kept
+    #[arg(long)]
+    pub measure: bool,
+    /// Do not measure it, though it is missing
+    #[arg(long, conflicts_with = "measure")]
+    pub no_measure: bool,
     /// One JSON object
     #[arg(long)]
     pub json: bool,

@@ -1,19 +1,20 @@
 //! `kinglet doctor`: this machine as Kinglet sees it: CPU, the kernel chosen for each format and operation, memory.
 
-use std::fs;
 use std::io::{self, Write};
 
 use kinglet::backend::cpu::isa::Isa;
 use kinglet::backend::cpu::table::{self, Operations};
+use kinglet::profile::{Roofline, machine};
 use kinglet::quant::DType;
 use serde_json::json;
 
 use crate::args::DoctorArgs;
 use crate::failure::Outcome;
+use crate::limits::{self, Measure};
 use crate::ui;
 
 pub fn run(args: &DoctorArgs) -> Outcome {
-    let report = Report::new();
+    let report = Report::new(args)?;
     let mut out = io::BufWriter::new(io::stdout().lock());
     if args.json {
         writeln!(out, "{}", report.json())?;
@@ -35,11 +36,14 @@ struct Report {
     memory_available: Option<u64>,
     page_size: Option<u64>,
     huge_pages: Option<String>,
+    cache: Option<u64>,
+    /// With one thread, and with all cores.
+    rooflines: Vec<Roofline>,
     environment: Vec<(&'static str, String)>,
 }
 
 impl Report {
-    fn new() -> Self {
+    fn new(args: &DoctorArgs) -> Outcome<Self> {
         let ops = Operations::best();
         let formats = DType::ALL.iter().map(|t| {
             let few = table::gemv(*t).map(|k| k.name());
@@ -54,9 +58,19 @@ impl Report {
         let levels = Isa::ALL.iter().copied().filter(native);
         let variables = ["KINGLET_ISA", "KINGLET_KERNEL", "KINGLET_MODEL"];
         let set = |name| std::env::var(name).ok().map(|value| (name, value));
-        Self {
-            cpu: cpu_model(),
-            cores: std::thread::available_parallelism().map_or(1, usize::from),
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let mut threads = vec![1, cores];
+        threads.dedup();
+        let measure = match (args.measure, args.no_measure) {
+            (true, _) => Measure::Always,
+            (_, true) => Measure::Never,
+            _ => Measure::Missing,
+        };
+        let rooflines = threads.into_iter().map(|n| limits::roofline(n, measure));
+        let rooflines = rooflines.collect::<Outcome<Vec<_>>>()?;
+        Ok(Self {
+            cpu: machine::cpu_name(),
+            cores,
             levels: levels.map(|isa| (isa.name(), isa.detected())).collect(),
             formats: formats.collect(),
             operations: vec![
@@ -71,12 +85,14 @@ impl Report {
                 ("attention, F16", ops.attend_f16.name()),
                 ("attention, F32", ops.attend_f32.name()),
             ],
-            memory_total: meminfo("MemTotal:"),
-            memory_available: meminfo("MemAvailable:"),
-            page_size: page_size(),
-            huge_pages: huge_pages(),
+            memory_total: machine::memory_total(),
+            memory_available: machine::memory_available(),
+            page_size: machine::page_bytes(),
+            huge_pages: machine::huge_pages(),
+            cache: machine::last_level_cache(),
+            rooflines: rooflines.into_iter().flatten().collect(),
             environment: variables.into_iter().filter_map(set).collect(),
-        }
+        })
     }
 
     fn text(&self, out: &mut impl Write) -> Outcome {
@@ -110,6 +126,15 @@ impl Report {
             "  huge pages      {}",
             self.huge_pages.clone().unwrap_or_else(unknown)
         )?;
+        writeln!(out, "  largest cache   {}", bytes(self.cache))?;
+        if let Some(roofline) = self.rooflines.first() {
+            let size = ui::bytes(roofline.buffer_bytes);
+            writeln!(
+                out,
+                "\nRoofline: the most this machine does, memory of {size} read"
+            )?;
+            write!(out, "{}", limits::table(&self.rooflines))?;
+        }
         if !self.environment.is_empty() {
             writeln!(out, "\nEnvironment")?;
             for (name, value) in &self.environment {
@@ -145,53 +170,10 @@ impl Report {
                 "available_bytes": self.memory_available,
                 "page_bytes": self.page_size,
                 "huge_pages": self.huge_pages,
+                "largest_cache_bytes": self.cache,
             },
+            "rooflines": self.rooflines,
             "version": env!("CARGO_PKG_VERSION"),
         })
     }
-}
-
-/// The value of the first line of /proc/cpuinfo with one of the names.
-fn cpu_model() -> Option<String> {
-    let info = fs::read_to_string("/proc/cpuinfo").ok()?;
-    let value = |name: &str| {
-        let line = info.lines().find(|line| line.starts_with(name))?;
-        let value = line.split_once(':')?.1.trim();
-        (!value.is_empty()).then(|| value.to_owned())
-    };
-    value("model name")
-        .or_else(|| value("Hardware"))
-        .or_else(|| {
-            let part = value("CPU part")?;
-            Some(format!(
-                "Arm implementer {}, part {part}",
-                value("CPU implementer")?
-            ))
-        })
-}
-
-/// Bytes in a line of /proc/meminfo, which counts in KiB.
-fn meminfo(name: &str) -> Option<u64> {
-    let info = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = info.lines().find_map(|line| line.strip_prefix(name))?;
-    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
-    kib.checked_mul(1024)
-}
-
-/// The entry of type AT_PAGESZ (6) in the auxiliary vector: pairs of words.
-fn page_size() -> Option<u64> {
-    let vector = fs::read("/proc/self/auxv").ok()?;
-    let words: Vec<usize> = vector
-        .chunks_exact(size_of::<usize>())
-        .map(|word| usize::from_ne_bytes(word.try_into().expect("chunks of that size")))
-        .collect();
-    let pair = words.chunks_exact(2).find(|pair| pair[0] == 6)?;
-    Some(pair[1] as u64)
-}
-
-/// The mode in brackets: `always [madvise] never`.
-fn huge_pages() -> Option<String> {
-    let modes = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").ok()?;
-    let mode = modes.split_once('[')?.1.split_once(']')?.0;
-    Some(mode.to_owned())
 }

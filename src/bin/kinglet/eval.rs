@@ -11,7 +11,7 @@ use kinglet::tokenizer::Special;
 use kinglet::{Model, Session, SessionOptions};
 use serde_json::json;
 
-use crate::args::{CacheType, EvalArgs, EvalCommand, PplArgs};
+use crate::args::{EvalArgs, EvalCommand, PplArgs};
 use crate::failure::{Failure, Outcome};
 use crate::{interrupt, locate, ui};
 
@@ -109,13 +109,9 @@ fn ppl(args: &PplArgs) -> Outcome {
 }
 
 fn open(model: &Model, args: &PplArgs) -> Outcome<Session> {
-    let kv = match args.cache_type {
-        CacheType::F16 => kinglet::KvType::F16,
-        CacheType::F32 => kinglet::KvType::F32,
-    };
     let options = SessionOptions {
         n_ctx: args.ctx,
-        kv,
+        kv: args.cache_type.into(),
         batch: args.batch,
     };
     Ok(Session::new(model, &options)?)

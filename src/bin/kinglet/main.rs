@@ -3,6 +3,7 @@
 //! What a model says and what machines read goes to stdout, everything else to stderr.
 
 mod args;
+mod bench;
 mod chat;
 mod completions;
 mod doctor;
@@ -10,6 +11,7 @@ mod eval;
 mod failure;
 mod inspect;
 mod interrupt;
+mod limits;
 mod locate;
 mod quantize;
 mod run;
@@ -25,7 +27,8 @@ use args::{Cli, Command};
 use failure::Outcome;
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let arguments = args::spelled_out(std::env::args_os().collect());
+    let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(error) => {
             let _ = error.print(); // nobody is left to tell
@@ -52,6 +55,7 @@ fn dispatch(command: Command) -> Outcome {
         Command::Tokenize(args) => tokenize::run(&args),
         Command::Quantize(args) => quantize::run(&args),
         Command::Eval(args) => eval::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Completions(args) => completions::run(&args),
     }

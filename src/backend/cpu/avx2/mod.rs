@@ -29,6 +29,7 @@ pub(crate) mod gemv_q5_0;
 pub(crate) mod gemv_q5_k;
 pub(crate) mod gemv_q6_k;
 pub(crate) mod gemv_q8_0;
+pub(crate) mod roofline;
 
 /// The 32 bytes of `x`.
 #[inline]

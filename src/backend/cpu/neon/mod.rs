@@ -35,6 +35,7 @@ pub(crate) mod q5_0;
 pub(crate) mod q5_k;
 pub(crate) mod q6_k;
 pub(crate) mod q8_0;
+pub(crate) mod roofline;
 
 /// Defines, for the level with `$features`, a GEMV per `$format`: `y[t, r] = sum_k w[r, k] x[t, k]`. The file has
 /// `dot16` and `dot32` in scope.

@@ -8,6 +8,7 @@ use std::arch::asm;
 
 pub(crate) mod gemm;
 pub(crate) mod gemv;
+pub(crate) mod roofline;
 
 /// Adds to each of the four sums the products of its four pairs of bytes.
 #[inline]

@@ -3,4 +3,5 @@
 pub(crate) mod attend;
 pub(crate) mod elementwise;
 pub(crate) mod gemv;
+pub(crate) mod roofline;
 pub(crate) mod short_conv;

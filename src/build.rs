@@ -1,10 +1,32 @@
-//! Build script of the package: nothing, unless the feature `ggml` asks for bindings to the ggml that
-//! `llama-cpp-sys-2` has built.
+//! Build script of the package: names the commit, without which results of `kinglet bench` cannot be compared, and
+//! makes bindings to the ggml that `llama-cpp-sys-2` has built if the feature `ggml` asks for them.
+
+use std::process::Command;
 
 fn main() {
-    println!("cargo::rerun-if-changed=src/backend/ggml/build.rs");
+    // Not on each commit: what was built is what the sources were.
+    println!("cargo::rerun-if-changed=src");
+    println!("cargo::rustc-env=KINGLET_COMMIT={}", commit());
     #[cfg(feature = "ggml")]
     bindings();
+}
+
+/// The commit of the working tree, with `-dirty` if sources differ from it; `unknown` outside a repository.
+fn commit() -> String {
+    let git = |args: &[&str]| {
+        let output = Command::new("git").args(args).output().ok()?;
+        let text = String::from_utf8(output.stdout).ok()?;
+        output.status.success().then(|| text.trim().to_owned())
+    };
+    // A package that lies in somebody else's repository is not of its commit.
+    let ours = git(&["ls-files", "src/build.rs"]).is_some_and(|name| name == "src/build.rs");
+    match git(&["rev-parse", "--short=9", "HEAD"]) {
+        Some(commit) if ours => match git(&["status", "--porcelain", "--", "src"]) {
+            Some(changes) if changes.is_empty() => commit,
+            _ => format!("{commit}-dirty"),
+        },
+        _ => "unknown".to_owned(),
+    }
 }
 
 /// Writes `ggml.rs`: the functions that `graph.rs` and `memory.rs` call, and the types of their arguments.

@@ -1,0 +1,27 @@
+//! The loop that measures how fast bytes are multiplied and added.
+
+use std::arch::aarch64::*;
+
+use super::sdot;
+use crate::backend::cpu::neon::load_i8;
+use crate::backend::cpu::table::Products;
+
+/// Sixteen sums in registers: enough to wait for none. The unsigned side is below 128.
+#[target_feature(enable = "neon,dotprod")]
+pub(crate) fn products_i8(p: &mut Products<u8, i8, 64>) {
+    let mut sums = [[vdupq_n_s32(0); 4]; 4];
+    for _ in 0..p.rounds {
+        let (w, x): (&[[[i8; 16]; 4]; 4], &[[[i8; 16]; 4]; 4]) =
+            std::hint::black_box((bytemuck::cast_ref(p.w), bytemuck::cast_ref(p.x)));
+        for x in x {
+            for i in 0..4 {
+                for k in 0..4 {
+                    sums[i][k] = sdot(sums[i][k], load_i8(&w[i][k]), load_i8(&x[k]));
+                }
+            }
+        }
+    }
+    for sum in sums.as_flattened() {
+        p.sum += vaddlvq_s32(*sum) as f64;
+    }
+}

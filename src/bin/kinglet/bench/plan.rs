@@ -1,0 +1,189 @@
+//! What is to be measured: every combination of the lists that were given, in llama-bench's order, so that each model
+//! is loaded once for each number of threads.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use kinglet::KvType;
+
+use crate::args::{BenchArgs, CacheType};
+use crate::failure::{Failure, Outcome};
+use crate::locate;
+
+/// Who runs a test. Another engine is one more variant, and one more arm where a timeline is opened.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Engine {
+    /// This library on the CPU.
+    Cpu,
+}
+
+impl Engine {
+    /// The name in the column `backend`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Engine::Cpu => "CPU",
+        }
+    }
+}
+
+/// Tokens read at once, then tokens decoded one by one, after a past of some depth.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Test {
+    pub n_prompt: usize,
+    pub n_gen: usize,
+    pub n_depth: usize,
+}
+
+impl Test {
+    /// Tokens that are timed.
+    pub fn n_tokens(&self) -> usize {
+        self.n_prompt + self.n_gen
+    }
+}
+
+impl fmt::Display for Test {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut name = match (self.n_prompt, self.n_gen) {
+            (p, 0) => format!("pp{p}"),
+            (0, n) => format!("tg{n}"),
+            (p, n) => format!("pp{p}+tg{n}"),
+        };
+        if self.n_depth > 0 {
+            name += &format!(" @ d{}", self.n_depth);
+        }
+        f.pad(&name)
+    }
+}
+
+/// Tests that share a model as it is loaded.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Group {
+    pub model: PathBuf,
+    /// Tokens of a prompt that are given to the engine at once.
+    pub n_batch: usize,
+    /// Tokens of a step of that.
+    pub n_ubatch: usize,
+    pub kv: KvType,
+    pub n_threads: usize,
+    pub tests: Vec<Test>,
+}
+
+/// Everything, in order.
+pub fn groups(args: &BenchArgs) -> Outcome<Vec<Group>> {
+    let or = |given: Option<Vec<usize>>, default: usize| given.unwrap_or_else(|| vec![default]);
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let n_threads = or(args.threads(), cores);
+    let tests = tests(args, &or(args.n_depth(), 0));
+    let (n_batch, n_ubatch) = (or(args.batch_size(), 2048), or(args.ubatch_size(), 512));
+    for (flag, numbers, max) in [
+        ("-t", &n_threads, 1024),
+        ("-b", &n_batch, 1 << 20),
+        ("-ub", &n_ubatch, 1 << 20),
+    ] {
+        if let Some(n) = numbers.iter().find(|n| !(1..=max).contains(*n)) {
+            return Err(Failure::usage(format!(
+                "{flag}: expected 1 to {max}, found {n}"
+            )));
+        }
+    }
+    if tests.is_empty() {
+        return Err(Failure::usage(
+            "nothing to measure: expected a -p, -n or --pg above 0",
+        ));
+    }
+    let kinds = kv_types(args)?;
+    let mut groups = Vec::new();
+    for model in models(args)? {
+        for &n_batch in &n_batch {
+            for &n_ubatch in &n_ubatch {
+                for &kv in &kinds {
+                    for &n_threads in &n_threads {
+                        groups.push(Group {
+                            model: model.clone(),
+                            n_batch,
+                            n_ubatch: n_ubatch.min(n_batch),
+                            kv,
+                            n_threads,
+                            tests: tests.clone(),
+                        });
+                    }
+                }
+            }
+        }
+    }
+    Ok(groups)
+}
+
+fn models(args: &BenchArgs) -> Outcome<Vec<PathBuf>> {
+    let names = args.models();
+    if names.is_empty() {
+        return Ok(vec![locate::locate(None)?]);
+    }
+    names
+        .iter()
+        .map(|name| locate::locate(Some(name)))
+        .collect()
+}
+
+fn tests(args: &BenchArgs, depths: &[usize]) -> Vec<Test> {
+    let prompts = args.n_prompt().unwrap_or_else(|| vec![512]);
+    let gens = args.n_gen().unwrap_or_else(|| vec![128]);
+    let mut tests = Vec::new();
+    for &n_depth in depths {
+        let prompts = prompts.iter().map(|p| (*p, 0));
+        let gens = gens.iter().map(|n| (0, *n));
+        let both = args.pg.iter().map(|pair| (pair.0, pair.1));
+        tests.extend(
+            prompts
+                .chain(gens)
+                .chain(both)
+                .map(|(n_prompt, n_gen)| Test {
+                    n_prompt,
+                    n_gen,
+                    n_depth,
+                }),
+        );
+    }
+    tests.retain(|test| test.n_tokens() > 0);
+    tests
+}
+
+/// Keys and values have one type here; llama-bench's two flags must agree.
+fn kv_types(args: &BenchArgs) -> Outcome<Vec<KvType>> {
+    let (k, v) = (&args.cache_type_k, &args.cache_type_v);
+    if !k.is_empty() && !v.is_empty() && k != v {
+        return Err(Failure::usage(
+            "--cache-type-k and --cache-type-v: expected the same types, found different ones",
+        ));
+    }
+    let given = if k.is_empty() { v } else { k };
+    let kinds = given.iter().map(|kind| KvType::from(*kind));
+    Ok(if given.is_empty() {
+        vec![KvType::from(CacheType::F16)]
+    } else {
+        kinds.collect()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tests_have_llama_benchs_names() {
+        for (n_prompt, n_gen, n_depth, name) in [
+            (512, 0, 0, "pp512"),
+            (0, 128, 0, "tg128"),
+            (512, 0, 4096, "pp512 @ d4096"),
+            (64, 32, 0, "pp64+tg32"),
+            (64, 32, 8, "pp64+tg32 @ d8"),
+        ] {
+            let test = Test {
+                n_prompt,
+                n_gen,
+                n_depth,
+            };
+            assert_eq!(test.to_string(), name);
+        }
+    }
+}

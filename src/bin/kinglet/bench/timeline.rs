@@ -1,0 +1,228 @@
+//! One sequence of tokens on some engine, as a test drives it, and the test.
+
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+use kinglet::Session;
+
+use crate::bench::plan::Test;
+use crate::failure::{Failure, Outcome};
+use crate::interrupt;
+
+/// What a test needs of an engine.
+pub trait Timeline {
+    /// Keeps the first `n` tokens.
+    fn truncate(&mut self, n: usize) -> Outcome;
+    /// Appends tokens and computes the logits after the last.
+    fn prefill(&mut self, tokens: &[u32]) -> Outcome;
+    /// Appends a token and computes the logits after it.
+    fn decode(&mut self, token: u32) -> Outcome;
+}
+
+impl Timeline for Session {
+    fn truncate(&mut self, n: usize) -> Outcome {
+        Ok(Session::truncate(self, n)?)
+    }
+
+    fn prefill(&mut self, tokens: &[u32]) -> Outcome {
+        Ok(Session::prefill(self, tokens, &mut |_, _| flow())?)
+    }
+
+    fn decode(&mut self, token: u32) -> Outcome {
+        Ok(Session::decode(self, token)?)
+    }
+}
+
+fn flow() -> ControlFlow<()> {
+    if interrupt::hit() {
+        ControlFlow::Break(())
+    } else {
+        ControlFlow::Continue(())
+    }
+}
+
+/// Tokens without a meaning: the first is BOS where the model wants it, the others come from a generator with a fixed
+/// seed (Knuth's linear congruential one, upper bits), so that every run reads the same.
+pub struct Tokens {
+    bos: Option<u32>,
+    n_vocab: u64,
+    state: u64,
+}
+
+impl Tokens {
+    pub fn new(bos: Option<u32>, n_vocab: usize) -> Self {
+        Self {
+            bos,
+            n_vocab: n_vocab as u64,
+            state: 42,
+        }
+    }
+
+    fn next(&mut self) -> u32 {
+        self.state = self
+            .state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        ((self.state >> 33) % self.n_vocab) as u32
+    }
+
+    /// The first token of a run.
+    fn first(&mut self) -> u32 {
+        let next = self.next();
+        self.bos.unwrap_or(next)
+    }
+
+    /// `n` tokens, the first as that of a run.
+    fn run(&mut self, n: usize) -> Vec<u32> {
+        let first = self.first();
+        let rest = (1..n).map(|_| self.next());
+        std::iter::once(first).chain(rest).take(n).collect()
+    }
+}
+
+/// The times of one repetition.
+#[derive(Clone, Debug, Default)]
+pub struct Sample {
+    /// All of it.
+    pub total: Duration,
+    /// From the start to the logits after the prompt, if there is one.
+    pub prompt: Option<Duration>,
+    /// Each decoded token.
+    pub tokens: Vec<Duration>,
+}
+
+/// Runs a test on a timeline, repetition by repetition. The past is read once and kept.
+pub struct Runner<'a> {
+    pub timeline: &'a mut dyn Timeline,
+    pub tokens: Tokens,
+    pub n_batch: usize,
+    /// The depth of the past that the timeline holds.
+    pub depth: usize,
+}
+
+impl Runner<'_> {
+    /// What is timed later, once, with one decoded token.
+    pub fn warm_up(&mut self, test: &Test) -> Outcome {
+        let warm = Test {
+            n_gen: test.n_gen.min(1),
+            ..*test
+        };
+        self.repeat(&warm).map(drop)
+    }
+
+    /// One repetition.
+    pub fn repeat(&mut self, test: &Test) -> Outcome<Sample> {
+        self.past(test.n_depth)?;
+        let prompt = self.tokens.run(test.n_prompt);
+        let reply = self.tokens.run(test.n_gen);
+        let mut sample = Sample::default();
+        let start = Instant::now();
+        if test.n_prompt > 0 {
+            self.read(&prompt)?;
+            sample.prompt = Some(start.elapsed());
+        }
+        let mut before = start.elapsed();
+        for token in reply {
+            self.timeline.decode(token)?;
+            let now = start.elapsed();
+            sample.tokens.push(now - before);
+            before = now;
+            check()?;
+        }
+        sample.total = start.elapsed();
+        Ok(sample)
+    }
+
+    /// Leaves the timeline with `n` tokens.
+    fn past(&mut self, n: usize) -> Outcome {
+        if self.depth != n {
+            self.timeline.truncate(0)?;
+            self.depth = 0;
+            let past = self.tokens.run(n);
+            self.read(&past)?;
+            self.depth = n;
+        }
+        self.timeline.truncate(n)
+    }
+
+    fn read(&mut self, tokens: &[u32]) -> Outcome {
+        for batch in tokens.chunks(self.n_batch) {
+            self.timeline.prefill(batch)?;
+            check()?;
+        }
+        Ok(())
+    }
+}
+
+fn check() -> Outcome {
+    if interrupt::hit() {
+        Err(Failure::Interrupted)
+    } else {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Counts instead of computing.
+    #[derive(Default)]
+    struct Counted {
+        held: usize,
+        calls: Vec<String>,
+    }
+
+    impl Timeline for Counted {
+        fn truncate(&mut self, n: usize) -> Outcome {
+            assert!(n <= self.held);
+            self.held = n;
+            Ok(())
+        }
+        fn prefill(&mut self, tokens: &[u32]) -> Outcome {
+            assert!(tokens.iter().all(|t| *t < 50));
+            self.calls.push(format!("{}+{}", self.held, tokens.len()));
+            self.held += tokens.len();
+            Ok(())
+        }
+        fn decode(&mut self, token: u32) -> Outcome {
+            assert!(token < 50);
+            self.calls.push(format!("{}", self.held));
+            self.held += 1;
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_past_is_read_once_and_prompts_in_batches() {
+        let mut timeline = Counted::default();
+        let mut runner = Runner {
+            timeline: &mut timeline,
+            tokens: Tokens::new(None, 50),
+            n_batch: 4,
+            depth: 0,
+        };
+        let test = Test {
+            n_prompt: 6,
+            n_gen: 2,
+            n_depth: 5,
+        };
+        runner.warm_up(&test).expect("no error");
+        let sample = runner.repeat(&test).expect("no error");
+        assert_eq!(sample.tokens.len(), 2);
+        assert!(sample.prompt.is_some_and(|prompt| prompt <= sample.total));
+        assert_eq!(timeline.calls.join(" "), "0+4 4+1 5+4 9+2 11 5+4 9+2 11 12");
+    }
+
+    #[test]
+    fn tokens_are_the_same_every_time() {
+        let mut a = Tokens::new(Some(1), 1000);
+        let mut b = Tokens::new(Some(1), 1000);
+        let run = a.run(100);
+        assert_eq!(run, b.run(100));
+        assert_eq!(run[0], 1);
+        assert_ne!(run, a.run(100));
+        let distinct: std::collections::HashSet<_> = run.iter().collect();
+        assert!(distinct.len() > 80);
+    }
+}

@@ -1,0 +1,55 @@
+//! What a machine can do at most, and what a run did: plain data, for every layer.
+
+pub mod machine;
+pub mod roofline;
+
+pub use self::roofline::Roofline;
+
+/// What a backend has done since it was made, counted where it is done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Work {
+    /// Bytes of weight matrices, once for each step that used them.
+    pub weight_bytes: u64,
+    /// Bytes of cached keys and values, once for each step that attended to them.
+    pub kv_bytes: u64,
+    /// Multiplications and additions with weights.
+    pub matmul_ops: u64,
+    /// Multiplications and additions of attention.
+    pub attention_ops: u64,
+    /// Regions that threads entered and left together: each is a barrier.
+    pub regions: u64,
+}
+
+impl Work {
+    /// What was done since `before`.
+    pub fn since(&self, before: &Work) -> Work {
+        Work {
+            weight_bytes: self.weight_bytes - before.weight_bytes,
+            kv_bytes: self.kv_bytes - before.kv_bytes,
+            matmul_ops: self.matmul_ops - before.matmul_ops,
+            attention_ops: self.attention_ops - before.attention_ops,
+            // Backends count them modulo 2^32.
+            regions: u64::from(self.regions.wrapping_sub(before.regions) as u32),
+        }
+    }
+
+    /// Bytes read.
+    pub fn bytes(&self) -> u64 {
+        self.weight_bytes + self.kv_bytes
+    }
+
+    /// Multiplications and additions.
+    pub fn ops(&self) -> u64 {
+        self.matmul_ops + self.attention_ops
+    }
+}
+
+impl std::ops::AddAssign for Work {
+    fn add_assign(&mut self, other: Work) {
+        self.weight_bytes += other.weight_bytes;
+        self.kv_bytes += other.kv_bytes;
+        self.matmul_ops += other.matmul_ops;
+        self.attention_ops += other.attention_ops;
+        self.regions += other.regions;
+    }
+}
