@@ -176,7 +176,8 @@ impl Pool {
         let n_tasks = ys.iter().map(count).sum();
         let ys: &[Output] = ys;
         self.run(n_tasks, &|i| {
-            let mut i = i;
+            // The last first: later tokens attend to more keys, and the longest task should not be the one waited for.
+            let mut i = n_tasks - 1 - i;
             let mut which = 0;
             while i >= count(&ys[which]) {
                 i -= count(&ys[which]);
