@@ -29,29 +29,41 @@ fn commit() -> String {
     }
 }
 
-/// Writes `ggml.rs`: the functions that `graph.rs` and `memory.rs` call, and the types of their arguments.
+/// Writes `ggml.rs`: the functions that `backend/ggml` calls, and the types of their arguments.
 #[cfg(feature = "ggml")]
 fn bindings() {
     use std::env;
     use std::path::PathBuf;
 
     let folder = |variable| PathBuf::from(env::var(variable).expect("cargo sets it"));
-    let include = folder("DEP_LLAMA_ROOT").join("include");
+    let root = folder("DEP_LLAMA_ROOT");
+    let include = root.join("include");
+    // GCC 12 drops the stores of the tile configuration: ggml's AMX kernels then crash.
+    let cache = std::fs::read_to_string(root.join("build/CMakeCache.txt")).unwrap_or_default();
+    let compiler = cache
+        .lines()
+        .find(|line| line.starts_with("CMAKE_CXX_COMPILER:"));
+    println!("cargo::rustc-check-cfg=cfg(ggml_amx)");
+    if compiler.is_some_and(|line| line.contains("clang")) {
+        println!("cargo::rustc-cfg=ggml_amx");
+    }
     let headers = ["ggml.h", "ggml-alloc.h", "ggml-backend.h", "ggml-cpu.h"];
     let lines = headers.map(|header| format!("#include <{header}>\n"));
     let functions = [
         "add|build_forward_expand|concat|cont|cpy|flash_attn_ext|geglu_split|get_rows|mul|mul_mat|nbytes|new_tensor_2d",
         "permute|reglu_split|reshape_2d|reshape_3d|rms_norm|rope_ext|scale|set_output|ssm_conv|swiglu_split|transpose",
         "view_2d|view_3d",
-        "free|get_mem_size|init|new_graph_custom|reset|used_mem",
+        "free|get_mem_size|init|log_set|new_graph_custom|reset|used_mem",
         "gallocr_(alloc_graph|free|get_buffer_size|new|reserve)|graph_(compute|overhead_custom|plan)|tensor_overhead",
-        "backend_buft_alloc_buffer|backend_buffer_(clear|free|get_base|get_size)|backend_cpu_buffer_type",
+        "backend_buffer_(clear|free|get_base|get_size)|backend_cpu_(buffer_type|reg)|backend_dev_supports_op",
+        "backend_buft_(alloc_buffer|get_alloc_size|name)|backend_reg_(dev_get|get_proc_address)|backend_tensor_(alloc|set)",
         "threadpool_(free|new|params_default)|cpu_has_.*",
     ];
     bindgen::builder()
         .header_contents("ggml.h", &lines.concat())
         .clang_arg(format!("-I{}", include.display()))
         .allowlist_function(format!("ggml_({})", functions.join("|")))
+        .allowlist_type("ggml_backend_dev_get_extra_bufts_t")
         .allowlist_var("GGML_MAX_N_THREADS|GGML_ROPE_TYPE_NEOX")
         .prepend_enum_name(false)
         .generate_comments(false)

@@ -4,16 +4,20 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use kinglet::tokenizer::Special;
-use kinglet::{KvType, LoadOptions, Model, Session, SessionOptions};
+use kinglet::{BackendKind, KvType, LoadOptions, Model, Session, SessionOptions};
 use serde_json::Value;
 
-fn load(path: &str) -> Model {
+/// The model on every backend of this build.
+fn load(path: &str) -> Vec<Model> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
-    let options = LoadOptions {
-        threads: 2,
-        ..LoadOptions::default()
+    let load = |backend: &BackendKind| {
+        let options = LoadOptions {
+            threads: 2,
+            backend: *backend,
+        };
+        Model::load(&path, &options).expect("the model loads")
     };
-    Model::load(&path, &options).expect("the model loads")
+    BackendKind::ALL.iter().map(load).collect()
 }
 
 fn golden(name: &str) -> Value {
@@ -69,7 +73,12 @@ fn distance(found: &[f32], expected: &[f32]) -> f32 {
 
 #[test]
 fn tiny_models_match_in_one_shot_in_every_split_and_token_by_token() {
-    let model = load("tests/data/lfm2-tiny-random.gguf");
+    for model in load("tests/data/lfm2-tiny-random.gguf") {
+        matches_in_every_split(&model);
+    }
+}
+
+fn matches_in_every_split(model: &Model) {
     let golden = golden("lfm2-tiny-random.json");
     for sequence in golden["sequences"].as_array().expect("sequences") {
         let tokens = ids(&sequence["tokens"]);
@@ -88,23 +97,23 @@ fn tiny_models_match_in_one_shot_in_every_split_and_token_by_token() {
             );
         };
 
-        let mut one_shot = session(&model, KvType::F32, 512);
+        let mut one_shot = session(model, KvType::F32, 512);
         prefill(&mut one_shot, &tokens);
         check(&one_shot, "one shot");
 
         for cut in 1..tokens.len() {
-            let mut split = session(&model, KvType::F32, 512);
+            let mut split = session(model, KvType::F32, 512);
             prefill(&mut split, &tokens[..cut]);
             prefill(&mut split, &tokens[cut..]);
             check(&split, &format!("cut at {cut}"));
         }
         for batch in [1, 2, 3, 5, 7, 16] {
-            let mut chunks = session(&model, KvType::F32, batch);
+            let mut chunks = session(model, KvType::F32, batch);
             prefill(&mut chunks, &tokens);
             check(&chunks, &format!("chunks of {batch}"));
         }
 
-        let mut stepped = session(&model, KvType::F32, 512);
+        let mut stepped = session(model, KvType::F32, 512);
         let argmaxes: Vec<u32> = tokens
             .iter()
             .map(|token| {
@@ -115,7 +124,7 @@ fn tiny_models_match_in_one_shot_in_every_split_and_token_by_token() {
         check(&stepped, "token by token");
         assert_eq!(argmaxes, ids(&sequence["argmax"]));
 
-        let mut scored = session(&model, KvType::F32, 512);
+        let mut scored = session(model, KvType::F32, 512);
         let mut argmaxes = Vec::new();
         scored
             .score(&tokens, &mut |_, logits| {
@@ -130,10 +139,15 @@ fn tiny_models_match_in_one_shot_in_every_split_and_token_by_token() {
 
 #[test]
 fn truncate_at_any_position_equals_a_fresh_run() {
-    let model = load("tests/data/lfm2-tiny-random.gguf");
+    for model in load("tests/data/lfm2-tiny-random.gguf") {
+        truncates(&model);
+    }
+}
+
+fn truncates(model: &Model) {
     let tokens: Vec<u32> = (0..80).map(|i| (i * 37 + 11) % 320).collect();
     let tail = [7, 70, 200];
-    let mut long = session(&model, KvType::F32, 512);
+    let mut long = session(model, KvType::F32, 512);
     for cut in 0..tokens.len() {
         let held = long.tokens().len();
         prefill(&mut long, &tokens[held..]);
@@ -141,7 +155,7 @@ fn truncate_at_any_position_equals_a_fresh_run() {
         assert_eq!(long.tokens(), &tokens[..cut]);
         assert!(long.logits().is_empty());
         prefill(&mut long, &tail);
-        let mut fresh = session(&model, KvType::F32, 512);
+        let mut fresh = session(model, KvType::F32, 512);
         prefill(&mut fresh, &tokens[..cut]);
         prefill(&mut fresh, &tail);
         let distance = distance(long.logits(), fresh.logits());
@@ -166,8 +180,9 @@ const CLEAR_MARGIN: f64 = 0.5;
 
 #[test]
 fn the_chat_model_agrees_with_the_reference_wherever_the_reference_is_clear() {
-    let model = load("models/lfm2-smol-Q4_0.gguf");
-    agrees(&model, "lfm2-smol.json", TOLERANCE_TO_FLOATS);
+    for model in load("models/lfm2-smol-Q4_0.gguf") {
+        agrees(&model, "lfm2-smol.json", TOLERANCE_TO_FLOATS);
+    }
 }
 
 #[test]
@@ -181,7 +196,9 @@ fn smollm2_agrees_with_llama_cpp_wherever_that_is_clear() {
         println!("skipped: {path} is missing; models/get-smollm2.sh gets it");
         return;
     }
-    agrees(&load(path), "smollm2-q4_1.json", TOLERANCE_TO_LLAMA_CPP);
+    for model in load(path) {
+        agrees(&model, "smollm2-q4_1.json", TOLERANCE_TO_LLAMA_CPP);
+    }
 }
 
 /// Tokens, top-20 logits and the argmax at each teacher-forced step, in several chunk sizes.
@@ -201,7 +218,8 @@ fn agrees(model: &Model, file: &str, tolerance: f32) {
                 let logit = pair[1].as_f64().expect("logit") as f32;
                 worst = worst.max((session.logits()[id] - logit).abs());
             }
-            println!("{name}, chunks of {batch}: top-20 logits within {worst:.3}");
+            let backend = model.backend().name();
+            println!("{backend}: {name}, chunks of {batch}: top-20 logits within {worst:.3}");
             assert!(
                 worst < tolerance,
                 "{name}, chunks of {batch}: {worst} from the reference"

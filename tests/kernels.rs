@@ -2,6 +2,8 @@
 
 #[path = "kernels/attend.rs"]
 mod attend;
+#[path = "kernels/blocks.rs"]
+mod blocks;
 #[path = "kernels/common.rs"]
 mod common;
 #[path = "kernels/elementwise.rs"]

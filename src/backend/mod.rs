@@ -24,6 +24,9 @@ pub enum BackendKind {
     /// ggml's kernels on the CPU: the reference.
     #[cfg(feature = "ggml")]
     Ggml,
+    /// The same with a copy of the weights in ggml's own layouts, as llama.cpp runs a model.
+    #[cfg(feature = "ggml")]
+    GgmlRepack,
 }
 
 impl BackendKind {
@@ -32,6 +35,8 @@ impl BackendKind {
         BackendKind::Cpu,
         #[cfg(feature = "ggml")]
         BackendKind::Ggml,
+        #[cfg(feature = "ggml")]
+        BackendKind::GgmlRepack,
     ];
 
     /// The name in `--backend`.
@@ -40,6 +45,18 @@ impl BackendKind {
             BackendKind::Cpu => "cpu",
             #[cfg(feature = "ggml")]
             BackendKind::Ggml => "ggml",
+            #[cfg(feature = "ggml")]
+            BackendKind::GgmlRepack => "ggml-repack",
+        }
+    }
+
+    /// The instruction sets that it was built for, where they are not chosen when it runs: a backend without those of
+    /// the machine is no fair peer.
+    pub fn built_for(self) -> Vec<&'static str> {
+        match self {
+            BackendKind::Cpu => Vec::new(),
+            #[cfg(feature = "ggml")]
+            BackendKind::Ggml | BackendKind::GgmlRepack => ggml::features(),
         }
     }
 

@@ -7,6 +7,8 @@ use std::sync::Arc;
 use super::LoadOptions;
 use crate::backend::cpu::Cpu;
 use crate::backend::cpu::pool::Pool;
+#[cfg(feature = "ggml")]
+use crate::backend::ggml::Ggml;
 use crate::backend::{Backend, BackendKind, KvType};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
@@ -58,7 +60,9 @@ pub(super) fn load(
             placed(gguf, move || Ok(Cpu::new(Arc::clone(&pool))))
         }
         #[cfg(feature = "ggml")]
-        BackendKind::Ggml => placed(gguf, move || crate::backend::ggml::Ggml::new(n_threads)),
+        BackendKind::Ggml => placed(gguf, move || Ggml::new(n_threads)),
+        #[cfg(feature = "ggml")]
+        BackendKind::GgmlRepack => placed(gguf, move || Ggml::repacking(n_threads)),
     }
 }
 

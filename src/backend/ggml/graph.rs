@@ -4,11 +4,12 @@
 
 #![allow(unsafe_code, reason = "calls into ggml")]
 
+use std::ffi::{c_char, c_void};
 use std::ptr::NonNull;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Once};
 
-use super::memory::{Held, Memory};
+use super::memory::{Held, Memory, Repacked};
 use super::sys;
 use crate::backend::{Activation, KvType, RopePairs};
 use crate::error::{Error, Result};
@@ -19,6 +20,9 @@ const ARENA_TENSORS: usize = 1024;
 
 /// A number for each recording of this process.
 static RECORDINGS: AtomicU64 = AtomicU64::new(0);
+
+/// What ggml has to say beside its results, to nobody: a library does not write to stderr.
+extern "C" fn ignore(_: sys::ggml_log_level, _: *const c_char, _: *mut c_void) {}
 
 /// A tensor of a recording.
 #[derive(Clone, Copy)]
@@ -38,6 +42,7 @@ pub(super) struct Graph {
     /// What the tensors point to.
     held: Vec<Held>,
     recording: u64,
+    failed: Option<Error>,
     runner: Option<Runner>,
 }
 
@@ -45,7 +50,7 @@ pub(super) struct Graph {
 unsafe impl Send for Graph {}
 
 /// A context of ggml: an arena for descriptions of tensors, without their data.
-struct Arena(NonNull<sys::ggml_context>);
+pub(super) struct Arena(NonNull<sys::ggml_context>);
 
 /// What a run needs and keeps: activations, threads, scratch.
 struct Runner {
@@ -90,6 +95,9 @@ impl Graph {
                 "ggml: expected 1 to {max} threads, found {n_threads}"
             )));
         }
+        static QUIET: Once = Once::new();
+        // SAFETY: a function that takes anything.
+        QUIET.call_once(|| unsafe { sys::ggml_log_set(Some(ignore), std::ptr::null_mut()) });
         Ok(Self {
             n_threads,
             arenas: Vec::new(),
@@ -97,6 +105,7 @@ impl Graph {
             tensors: Vec::new(),
             held: Vec::new(),
             recording: RECORDINGS.fetch_add(1, Ordering::Relaxed),
+            failed: None,
             runner: None,
         })
     }
@@ -167,6 +176,20 @@ impl Graph {
     /// A weight matrix `(n_in, n_out)`, in the format with ggml's number `kind`.
     pub(super) fn matrix(&mut self, kind: u32, size: [usize; 2], data: &Bytes) -> Node {
         self.leaf(kind, size, Held::Bytes(data.clone()))
+    }
+
+    /// The same in a layout of ggml's own, for [`Graph::mul_mat`] alone.
+    pub(super) fn repacked(&mut self, kind: u32, [n0, n1]: [usize; 2], data: &Repacked) -> Node {
+        let node = record!(self, ggml_new_tensor_2d(kind, n0 as i64, n1 as i64));
+        self.held.push(Held::Memory(Arc::clone(data.memory())));
+        // SAFETY: `at` gives a tensor of an arena that lives, and nobody else has a reference to it.
+        data.give(unsafe { &mut *self.at(node) });
+        node
+    }
+
+    /// Makes the next run fail.
+    pub(super) fn fail(&mut self, error: Error) {
+        self.failed.get_or_insert(error);
     }
 
     /// Floats of a model.
@@ -337,7 +360,10 @@ impl Graph {
     /// Runs what was recorded, copies the floats of `wanted` to `out`, and begins a new recording, whether it went
     /// well or not.
     pub(super) fn run(&mut self, wanted: Option<Node>, out: &mut Vec<f32>) -> Result<()> {
-        let ran = self.run_recorded(wanted, out);
+        let ran = match self.failed.take() {
+            Some(error) => Err(error),
+            None => self.run_recorded(wanted, out),
+        };
         for arena in &self.arenas {
             arena.reset();
         }
@@ -379,7 +405,7 @@ impl Graph {
 }
 
 impl Arena {
-    fn new(bytes: usize) -> Self {
+    pub(super) fn new(bytes: usize) -> Self {
         // SAFETY: a context over memory of its own.
         let context = unsafe {
             sys::ggml_init(sys::ggml_init_params {
@@ -395,9 +421,14 @@ impl Arena {
     }
 
     /// Bytes that `n` tensors take.
-    fn bytes_of(n: usize) -> usize {
+    pub(super) fn bytes_of(n: usize) -> usize {
         // SAFETY: a constant.
         n * unsafe { sys::ggml_tensor_overhead() }
+    }
+
+    /// For ggml; it lives as long as `self`.
+    pub(super) fn context(&self) -> *mut sys::ggml_context {
+        self.0.as_ptr()
     }
 
     fn bytes(&self) -> usize {

@@ -1,8 +1,8 @@
 //! The reference backend: ggml's own kernels behind our operations, so that whole models, every weight format and
 //! speed can be compared side by side. The cargo feature `ggml` builds it.
 //!
-//! Operations are recorded and run as one graph when a result is read. Weights are read where they lie in the file, by
-//! ggml's plain kernels: it repacks weights only for models that it loads itself.
+//! Operations are recorded and run as one graph when a result is read. Weights are read where they lie in the file, or,
+//! as llama.cpp has it, copied into the layouts that ggml likes best on this CPU.
 
 mod graph;
 mod memory;
@@ -11,7 +11,7 @@ mod sys;
 use std::sync::{Arc, OnceLock};
 
 use self::graph::{CacheView, Graph, Node};
-use self::memory::Memory;
+use self::memory::{Memory, Repacked};
 use super::{Activation, Attention, Backend, KvType, Linear, Rope, RopePairs};
 use crate::error::{Error, Result};
 use crate::quant::{Bytes, DType, Tensor as FileTensor};
@@ -27,6 +27,7 @@ pub struct Ggml {
     graph: Graph,
     /// Caches and memories belong to the backend that made them: only its graph touches them.
     owner: Arc<()>,
+    repacks: bool,
     /// Masks that this pass has made already.
     masks: Vec<(Mask, Node)>,
 }
@@ -37,6 +38,8 @@ pub struct Matrix {
     dtype: DType,
     n_in: usize,
     n_out: usize,
+    /// The copy for linear layers, made when the first of them wants it.
+    repacked: OnceLock<Option<Repacked>>,
 }
 
 /// Floats of a model.
@@ -81,7 +84,7 @@ struct Mask {
     window: Option<usize>,
 }
 
-/// The instruction sets that ggml was built for and this CPU has: without those of the machine it is no fair peer.
+/// The instruction sets that ggml was built for.
 pub fn features() -> Vec<&'static str> {
     graph::features()
 }
@@ -95,7 +98,19 @@ impl Ggml {
         Ok(Self {
             graph: Graph::new(n_threads)?,
             owner: Arc::new(()),
+            repacks: false,
             masks: Vec::new(),
+        })
+    }
+
+    /// The same with a copy of the matrices of linear layers in ggml's own layouts.
+    ///
+    /// # Errors
+    /// As [`Ggml::new`].
+    pub fn repacking(n_threads: usize) -> Result<Self> {
+        Ok(Self {
+            repacks: true,
+            ..Self::new(n_threads)?
         })
     }
 
@@ -104,6 +119,31 @@ impl Ggml {
             Arc::ptr_eq(owner, &self.owner),
             "a cache or memory of another backend"
         );
+    }
+
+    /// A matrix as it lies in the file.
+    fn matrix_node(&mut self, matrix: &Matrix) -> Node {
+        self.graph
+            .matrix(matrix.dtype as u32, matrix.size(), &matrix.data)
+    }
+
+    /// A matrix that activations are multiplied by.
+    fn factor_node(&mut self, matrix: &Matrix) -> Node {
+        if self.repacks {
+            let repack = || match Repacked::new(matrix.dtype as u32, matrix.size(), &matrix.data) {
+                Ok(repacked) => repacked,
+                Err(error) => {
+                    self.graph.fail(error);
+                    None
+                }
+            };
+            if let Some(repacked) = matrix.repacked.get_or_init(repack) {
+                return self
+                    .graph
+                    .repacked(matrix.dtype as u32, matrix.size(), repacked);
+            }
+        }
+        self.matrix_node(matrix)
     }
 
     fn run(&mut self, wanted: Option<Node>, out: &mut Vec<f32>) -> Result<()> {
@@ -127,6 +167,12 @@ impl Ggml {
         let node = self.graph.halves([n_keys, mask.n_tokens], data);
         self.masks.push((mask, node));
         node
+    }
+}
+
+impl Matrix {
+    fn size(&self) -> [usize; 2] {
+        [self.n_in, self.n_out]
     }
 }
 
@@ -207,6 +253,7 @@ impl Backend for Ggml {
             dtype,
             n_in,
             n_out,
+            repacked: OnceLock::new(),
         })
     }
 
@@ -304,7 +351,7 @@ impl Backend for Ggml {
         layers.map(|layer| {
             let (n_in, n_out) = (layer.weight.n_in, layer.weight.n_out);
             assert_eq!(x.n_cols, n_in, "inputs of a linear layer");
-            let weight = self.matrix_node(&layer.weight);
+            let weight = self.factor_node(&layer.weight);
             let mut node = self.graph.mul_mat(weight, x.node);
             if let Some(bias) = &layer.bias {
                 let bias = self.graph.floats([n_out, 1], &bias.data);
@@ -441,12 +488,5 @@ impl Backend for Ggml {
 
     fn scratch_bytes(&self) -> usize {
         self.graph.bytes()
-    }
-}
-
-impl Ggml {
-    fn matrix_node(&mut self, matrix: &Matrix) -> Node {
-        let size = [matrix.n_in, matrix.n_out];
-        self.graph.matrix(matrix.dtype as u32, size, &matrix.data)
     }
 }

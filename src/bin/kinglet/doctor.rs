@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 
+use kinglet::BackendKind;
 use kinglet::backend::cpu::isa::Isa;
 use kinglet::backend::cpu::table::{self, Operations};
 use kinglet::profile::{Roofline, machine};
@@ -29,6 +30,8 @@ struct Report {
     cpu: Option<String>,
     cores: usize,
     levels: Vec<(&'static str, bool)>,
+    /// Backends that are built for some instruction sets, and which.
+    backends: Vec<(&'static str, Vec<&'static str>)>,
     /// Format, kernel for few tokens, kernel for many.
     formats: Vec<(&'static str, Option<&'static str>, Option<&'static str>)>,
     operations: Vec<(&'static str, &'static str)>,
@@ -71,6 +74,11 @@ impl Report {
         Ok(Self {
             cpu: machine::cpu_name(),
             cores,
+            backends: BackendKind::ALL
+                .iter()
+                .map(|kind| (kind.name(), kind.built_for()))
+                .filter(|(_, sets)| !sets.is_empty())
+                .collect(),
             levels: levels.map(|isa| (isa.name(), isa.detected())).collect(),
             formats: formats.collect(),
             operations: vec![
@@ -107,6 +115,9 @@ impl Report {
         writeln!(out, "  cores allowed   {}", self.cores)?;
         for (name, has) in &self.levels {
             writeln!(out, "  {name:<15} {}", if *has { "yes" } else { "no" })?;
+        }
+        for (name, sets) in &self.backends {
+            writeln!(out, "  {name:<15} {}", sets.join(", "))?;
         }
         writeln!(out, "\nKernels by weight format: few tokens, many tokens")?;
         for (format, few, many) in &self.formats {
@@ -159,9 +170,14 @@ impl Report {
             .formats
             .iter()
             .map(|(format, few, many)| (format.to_string(), json!({ "gemv": few, "gemm": many })));
+        let backends = self
+            .backends
+            .iter()
+            .map(|(name, sets)| (name.to_string(), json!(sets)));
         json!({
             "cpu": self.cpu,
             "cores": self.cores,
+            "backends": backends.collect::<serde_json::Map<_, _>>(),
             "levels": levels.collect::<serde_json::Map<_, _>>(),
             "formats": formats.collect::<serde_json::Map<_, _>>(),
             "operations": object(&self.operations),
