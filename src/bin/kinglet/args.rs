@@ -43,6 +43,9 @@ pub enum Command {
     Eval(EvalArgs),
     /// Measure how fast models run.
     Bench(BenchArgs),
+    /// Keep a core busy until stdin ends: the other processes of `bench --busy`.
+    #[command(hide = true)]
+    Spin,
     /// Show this machine as Kinglet sees it: CPU, kernels, memory.
     Doctor(DoctorArgs),
     /// Write a completion script for a shell.
@@ -510,6 +513,19 @@ pub struct BenchArgs {
     /// Time the first run too
     #[arg(long)]
     pub no_warmup: bool,
+    /// Instead of the tests: the time from the start of a new process to its first token after a prompt of N tokens
+    #[arg(long, value_name = "N", value_parser = positive, conflicts_with_all = ["n_prompt", "n_gen", "pg", "n_depth"])]
+    pub first_token: Option<usize>,
+    /// Below the table: times of tokens, limits of the machine and what of them was reached, memory, barriers, kernels;
+    /// CSV and JSON always have them
+    #[arg(long)]
+    pub details: bool,
+    /// Do not measure the limits of the machine, though they are not known
+    #[arg(long)]
+    pub no_measure: bool,
+    /// Processes that spin beside the measurement, to see it under contention
+    #[arg(long, value_name = "N", default_value = "0", value_parser = clap::value_parser!(u16).range(..=256))]
+    busy: u16,
     /// Seconds to wait before each test
     #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = clap::value_parser!(u64).range(..=3600))]
     pub delay: u64,
@@ -520,6 +536,11 @@ Flags, tests and columns are llama-bench's. Numbers can be lists and ranges (1,2
 several times; every combination is run. Rows: pp512 reads a prompt, tg128 decodes, `@ d4096` after so many tokens.";
 
 impl BenchArgs {
+    /// Processes that spin.
+    pub fn n_busy(&self) -> usize {
+        self.busy.into()
+    }
+
     /// Models as they were given; a comma separates them unless a file has it in its name.
     pub fn models(&self) -> Vec<&str> {
         let names = self.models.iter().chain(&self.model).map(String::as_str);

@@ -45,7 +45,6 @@ pub fn roofline(n_threads: usize, measure: Measure) -> Outcome<Option<Roofline>>
 }
 
 /// The best rate of `resource`, of computing with the levels that KINGLET_ISA allows.
-#[allow(dead_code)]
 pub fn best(roofline: &Roofline, resource: Resource) -> Option<f64> {
     let reads = !matches!(resource, Resource::Int8 | Resource::F32);
     let usable = |level: &str| reads || Isa::from_name(level).is_some_and(Isa::usable);
