@@ -31,9 +31,9 @@ use crate::{interrupt, ui};
 
 use self::busy::Busy;
 use self::output::Printer;
-use self::plan::{Engine, Group, Test};
+use self::plan::{Group, Test};
 use self::report::{Limits, ModelCard, Row, Shown};
-use self::timeline::{Runner, Sample, Timeline, Tokens};
+use self::timeline::{Runner, Sample};
 
 pub fn run(args: &BenchArgs) -> Outcome {
     let groups = plan::groups(args)?;
@@ -58,54 +58,48 @@ pub fn run(args: &BenchArgs) -> Outcome {
 
 fn run_group(group: &Group, args: &BenchArgs, shown: &Shown, printer: &mut Printer) -> Outcome {
     let threads = group.n_threads;
-    let model = Model::load(
-        &group.model,
-        &LoadOptions {
-            threads,
-            ..LoadOptions::default()
-        },
-    )?;
-    let tokenizer = model.tokenizer().ok();
-    let bos = tokenizer.and_then(|t| t.bos().filter(|_| t.add_bos()));
     let n_ctx = group
         .tests
         .iter()
         .map(|test| test.n_depth + test.n_tokens());
-    let n_ctx = n_ctx.max().unwrap_or(0);
+    let options = SessionOptions {
+        n_ctx: n_ctx.max().unwrap_or(0),
+        kv: group.kv,
+        batch: group.n_ubatch,
+    };
+    let open = |backend| -> Outcome<Session> {
+        let model = Model::load(&group.model, &LoadOptions { threads, backend })?;
+        Ok(Session::new(&model, &options)?)
+    };
+    let engines = plan::engines();
+    let mut sessions = engines
+        .iter()
+        .map(|engine| open(*engine))
+        .collect::<Outcome<Vec<_>>>()?;
+    let model = sessions[0].model().clone();
     let card = card(&model, group.kv);
     let limits = limits(&model, group, args)?;
+    let mut runners: Vec<Runner> = sessions
+        .iter_mut()
+        .map(|session| Runner::new(session, &model, group.n_batch))
+        .collect();
     let _busy = Busy::start(args.n_busy())?;
-    for engine in [Engine::Cpu] {
-        let mut timeline: Box<dyn Timeline> = match engine {
-            Engine::Cpu => Box::new(Session::new(
-                &model,
-                &SessionOptions {
-                    n_ctx,
-                    kv: group.kv,
-                    batch: group.n_ubatch,
-                },
-            )?),
-        };
-        let mut runner = Runner {
-            timeline: &mut *timeline,
-            tokens: Tokens::new(bos, model.info().config.n_vocab),
-            n_batch: group.n_batch,
-            depth: 0,
-        };
-        for test in &group.tests {
-            wait(args.delay)?;
-            let time = rfc3339(SystemTime::now());
-            Resident::reset_peak(); // else the peak is that of all tests so far
-            let samples = samples(&mut runner, test, args, &card.kind)?;
+    for test in &group.tests {
+        wait(args.delay)?;
+        let time = rfc3339(SystemTime::now());
+        Resident::reset_peak(); // else the peak is that of all tests so far
+        let samples = samples(&mut runners, test, args, &card.kind)?;
+        let memory = Resident::now();
+        for (engine, samples) in engines.iter().zip(samples) {
             let row = Row {
                 group,
-                engine,
+                engine: *engine,
                 model: &card,
                 limits: &limits,
                 test: *test,
-                time,
+                time: time.clone(),
                 samples,
-                memory: Resident::now(),
+                memory,
                 n_busy: args.n_busy(),
             };
             printer.row(row.record(shown))?;
@@ -148,22 +142,33 @@ fn run_starts(groups: &[Group], n_prompt: usize, args: &BenchArgs) -> Outcome {
     measured
 }
 
-fn samples(runner: &mut Runner, test: &Test, args: &BenchArgs, what: &str) -> Outcome<Vec<Sample>> {
+/// All repetitions of each runner; they take turns.
+fn samples(
+    runners: &mut [Runner],
+    test: &Test,
+    args: &BenchArgs,
+    what: &str,
+) -> Outcome<Vec<Vec<Sample>>> {
     let bar = ui::progress("measuring", args.repetitions as u64, "{pos}/{len} {prefix}");
     bar.set_prefix(format!("{test} {}", ui::one_line(what)));
-    let mut run = || -> Outcome<Vec<Sample>> {
+    let mut samples = vec![Vec::new(); runners.len()];
+    let mut run = || -> Outcome {
         if !args.no_warmup {
-            runner.warm_up(test)?;
+            runners
+                .iter_mut()
+                .try_for_each(|runner| runner.warm_up(test))?;
         }
-        let repeat = |_| {
+        for _ in 0..args.repetitions {
+            for (runner, samples) in runners.iter_mut().zip(&mut samples) {
+                samples.push(runner.repeat(test)?);
+            }
             bar.inc(1);
-            runner.repeat(test)
-        };
-        (0..args.repetitions).map(repeat).collect()
+        }
+        Ok(())
     };
-    let samples = run();
+    let measured = run();
     bar.finish_and_clear();
-    samples
+    measured.map(|()| samples)
 }
 
 /// The roofline, and how fast this very file is read by the same loops: small models lie in a cache.

@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use kinglet::KvType;
 use kinglet::profile::Work;
 use kinglet::profile::machine::Resident;
+use kinglet::{BackendKind, KvType};
 use serde_json::json;
 
 use crate::bench::output::{Column, Record, Table};
-use crate::bench::plan::{Engine, Group, Test};
+use crate::bench::plan::{Group, Test};
 use crate::bench::stats::{deviation, mean, median, percentile};
 use crate::bench::timeline::Sample;
 use crate::ui;
@@ -16,7 +16,7 @@ use crate::ui;
 /// One test, measured.
 pub struct Row<'a> {
     pub group: &'a Group,
-    pub engine: Engine,
+    pub engine: BackendKind,
     pub model: &'a ModelCard,
     pub limits: &'a Limits,
     pub test: Test,
@@ -223,7 +223,7 @@ impl Row<'_> {
             self.model.kind.clone(),
             size(self.model.bytes),
             params(self.model.n_params),
-            self.engine.name().to_owned(),
+            backend(self.engine),
             group.n_threads.to_string(),
         ];
         if shown.n_batch {
@@ -270,7 +270,7 @@ impl Row<'_> {
         let per_token = |n: u64| (self.test.n_gen > 0).then_some(n / n_decoded);
         let giga = |limit: Option<f64>| limit.map(|limit| round(limit / 1e9));
         let fields = vec![
-            ("backends", json!(self.engine.name())),
+            ("backends", json!(backend(self.engine))),
             ("model_filename", json!(group.model.display().to_string())),
             ("model_type", json!(self.model.kind)),
             ("model_size", json!(self.model.bytes)),
@@ -356,6 +356,15 @@ impl Row<'_> {
         let kernels = self.model.kernels.join(" ");
         notes.push(format!("kernels of {}: {kernels}", self.model.kind));
         notes
+    }
+}
+
+/// The name in the column `backend`: llama-bench's for its own.
+pub fn backend(engine: BackendKind) -> String {
+    match engine {
+        BackendKind::Cpu => "CPU".into(),
+        #[allow(unreachable_patterns, reason = "builds with other backends")]
+        other => other.name().into(),
     }
 }
 

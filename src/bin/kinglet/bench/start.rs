@@ -6,13 +6,13 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use kinglet::Model;
 use kinglet::tokenizer::Special;
+use kinglet::{BackendKind, Model};
 use serde_json::json;
 
 use crate::bench::output::{Column, Record};
-use crate::bench::plan::{Engine, Group};
-use crate::bench::report::{ModelCard, params, size};
+use crate::bench::plan::Group;
+use crate::bench::report::{ModelCard, backend, params, size};
 use crate::bench::stats::{deviation, mean, percentile};
 use crate::failure::{Failure, Outcome};
 
@@ -41,13 +41,13 @@ pub fn record(
     let ms: Vec<f64> = times.iter().map(|time| time.as_secs_f64() * 1e3).collect();
     let share = |share| percentile(times, share).map(|time| time.as_secs_f64() * 1e3);
     let test = format!("first{n_prompt}");
-    let engine = Engine::Cpu.name();
+    let engine = backend(BackendKind::Cpu);
     Record {
         cells: vec![
             model.kind.clone(),
             size(model.bytes),
             params(model.n_params),
-            engine.into(),
+            engine.clone(),
             group.n_threads.to_string(),
             test.clone(),
             format!("{:.2} ± {:.2}", mean(&ms), deviation(&ms)),

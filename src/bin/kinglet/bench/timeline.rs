@@ -3,8 +3,8 @@
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use kinglet::Session;
 use kinglet::profile::Work;
+use kinglet::{Model, Session};
 
 use crate::bench::plan::Test;
 use crate::failure::{Failure, Outcome};
@@ -50,14 +50,14 @@ fn flow() -> ControlFlow<()> {
 
 /// Tokens without a meaning: the first is BOS where the model wants it, the others come from a generator with a fixed
 /// seed (Knuth's linear congruential one, upper bits), so that every run reads the same.
-pub struct Tokens {
+struct Tokens {
     bos: Option<u32>,
     n_vocab: u64,
     state: u64,
 }
 
 impl Tokens {
-    pub fn new(bos: Option<u32>, n_vocab: usize) -> Self {
+    fn new(bos: Option<u32>, n_vocab: usize) -> Self {
         Self {
             bos,
             n_vocab: n_vocab as u64,
@@ -104,14 +104,26 @@ pub struct Sample {
 
 /// Runs a test on a timeline, repetition by repetition. The past is read once and kept.
 pub struct Runner<'a> {
-    pub timeline: &'a mut dyn Timeline,
-    pub tokens: Tokens,
-    pub n_batch: usize,
+    timeline: &'a mut dyn Timeline,
+    tokens: Tokens,
+    n_batch: usize,
     /// The depth of the past that the timeline holds.
-    pub depth: usize,
+    depth: usize,
 }
 
-impl Runner<'_> {
+impl<'a> Runner<'a> {
+    /// Runs tests of `model` on `timeline`, which is empty.
+    pub fn new(timeline: &'a mut dyn Timeline, model: &Model, n_batch: usize) -> Self {
+        let tokenizer = model.tokenizer().ok();
+        let bos = tokenizer.and_then(|t| t.bos().filter(|_| t.add_bos()));
+        Self {
+            timeline,
+            tokens: Tokens::new(bos, model.info().config.n_vocab),
+            n_batch,
+            depth: 0,
+        }
+    }
+
     /// What is timed later, once, with one decoded token.
     pub fn warm_up(&mut self, test: &Test) -> Outcome {
         let warm = Test {
