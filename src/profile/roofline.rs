@@ -24,17 +24,20 @@ pub enum Resource {
     Mapped,
     /// Multiplications and additions of 8-bit integers.
     Int8,
+    /// Multiplications and additions of 16-bit floats of the bf16 kind.
+    Bf16,
     /// Multiplications and additions of 32-bit floats.
     F32,
 }
 
 impl Resource {
     /// All of them.
-    pub const ALL: [Resource; 5] = [
+    pub const ALL: [Resource; 6] = [
         Resource::Anonymous,
         Resource::HugePages,
         Resource::Mapped,
         Resource::Int8,
+        Resource::Bf16,
         Resource::F32,
     ];
 }
@@ -81,7 +84,7 @@ pub struct Roofline {
 }
 
 /// Of the file: changes with its fields and with what the loops do.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 #[derive(Serialize, Deserialize)]
 struct Stored<T> {

@@ -46,7 +46,7 @@ pub fn roofline(n_threads: usize, measure: Measure) -> Outcome<Option<Roofline>>
 
 /// The best rate of `resource`, of computing with the levels that KINGLET_ISA allows.
 pub fn best(roofline: &Roofline, resource: Resource) -> Option<f64> {
-    let reads = !matches!(resource, Resource::Int8 | Resource::F32);
+    let reads = !matches!(resource, Resource::Int8 | Resource::Bf16 | Resource::F32);
     let usable = |level: &str| reads || Isa::from_name(level).is_some_and(Isa::usable);
     let best = roofline.best(resource, usable)?;
     Some(best.per_second as f64)
@@ -88,6 +88,7 @@ pub fn table(rooflines: &[Roofline]) -> String {
     }
     for (resource, name, unit) in [
         (Resource::Int8, "int8", "GOP/s"),
+        (Resource::Bf16, "bf16", "GFLOP/s"),
         (Resource::F32, "f32", "GFLOP/s"),
     ] {
         for level in Isa::ALL.iter().rev().map(|isa| isa.name()) {

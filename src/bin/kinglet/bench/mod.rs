@@ -190,6 +190,7 @@ fn limits(model: &Model, group: &Group, args: &BenchArgs) -> Outcome<Limits> {
         read: best(Resource::Mapped).or_else(|| best(Resource::Anonymous)),
         read_model,
         int8: best(Resource::Int8),
+        bf16: best(Resource::Bf16),
         f32: best(Resource::F32),
         cache_bytes: machine::last_level_cache(),
     })

@@ -48,6 +48,8 @@ pub struct Limits {
     pub read_model: Option<f64>,
     /// Operations on bytes.
     pub int8: Option<f64>,
+    /// Operations on bf16.
+    pub bf16: Option<f64>,
     /// Operations on floats.
     pub f32: Option<f64>,
     /// Bytes of the largest cache.
@@ -160,6 +162,7 @@ pub fn details() -> Vec<Table> {
                 Column::number("% file", 7),
                 Column::number("GOP/s", 8),
                 Column::number("% int8", 7),
+                Column::number("% bf16", 7),
             ]),
         ),
         Table::new(
@@ -213,7 +216,7 @@ impl Row<'_> {
             self.sum(|s| (s.prompt_work, s.prompt.unwrap_or(Duration::ZERO)));
         let n_decoded = (self.test.n_gen as u64 * n_samples).max(1);
         let read = Reached::new(reply.bytes(), reply_time, &[limits.read, limits.read_model]);
-        let computed = Reached::new(prompt.ops(), prompt_time, &[limits.int8]);
+        let computed = Reached::new(prompt.ops(), prompt_time, &[limits.int8, limits.bf16]);
         let barriers = (reply.regions as f64) / n_decoded as f64;
         let barriers = (self.test.n_gen > 0 && reply.bytes() > 0).then(|| round(barriers));
         let fits = limits.cache_bytes.map(|cache| self.model.bytes <= cache);
@@ -259,6 +262,7 @@ impl Row<'_> {
                 percent(read.limits[1]),
                 number(computed.giga()),
                 percent(computed.limits[0]),
+                percent(computed.limits[1]),
             ]),
             with(vec![
                 memory(|m| m.anonymous),
@@ -302,12 +306,17 @@ impl Row<'_> {
             ("decode_percent_of_file", json!(read.limits[1].map(round))),
             ("prefill_gop_s", json!(computed.giga())),
             (
+                "prefill_percent_of_bf16",
+                json!(computed.limits[1].map(round)),
+            ),
+            (
                 "prefill_percent_of_int8",
                 json!(computed.limits[0].map(round)),
             ),
             ("limit_memory_gb_s", json!(giga(limits.read))),
             ("limit_file_gb_s", json!(giga(limits.read_model))),
             ("limit_int8_gop_s", json!(giga(limits.int8))),
+            ("limit_bf16_gop_s", json!(giga(limits.bf16))),
             ("limit_f32_gop_s", json!(giga(limits.f32))),
             ("largest_cache_bytes", json!(limits.cache_bytes)),
             ("weights_fit_in_cache", json!(fits)),
@@ -334,10 +343,13 @@ impl Row<'_> {
                 format!(", {:.1} from the file of {}", own / 1e9, self.model.kind)
             });
             notes.push(format!(
-                "limits, {} threads: {:.1} GB/s from memory{own}; {:.0} GOP/s int8",
+                "limits, {} threads: {:.1} GB/s from memory{own}; {:.0} GOP/s int8{}",
                 self.group.n_threads,
                 read / 1e9,
-                int8 / 1e9
+                int8 / 1e9,
+                limits
+                    .bf16
+                    .map_or(String::new(), |bf16| format!(", {:.0} bf16", bf16 / 1e9)),
             ));
         }
         if let Some(cache) = limits
