@@ -79,12 +79,14 @@ pub struct Roofline {
     pub buffer_bytes: u64,
     /// Bytes of the last-level cache, where that is known.
     pub cache_bytes: Option<u64>,
+    /// Thousandths of the time in which a thread waited for a core that another process had; 0 where that is unknown.
+    pub disturbed: u64,
     /// Every loop.
     pub rates: Vec<Rate>,
 }
 
 /// Of the file: changes with its fields and with what the loops do.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 
 #[derive(Serialize, Deserialize)]
 struct Stored<T> {

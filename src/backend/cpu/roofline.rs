@@ -86,6 +86,7 @@ macro_rules! product_rates {
 pub fn measure(n_threads: usize, effort: &Effort) -> Result<Roofline> {
     let pool =
         Pool::new(n_threads).map_err(|e| Error::Invalid(format!("{n_threads} threads: {e}")))?;
+    let (start, waited) = (Instant::now(), machine::waited_for_cores());
     let mut rates = Vec::new();
     for resource in [Resource::Anonymous, Resource::HugePages, Resource::Mapped] {
         if let Ok(memory) = Memory::new(resource, effort.buffer_bytes, &pool) {
@@ -125,12 +126,20 @@ pub fn measure(n_threads: usize, effort: &Effort) -> Result<Roofline> {
         -5f32,
         16
     ));
+    // Before the pool ends: threads that are gone are not counted.
+    let waited = waited.zip(machine::waited_for_cores());
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    // More threads than cores wait for each other.
+    let waited = waited.filter(|_| n_threads <= cores);
+    let waited = waited.map_or(0, |(before, now)| now.saturating_sub(before).as_nanos());
+    let threads_time = start.elapsed().as_nanos().max(1) * n_threads.max(1) as u128;
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     Ok(Roofline {
         key: key(n_threads),
         measured_at: since.map_or(0, |since| since.as_secs()),
         buffer_bytes: effort.buffer_bytes as u64,
         cache_bytes: machine::last_level_cache(),
+        disturbed: u64::try_from(1000 * waited / threads_time).unwrap_or(1000),
         rates,
     })
 }

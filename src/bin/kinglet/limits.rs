@@ -8,6 +8,9 @@ use kinglet::profile::roofline::{Resource, cache_folder};
 use crate::failure::Outcome;
 use crate::ui;
 
+/// Thousandths of the time that other programs may take before a measurement is not worth keeping.
+const MAX_DISTURBED: u64 = 50;
+
 /// Whether to measure.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Measure {
@@ -36,6 +39,13 @@ pub fn roofline(n_threads: usize, measure: Measure) -> Outcome<Option<Roofline>>
         ui::bytes(effort.buffer_bytes as u64)
     ));
     let measured = roofline::measure(n_threads, &effort)?;
+    if measured.disturbed > MAX_DISTURBED {
+        ui::note(&format!(
+            "note: other programs had the cores for {} % of that time, so the measurement is not kept",
+            measured.disturbed / 10
+        ));
+        return Ok(Some(measured));
+    }
     match folder.map(|folder| measured.save(&folder)) {
         Some(Ok(_)) => {}
         Some(Err(error)) => ui::note(&format!("note: the measurement is not kept: {error}")),

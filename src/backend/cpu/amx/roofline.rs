@@ -41,8 +41,15 @@ pub(crate) fn products_bf16(p: &mut Products<u16, u16, 32>) {
     let (w, x) = tiles(bytemuck::cast(*p.w), bytemuck::cast(*p.x));
     let n = p.rounds / (4 * ROUNDS);
     for sums in Tiles::configure().repeat_bf16(&w, &x, n) {
-        let sums: [f32; 256] = bytemuck::cast(sums);
-        p.sum += sums.iter().map(|sum| f64::from(*sum)).sum::<f64>();
+        // Lane by lane: one sum after the other would take a fifth of the time.
+        let sums: [[f32; 16]; 16] = bytemuck::cast(sums);
+        let mut lanes = [0.0; 16];
+        for sums in sums {
+            for (lane, sum) in lanes.iter_mut().zip(sums) {
+                *lane += f64::from(sum);
+            }
+        }
+        p.sum += lanes.iter().sum::<f64>();
     }
     let mut rest = Products {
         rounds: p.rounds % (4 * ROUNDS),

@@ -4,6 +4,7 @@
 //! each repetition. Times of tokenizing and sampling are not in it.
 
 mod busy;
+mod kernel;
 mod output;
 mod plan;
 mod report;
@@ -36,6 +37,12 @@ use self::report::{Limits, ModelCard, Row, Shown};
 use self::timeline::{Runner, Sample};
 
 pub fn run(args: &BenchArgs) -> Outcome {
+    if args.list_kernels || args.kernel.iter().any(|name| name == "list") {
+        return kernel::list();
+    }
+    if !args.kernel.is_empty() {
+        return kernel::run(args);
+    }
     let groups = plan::groups(args)?;
     let _watched = interrupt::busy();
     if let Some(n_prompt) = args.first_token {
