@@ -42,6 +42,7 @@ fn all_rows() -> Vec<(&'static str, &'static str)> {
         .chain(names(table::ATTEND_F32))
         .chain(names(table::READ))
         .chain(names(table::PRODUCTS_I8))
+        .chain(names(table::PRODUCTS_BF16))
         .chain(names(table::PRODUCTS_F32))
         .collect()
 }

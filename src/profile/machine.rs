@@ -1,6 +1,7 @@
 //! The machine, and this process on it, as Linux tells: elsewhere most of it is unknown.
 
 use std::fs;
+use std::time::Duration;
 
 /// The model of the CPU.
 pub fn cpu_name() -> Option<String> {
@@ -82,6 +83,17 @@ pub fn huge_pages() -> Option<String> {
     let modes = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").ok()?;
     let mode = modes.split_once('[')?.1.split_once(']')?.0;
     Some(mode.to_owned())
+}
+
+/// How long the threads of this process have waited for a core since they began.
+pub fn waited_for_cores() -> Option<Duration> {
+    let tasks = fs::read_dir("/proc/self/task").ok()?;
+    let waited = |task: fs::DirEntry| {
+        let text = fs::read_to_string(task.path().join("schedstat")).ok()?;
+        text.split_whitespace().nth(1)?.parse().ok()
+    };
+    let nanos: Vec<u64> = tasks.filter_map(|task| waited(task.ok()?)).collect();
+    (!nanos.is_empty()).then(|| Duration::from_nanos(nanos.iter().sum()))
 }
 
 /// Memory of this process.

@@ -24,17 +24,20 @@ pub enum Resource {
     Mapped,
     /// Multiplications and additions of 8-bit integers.
     Int8,
+    /// Multiplications and additions of 16-bit floats of the bf16 kind.
+    Bf16,
     /// Multiplications and additions of 32-bit floats.
     F32,
 }
 
 impl Resource {
     /// All of them.
-    pub const ALL: [Resource; 5] = [
+    pub const ALL: [Resource; 6] = [
         Resource::Anonymous,
         Resource::HugePages,
         Resource::Mapped,
         Resource::Int8,
+        Resource::Bf16,
         Resource::F32,
     ];
 }
@@ -76,12 +79,14 @@ pub struct Roofline {
     pub buffer_bytes: u64,
     /// Bytes of the last-level cache, where that is known.
     pub cache_bytes: Option<u64>,
+    /// Thousandths of the time in which a thread waited for a core that another process had; 0 where that is unknown.
+    pub disturbed: u64,
     /// Every loop.
     pub rates: Vec<Rate>,
 }
 
 /// Of the file: changes with its fields and with what the loops do.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 3;
 
 #[derive(Serialize, Deserialize)]
 struct Stored<T> {

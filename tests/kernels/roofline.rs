@@ -1,6 +1,8 @@
 //! The loops that measure the machine: each must do all the work that it is counted for, so all rows agree.
 
-use kinglet::backend::cpu::table::{Line, PRODUCTS_F32, PRODUCTS_I8, Products, READ, Ready};
+use kinglet::backend::cpu::table::{
+    Line, PRODUCTS_BF16, PRODUCTS_F32, PRODUCTS_I8, Products, READ, Ready,
+};
 use proptest::prelude::*;
 
 proptest! {
@@ -23,7 +25,7 @@ proptest! {
     fn products_are_all_there(
         w in prop::collection::vec(0u8..16, 256),
         x in prop::collection::vec(-127i8..=127, 256),
-        rounds in 0usize..5,
+        rounds in 0usize..300,
     ) {
         let (w, x): (&[[u8; 64]; 4], &[[i8; 64]; 4]) =
             (w.as_chunks().0.try_into().unwrap(), x.as_chunks().0.try_into().unwrap());
@@ -34,15 +36,25 @@ proptest! {
             kernel.run(&mut products);
             prop_assert_eq!(products.sum, 1.0 + rounds as f64 * sum as f64, "{}", kernel.name());
         }
-        let floats = |row: [f32; 16]| row;
-        let wf: [[f32; 16]; 4] = std::array::from_fn(|i| floats(std::array::from_fn(|k| w[i][k].into())));
-        let xf: [[f32; 16]; 4] = std::array::from_fn(|i| floats(std::array::from_fn(|k| (x[i][k] / 16).into())));
+        let wf: [[f32; 16]; 4] = std::array::from_fn(|i| std::array::from_fn(|k| w[i][k].into()));
+        let xf: [[f32; 16]; 4] = std::array::from_fn(|i| std::array::from_fn(|k| (x[i][k] / 16).into()));
         let pairs = wf.iter().flat_map(|w| xf.iter().map(move |x| (w, x)));
         let sum: f32 = pairs.map(|(w, x)| w.iter().zip(x).map(|(w, x)| w * x).sum::<f32>()).sum();
         for kernel in PRODUCTS_F32.iter().filter_map(Ready::new) {
             let mut products = Products { w: &wf, x: &xf, rounds, sum: 1.0 };
             kernel.run(&mut products);
             prop_assert_eq!(products.sum, 1.0 + rounds as f64 * f64::from(sum), "{}", kernel.name());
+        }
+        let half = |x: f32| (x.to_bits() >> 16) as u16;
+        let wh: [[u16; 32]; 4] = std::array::from_fn(|i| std::array::from_fn(|k| half(w[i][k].into())));
+        let xh: [[u16; 32]; 4] = std::array::from_fn(|i| std::array::from_fn(|k| half(x[i][k].into())));
+        let pairs = w.iter().flat_map(|w| x.iter().map(move |x| (w, x)));
+        let products = pairs.flat_map(|(w, x)| w.iter().zip(x).take(32));
+        let sum: i64 = products.map(|(w, x)| i64::from(*w) * i64::from(*x)).sum();
+        for kernel in PRODUCTS_BF16.iter().filter_map(Ready::new) {
+            let mut products = Products { w: &wh, x: &xh, rounds, sum: 1.0 };
+            kernel.run(&mut products);
+            prop_assert_eq!(products.sum, 1.0 + rounds as f64 * sum as f64, "{}", kernel.name());
         }
     }
 }

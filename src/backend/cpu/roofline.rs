@@ -13,7 +13,10 @@ use memmap2::{Mmap, MmapMut, MmapOptions};
 
 use super::isa::Isa;
 use super::pool::Pool;
-use super::table::{Kernel, Line, PRODUCTS_F32, PRODUCTS_I8, Products, READ, Read, Ready};
+use super::table::{
+    Kernel, Line, PRODUCTS_BF16, PRODUCTS_F32, PRODUCTS_I8, Products, ProductsBf16, ProductsF32,
+    ProductsI8, READ, Read, Ready,
+};
 use crate::error::{Error, Result};
 use crate::profile::machine;
 use crate::profile::roofline::{Key, Rate, Resource, Roofline};
@@ -57,6 +60,25 @@ pub fn key(n_threads: usize) -> Key {
     }
 }
 
+/// How fast each row of a table computes on all threads at once.
+macro_rules! product_rates {
+    ($resource:ident, $kernel:ident, $table:ident, $pool:expr, $time:expr, $w:expr, $x:expr, $n:literal) => {{
+        let (w, x) = ([[$w; $n]; 4], [[$x; $n]; 4]);
+        let run = |kernel: &Ready<$kernel>, rounds| {
+            let mut products = Products {
+                w: &w,
+                x: &x,
+                rounds,
+                sum: 0.0,
+            };
+            kernel.run(&mut products);
+            std::hint::black_box(products.sum);
+        };
+        let ops = 2 * 4 * 4 * $n;
+        rates_of(Resource::$resource, $table, $pool, $time, ops, run)
+    }};
+}
+
 /// Measures everything with `n_threads`. Memory or a temporary file that cannot be had is left out.
 ///
 /// # Errors
@@ -64,54 +86,60 @@ pub fn key(n_threads: usize) -> Key {
 pub fn measure(n_threads: usize, effort: &Effort) -> Result<Roofline> {
     let pool =
         Pool::new(n_threads).map_err(|e| Error::Invalid(format!("{n_threads} threads: {e}")))?;
+    let (start, waited) = (Instant::now(), machine::waited_for_cores());
     let mut rates = Vec::new();
     for resource in [Resource::Anonymous, Resource::HugePages, Resource::Mapped] {
         if let Ok(memory) = Memory::new(resource, effort.buffer_bytes, &pool) {
             rates.extend(read_rates(resource, &pool, &[memory.bytes()], effort.time));
         }
     }
-    let (w, x) = ([[3; 64]; 4], [[-5; 64]; 4]);
-    rates.extend(rates_of(
-        Resource::Int8,
+    let time = effort.time;
+    rates.extend(product_rates!(
+        Int8,
+        ProductsI8,
         PRODUCTS_I8,
         &pool,
-        effort.time,
-        |kernel, rounds| {
-            let mut products = Products {
-                w: &w,
-                x: &x,
-                rounds,
-                sum: 0.0,
-            };
-            kernel.run(&mut products);
-            std::hint::black_box(products.sum);
-            2 * Products::<u8, i8, 64>::PER_ROUND
-        },
+        time,
+        3u8,
+        -5i8,
+        64
     ));
-    let (w, x) = ([[3.0; 16]; 4], [[-5.0; 16]; 4]);
-    rates.extend(rates_of(
-        Resource::F32,
+    // Upper halves of the floats 3 and -5.
+    let (w, x) = (0x4040u16, 0xc0a0u16);
+    rates.extend(product_rates!(
+        Bf16,
+        ProductsBf16,
+        PRODUCTS_BF16,
+        &pool,
+        time,
+        w,
+        x,
+        32
+    ));
+    rates.extend(product_rates!(
+        F32,
+        ProductsF32,
         PRODUCTS_F32,
         &pool,
-        effort.time,
-        |kernel, rounds| {
-            let mut products = Products {
-                w: &w,
-                x: &x,
-                rounds,
-                sum: 0.0,
-            };
-            kernel.run(&mut products);
-            std::hint::black_box(products.sum);
-            2 * Products::<f32, f32, 16>::PER_ROUND
-        },
+        time,
+        3f32,
+        -5f32,
+        16
     ));
+    // Before the pool ends: threads that are gone are not counted.
+    let waited = waited.zip(machine::waited_for_cores());
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    // More threads than cores wait for each other.
+    let waited = waited.filter(|_| n_threads <= cores);
+    let waited = waited.map_or(0, |(before, now)| now.saturating_sub(before).as_nanos());
+    let threads_time = start.elapsed().as_nanos().max(1) * n_threads.max(1) as u128;
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     Ok(Roofline {
         key: key(n_threads),
         measured_at: since.map_or(0, |since| since.as_secs()),
         buffer_bytes: effort.buffer_bytes as u64,
         cache_bytes: machine::last_level_cache(),
+        disturbed: u64::try_from(1000 * waited / threads_time).unwrap_or(1000),
         rates,
     })
 }
@@ -152,30 +180,26 @@ fn read(kernel: &Ready<Read>, pool: &Pool, pieces: &[&[Line]]) {
     std::hint::black_box(total);
 }
 
-/// How fast each row of `table` computes on all threads at once. `run` does some rounds of it and says how many
-/// operations one has.
+/// How fast each row of `table` computes on all threads at once. `run` does some rounds of it, of `ops` operations each.
 fn rates_of<K: Kernel>(
     resource: Resource,
     table: &'static [K],
     pool: &Pool,
     time: Duration,
-    run: impl Fn(&Ready<K>, usize) -> usize + Sync,
+    ops: usize,
+    run: impl Fn(&Ready<K>, usize) + Sync,
 ) -> Vec<Rate> {
     let rounds = Products::<f32, f32, 16>::MAX_ROUNDS;
     // Several tasks for each thread: one that starts late does not hold the others.
-    let n_tasks = 64 * pool.n_threads();
+    let n_tasks = 16 * pool.n_threads();
+    const RUNS: usize = 8;
     let ready = table.iter().filter_map(Ready::new);
     ready
         .map(|kernel| {
-            let ops = AtomicU64::new(0);
-            let pass = || {
-                pool.run(n_tasks, &|_| {
-                    ops.store(run(&kernel, rounds) as u64, Ordering::Relaxed);
-                });
-            };
+            let pass = || pool.run(n_tasks, &|_| (0..RUNS).for_each(|_| run(&kernel, rounds)));
             pass(); // wide vectors are slow until the core has made ready for them
             let best = best_time(time, pass);
-            let ops = ops.load(Ordering::Relaxed) as usize * rounds * n_tasks;
+            let ops = ops * rounds * RUNS * n_tasks;
             rate(resource, kernel.name(), kernel.isa(), ops, best)
         })
         .collect()

@@ -239,6 +239,10 @@ operation! {
     ProductsI8(products: &mut Products<u8, i8, 64>)
 }
 operation! {
+    /// Products of bf16, see [`Products`].
+    ProductsBf16(products: &mut Products<u16, u16, 32>)
+}
+operation! {
     /// Products of floats, see [`Products`].
     ProductsF32(products: &mut Products<f32, f32, 16>)
 }
@@ -766,12 +770,22 @@ rows! {
     /// Products of bytes at full speed.
     PRODUCTS_I8: ProductsI8 {
         #[cfg(target_arch = "x86_64")]
+        "products_i8_amx", Amx, amx::roofline::products_i8;
+        #[cfg(target_arch = "x86_64")]
         "products_i8_avx512vnni", Avx512Vnni, avx512vnni::roofline::products_i8;
         #[cfg(target_arch = "x86_64")]
         "products_i8_avx2", Avx2, avx2::roofline::products_i8;
         #[cfg(target_arch = "aarch64")]
         "products_i8_neon_dotprod", NeonDotprod, neon_dotprod::roofline::products_i8;
         "products_i8_scalar", Scalar, scalar::roofline::products_i8;
+    }
+}
+rows! {
+    /// Products of bf16 at full speed.
+    PRODUCTS_BF16: ProductsBf16 {
+        #[cfg(target_arch = "x86_64")]
+        "products_bf16_amx", Amx, amx::roofline::products_bf16;
+        "products_bf16_scalar", Scalar, scalar::roofline::products_bf16;
     }
 }
 rows! {

@@ -43,6 +43,9 @@ pub enum Command {
     Eval(EvalArgs),
     /// Measure how fast models run.
     Bench(BenchArgs),
+    /// Keep a core busy until stdin ends: the other processes of `bench --busy`.
+    #[command(hide = true)]
+    Spin,
     /// Show this machine as Kinglet sees it: CPU, kernels, memory.
     Doctor(DoctorArgs),
     /// Write a completion script for a shell.
@@ -457,6 +460,21 @@ impl std::str::FromStr for PromptAndReply {
     }
 }
 
+/// Rows of a matrix and their length: `2048x576`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Shape(pub usize, pub usize);
+
+impl std::str::FromStr for Shape {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let bad = |_| format!("expected rows and row length like 2048x576, found `{text}`");
+        let (n, k) = text.split_once('x').unwrap_or((text, ""));
+        let number = |text: &str| text.parse::<u32>().map(|n| n as usize).map_err(bad);
+        Ok(Self(number(n)?, number(k)?))
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Format {
     Md,
@@ -510,6 +528,31 @@ pub struct BenchArgs {
     /// Time the first run too
     #[arg(long)]
     pub no_warmup: bool,
+    /// Instead of the tests: the time from the start of a new process to its first token after a prompt of N tokens
+    #[arg(long, value_name = "N", value_parser = positive, conflicts_with_all = ["n_prompt", "n_gen", "pg", "n_depth"])]
+    pub first_token: Option<usize>,
+    /// Instead of models: rows of the kernel table, by name
+    #[arg(long, value_name = "NAME", value_delimiter = ',', conflicts_with_all = ["models", "model", "n_prompt", "n_gen", "pg", "n_depth"])]
+    pub kernel: Vec<String>,
+    /// Print the rows of the kernel table, and whether this CPU can run them
+    #[arg(long)]
+    pub list_kernels: bool,
+    /// With --kernel: rows and row length of matrices, keys and head size of attention [default: as suits the kernel]
+    #[arg(long, value_name = "NxK", value_delimiter = ',', requires = "kernel")]
+    pub shape: Vec<Shape>,
+    /// With --kernel: tokens of a call [default: 1,512]
+    #[arg(long, value_name = "N", requires = "kernel")]
+    tokens: Vec<Numbers>,
+    /// Below the table: times of tokens, limits of the machine and what of them was reached, memory, barriers, kernels;
+    /// CSV and JSON always have them
+    #[arg(long)]
+    pub details: bool,
+    /// Do not measure the limits of the machine, though they are not known
+    #[arg(long)]
+    pub no_measure: bool,
+    /// Processes that spin beside the measurement, to see it under contention
+    #[arg(long, value_name = "N", default_value = "0", value_parser = clap::value_parser!(u16).range(..=256))]
+    busy: u16,
     /// Seconds to wait before each test
     #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = clap::value_parser!(u64).range(..=3600))]
     pub delay: u64,
@@ -520,6 +563,11 @@ Flags, tests and columns are llama-bench's. Numbers can be lists and ranges (1,2
 several times; every combination is run. Rows: pp512 reads a prompt, tg128 decodes, `@ d4096` after so many tokens.";
 
 impl BenchArgs {
+    /// Processes that spin.
+    pub fn n_busy(&self) -> usize {
+        self.busy.into()
+    }
+
     /// Models as they were given; a comma separates them unless a file has it in its name.
     pub fn models(&self) -> Vec<&str> {
         let names = self.models.iter().chain(&self.model).map(String::as_str);
@@ -548,7 +596,7 @@ macro_rules! number_lists {
     };
 }
 
-number_lists! { n_prompt n_gen n_depth batch_size ubatch_size threads }
+number_lists! { n_prompt n_gen n_depth batch_size ubatch_size threads tokens }
 
 /// llama-bench's flags of several letters after one dash, which this parser would read letter by letter.
 pub fn spelled_out(mut arguments: Vec<OsString>) -> Vec<OsString> {

@@ -8,6 +8,9 @@ use kinglet::profile::roofline::{Resource, cache_folder};
 use crate::failure::Outcome;
 use crate::ui;
 
+/// Thousandths of the time that other programs may take before a measurement is not worth keeping.
+const MAX_DISTURBED: u64 = 50;
+
 /// Whether to measure.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Measure {
@@ -36,6 +39,13 @@ pub fn roofline(n_threads: usize, measure: Measure) -> Outcome<Option<Roofline>>
         ui::bytes(effort.buffer_bytes as u64)
     ));
     let measured = roofline::measure(n_threads, &effort)?;
+    if measured.disturbed > MAX_DISTURBED {
+        ui::note(&format!(
+            "note: other programs had the cores for {} % of that time, so the measurement is not kept",
+            measured.disturbed / 10
+        ));
+        return Ok(Some(measured));
+    }
     match folder.map(|folder| measured.save(&folder)) {
         Some(Ok(_)) => {}
         Some(Err(error)) => ui::note(&format!("note: the measurement is not kept: {error}")),
@@ -45,9 +55,8 @@ pub fn roofline(n_threads: usize, measure: Measure) -> Outcome<Option<Roofline>>
 }
 
 /// The best rate of `resource`, of computing with the levels that KINGLET_ISA allows.
-#[allow(dead_code)]
 pub fn best(roofline: &Roofline, resource: Resource) -> Option<f64> {
-    let reads = !matches!(resource, Resource::Int8 | Resource::F32);
+    let reads = !matches!(resource, Resource::Int8 | Resource::Bf16 | Resource::F32);
     let usable = |level: &str| reads || Isa::from_name(level).is_some_and(Isa::usable);
     let best = roofline.best(resource, usable)?;
     Some(best.per_second as f64)
@@ -89,6 +98,7 @@ pub fn table(rooflines: &[Roofline]) -> String {
     }
     for (resource, name, unit) in [
         (Resource::Int8, "int8", "GOP/s"),
+        (Resource::Bf16, "bf16", "GFLOP/s"),
         (Resource::F32, "f32", "GFLOP/s"),
     ] {
         for level in Isa::ALL.iter().rev().map(|isa| isa.name()) {

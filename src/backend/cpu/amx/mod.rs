@@ -13,6 +13,7 @@
 pub(crate) mod attend;
 pub(crate) mod gemm;
 pub(crate) mod pack;
+pub(crate) mod roofline;
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -27,8 +28,8 @@ pub(super) fn permitted() -> bool {
     static PERMITTED: OnceLock<bool> = OnceLock::new();
     *PERMITTED.get_or_init(|| {
         let features = __cpuid_count(7, 0).edx;
-        let (tile, bf16) = (features >> 24 & 1, features >> 22 & 1);
-        tile == 1 && bf16 == 1 && requested()
+        let [tile, bf16, int8] = [24, 22, 25].map(|bit| features >> bit & 1);
+        tile == 1 && bf16 == 1 && int8 == 1 && requested()
     })
 }
 
@@ -224,6 +225,89 @@ impl Tiles {
                 options(nostack, preserves_flags)
             );
         }
+    }
+
+    /// Four times `n` times the product of a tile of unsigned bytes and one of signed, from registers alone: to see how
+    /// fast they are.
+    fn repeat_i8(&self, w: &Tile, x: &Tile, n: usize) -> [Tile; 4] {
+        let mut sums = [Tile([[0; 64]; 16]); 4];
+        // SAFETY: as in `multiply`.
+        unsafe {
+            asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
+                "tileloadd tmm4, [{w} + {row}]",
+                "tileloadd tmm5, [{w} + {row}]",
+                "tileloadd tmm6, [{x} + {row}]",
+                "tileloadd tmm7, [{x} + {row}]",
+                w = in(reg) w as *const Tile,
+                x = in(reg) x as *const Tile,
+                row = in(reg) 64usize,
+                options(nostack, preserves_flags)
+            );
+            for _ in 0..n {
+                asm!(
+                    "tdpbusd tmm0, tmm4, tmm6",
+                    "tdpbusd tmm1, tmm4, tmm7",
+                    "tdpbusd tmm2, tmm5, tmm6",
+                    "tdpbusd tmm3, tmm5, tmm7",
+                    options(nomem, nostack, preserves_flags)
+                );
+            }
+            asm!(
+                "tilestored [{sums} + {row}], tmm0",
+                "tilestored [{sums} + {row} + 1024], tmm1",
+                "tilestored [{sums} + {row} + 2048], tmm2",
+                "tilestored [{sums} + {row} + 3072], tmm3",
+                sums = in(reg) sums.as_mut_ptr(),
+                row = in(reg) 64usize,
+                options(nostack, preserves_flags)
+            );
+        }
+        sums
+    }
+
+    /// As [`Tiles::repeat_i8`], of bf16.
+    fn repeat_bf16(&self, w: &Tile, x: &Tile, n: usize) -> [Tile; 4] {
+        let mut sums = [Tile([[0; 64]; 16]); 4];
+        // SAFETY: as in `multiply`.
+        unsafe {
+            asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
+                "tileloadd tmm4, [{w} + {row}]",
+                "tileloadd tmm5, [{w} + {row}]",
+                "tileloadd tmm6, [{x} + {row}]",
+                "tileloadd tmm7, [{x} + {row}]",
+                w = in(reg) w as *const Tile,
+                x = in(reg) x as *const Tile,
+                row = in(reg) 64usize,
+                options(nostack, preserves_flags)
+            );
+            for _ in 0..n {
+                asm!(
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    options(nomem, nostack, preserves_flags)
+                );
+            }
+            asm!(
+                "tilestored [{sums} + {row}], tmm0",
+                "tilestored [{sums} + {row} + 1024], tmm1",
+                "tilestored [{sums} + {row} + 2048], tmm2",
+                "tilestored [{sums} + {row} + 3072], tmm3",
+                sums = in(reg) sums.as_mut_ptr(),
+                row = in(reg) 64usize,
+                options(nostack, preserves_flags)
+            );
+        }
+        sums
     }
 }
 

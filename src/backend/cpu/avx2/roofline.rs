@@ -64,24 +64,35 @@ pub(crate) fn products_i8(p: &mut Products<u8, i8, 64>) {
     }
 }
 
+/// Adds the products of the first or second half of four rows and a vector.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn add_products(sums: &mut [__m256; 4], w: &[[[f32; 8]; 2]; 4], half: usize, x: &[f32; 8]) {
+    let x = _mm256_castsi256_ps(load(x));
+    for i in 0..4 {
+        let w = _mm256_castsi256_ps(load(&w[i][half]));
+        sums[i] = _mm256_fmadd_ps(w, x, sums[i]);
+    }
+}
+
 /// Twelve sums in registers, and four vectors of one side: enough to wait for none.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn products_f32(p: &mut Products<f32, f32, 16>) {
     let w: &[[[f32; 8]; 2]; 4] = bytemuck::cast_ref(p.w);
     let x: &[[[f32; 8]; 2]; 4] = bytemuck::cast_ref(p.x);
-    let mut sums = [[_mm256_setzero_ps(); 3]; 4];
+    let [mut a, mut b, mut c] = [[_mm256_setzero_ps(); 4]; 3];
     for _ in 0..p.rounds {
         let (w, x) = black_box((w, x));
-        for k in 0..8 {
-            let (half, j) = (k / 4, k % 4);
-            let x = _mm256_castsi256_ps(load(&x[j][half]));
-            for i in 0..4 {
-                let w = _mm256_castsi256_ps(load(&w[i][half]));
-                sums[i][k % 3] = _mm256_fmadd_ps(w, x, sums[i][k % 3]);
-            }
-        }
+        add_products(&mut a, w, 0, &x[0][0]);
+        add_products(&mut b, w, 0, &x[1][0]);
+        add_products(&mut c, w, 0, &x[2][0]);
+        add_products(&mut a, w, 0, &x[3][0]);
+        add_products(&mut b, w, 1, &x[0][1]);
+        add_products(&mut c, w, 1, &x[1][1]);
+        add_products(&mut a, w, 1, &x[2][1]);
+        add_products(&mut b, w, 1, &x[3][1]);
     }
-    for sum in sums.as_flattened() {
+    for sum in [a, b, c].as_flattened() {
         p.sum += sum_pd(_mm256_add_pd(
             _mm256_cvtps_pd(_mm256_castps256_ps128(*sum)),
             _mm256_cvtps_pd(_mm256_extractf128_ps::<1>(*sum)),

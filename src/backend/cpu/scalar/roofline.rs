@@ -68,3 +68,24 @@ pub(crate) fn products_f32(p: &mut Products<f32, f32, 16>) {
         .map(|x| f64::from(*x))
         .sum::<f64>();
 }
+
+/// Halves of floats: made whole first, as every level does that has no products of them.
+pub(crate) fn products_bf16(p: &mut Products<u16, u16, 32>) {
+    let whole = |half: u16| f32::from_bits(u32::from(half) << 16);
+    let mut sums = [[0.0; 32]; 4];
+    for _ in 0..p.rounds {
+        let (w, x) = black_box((p.w, p.x));
+        for (w, sums) in w.iter().zip(&mut sums) {
+            for x in x {
+                for ((w, x), sum) in w.iter().zip(x).zip(&mut *sums) {
+                    *sum += whole(*w) * whole(*x);
+                }
+            }
+        }
+    }
+    p.sum += sums
+        .as_flattened()
+        .iter()
+        .map(|x| f64::from(*x))
+        .sum::<f64>();
+}

@@ -3,107 +3,217 @@
 //! Each test is run once untimed, then `-r` times. A past (`-d`) is read once and the session cut back to it before
 //! each repetition. Times of tokenizing and sampling are not in it.
 
+mod busy;
+mod kernel;
+mod output;
 mod plan;
 mod report;
+mod start;
 mod stats;
 mod timeline;
 
+pub use self::busy::spin;
+
+use std::collections::BTreeSet;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use kinglet::backend::cpu::pool::Pool;
+use kinglet::backend::cpu::roofline;
+use kinglet::backend::cpu::table::{self, Operations};
 use kinglet::model::quantize::Mix;
-use kinglet::{LoadOptions, Model, Session, SessionOptions};
+use kinglet::profile::machine::{self, Resident};
+use kinglet::profile::roofline::Resource;
+use kinglet::{KvType, LoadOptions, Model, Session, SessionOptions};
 
 use crate::args::BenchArgs;
 use crate::failure::{Failure, Outcome};
+use crate::limits::{self, Measure};
 use crate::{interrupt, ui};
 
-use self::plan::{Engine, Group, Test};
-use self::report::{ModelCard, Printer, Row};
-use self::timeline::{Runner, Timeline, Tokens};
+use self::busy::Busy;
+use self::output::Printer;
+use self::plan::{Group, Test};
+use self::report::{Limits, ModelCard, Row, Shown};
+use self::timeline::{Runner, Sample};
 
 pub fn run(args: &BenchArgs) -> Outcome {
+    if args.list_kernels || args.kernel.iter().any(|name| name == "list") {
+        return kernel::list();
+    }
+    if !args.kernel.is_empty() {
+        return kernel::run(args);
+    }
     let groups = plan::groups(args)?;
-    let _busy = interrupt::busy();
-    let mut printer = Printer::new(args.output, &groups, kinglet::profile::machine::cpu_name());
+    let _watched = interrupt::busy();
+    if let Some(n_prompt) = args.first_token {
+        return run_starts(&groups, n_prompt, args);
+    }
+    let details = if args.details {
+        report::details()
+    } else {
+        Vec::new()
+    };
+    let mut printer = Printer::new(args.output, report::columns(&groups), details);
+    let shown = Shown::new(&groups);
     let measured = groups
         .iter()
-        .try_for_each(|group| run_group(group, args, &mut printer));
+        .try_for_each(|group| run_group(group, args, &shown, &mut printer));
     // What was measured before an error or Ctrl-C stays readable.
     printer.end()?;
     measured
 }
 
-fn run_group(group: &Group, args: &BenchArgs, printer: &mut Printer) -> Outcome {
+fn run_group(group: &Group, args: &BenchArgs, shown: &Shown, printer: &mut Printer) -> Outcome {
     let threads = group.n_threads;
-    let model = Model::load(
-        &group.model,
-        &LoadOptions {
-            threads,
-            ..LoadOptions::default()
-        },
-    )?;
-    let tokenizer = model.tokenizer().ok();
-    let bos = tokenizer.and_then(|t| t.bos().filter(|_| t.add_bos()));
     let n_ctx = group
         .tests
         .iter()
         .map(|test| test.n_depth + test.n_tokens());
-    let card = card(&model);
-    for engine in [Engine::Cpu] {
-        let mut timeline: Box<dyn Timeline> = match engine {
-            Engine::Cpu => Box::new(Session::new(
-                &model,
-                &SessionOptions {
-                    n_ctx: n_ctx.clone().max().unwrap_or(0),
-                    kv: group.kv,
-                    batch: group.n_ubatch,
-                },
-            )?),
-        };
-        let mut runner = Runner {
-            timeline: &mut *timeline,
-            tokens: Tokens::new(bos, model.info().config.n_vocab),
-            n_batch: group.n_batch,
-            depth: 0,
-        };
-        for test in &group.tests {
-            wait(args.delay)?;
-            let time = rfc3339(SystemTime::now());
-            let samples = samples(&mut runner, test, args, &card.kind)?;
-            printer.row(&Row {
+    let options = SessionOptions {
+        n_ctx: n_ctx.max().unwrap_or(0),
+        kv: group.kv,
+        batch: group.n_ubatch,
+    };
+    let open = |backend| -> Outcome<Session> {
+        let model = Model::load(&group.model, &LoadOptions { threads, backend })?;
+        Ok(Session::new(&model, &options)?)
+    };
+    let engines = plan::engines();
+    let mut sessions = engines
+        .iter()
+        .map(|engine| open(*engine))
+        .collect::<Outcome<Vec<_>>>()?;
+    let model = sessions[0].model().clone();
+    let card = card(&model, group.kv);
+    let limits = limits(&model, group, args)?;
+    let mut runners: Vec<Runner> = sessions
+        .iter_mut()
+        .map(|session| Runner::new(session, &model, group.n_batch))
+        .collect();
+    let _busy = Busy::start(args.n_busy())?;
+    for test in &group.tests {
+        wait(args.delay)?;
+        let time = rfc3339(SystemTime::now());
+        Resident::reset_peak(); // else the peak is that of all tests so far
+        let samples = samples(&mut runners, test, args, &card.kind)?;
+        let memory = Resident::now();
+        for (engine, samples) in engines.iter().zip(samples) {
+            let row = Row {
                 group,
-                engine,
+                engine: *engine,
                 model: &card,
+                limits: &limits,
                 test: *test,
-                time,
+                time: time.clone(),
                 samples,
-            })?;
+                memory,
+                n_busy: args.n_busy(),
+            };
+            printer.row(row.record(shown))?;
         }
     }
     Ok(())
 }
 
+/// New processes up to their first token, instead of the tests.
+fn run_starts(groups: &[Group], n_prompt: usize, args: &BenchArgs) -> Outcome {
+    let mut printer = Printer::new(args.output, start::columns(), Vec::new());
+    let measured = groups.iter().try_for_each(|group| -> Outcome {
+        let model = Model::load(&group.model, &LoadOptions::default())?;
+        let prompt = start::prompt(&model, n_prompt)?;
+        let card = card(&model, group.kv);
+        drop(model);
+        let time = rfc3339(SystemTime::now());
+        let _busy = Busy::start(args.n_busy())?;
+        let once = || -> Outcome<Duration> {
+            if interrupt::hit() {
+                return Err(Failure::Interrupted);
+            }
+            start::first_token(&group.model, group.n_threads, &prompt)
+        };
+        if !args.no_warmup {
+            once()?; // the file may not be in memory yet
+        }
+        let times = (0..args.repetitions).map(|_| once());
+        let times = times.collect::<Outcome<Vec<_>>>()?;
+        printer.row(start::record(
+            group,
+            &card,
+            n_prompt,
+            args.n_busy(),
+            time,
+            &times,
+        ))
+    });
+    printer.end()?;
+    measured
+}
+
+/// All repetitions of each runner; they take turns.
 fn samples(
-    runner: &mut Runner,
+    runners: &mut [Runner],
     test: &Test,
     args: &BenchArgs,
     what: &str,
-) -> Outcome<Vec<timeline::Sample>> {
+) -> Outcome<Vec<Vec<Sample>>> {
     let bar = ui::progress("measuring", args.repetitions as u64, "{pos}/{len} {prefix}");
     bar.set_prefix(format!("{test} {}", ui::one_line(what)));
-    let mut run = || -> Outcome<Vec<timeline::Sample>> {
+    let mut samples = vec![Vec::new(); runners.len()];
+    let mut run = || -> Outcome {
         if !args.no_warmup {
-            runner.warm_up(test)?;
+            runners
+                .iter_mut()
+                .try_for_each(|runner| runner.warm_up(test))?;
         }
-        let repeat = |_| {
+        for _ in 0..args.repetitions {
+            for (runner, samples) in runners.iter_mut().zip(&mut samples) {
+                samples.push(runner.repeat(test)?);
+            }
             bar.inc(1);
-            runner.repeat(test)
-        };
-        (0..args.repetitions).map(repeat).collect()
+        }
+        Ok(())
     };
-    let samples = run();
+    let measured = run();
     bar.finish_and_clear();
-    samples
+    measured.map(|()| samples)
+}
+
+/// The roofline, and how fast this very file is read by the same loops: small models lie in a cache.
+fn limits(model: &Model, group: &Group, args: &BenchArgs) -> Outcome<Limits> {
+    let measure = if args.no_measure {
+        Measure::Never
+    } else {
+        Measure::Missing
+    };
+    let roofline = limits::roofline(group.n_threads, measure)?;
+    let best = |resource| roofline.as_ref().and_then(|r| limits::best(r, resource));
+    // Reading the file would make warm what is to be timed cold.
+    let read_model = if args.no_measure || args.no_warmup {
+        None
+    } else {
+        read_model(model, group.n_threads)?
+    };
+    Ok(Limits {
+        read: best(Resource::Mapped).or_else(|| best(Resource::Anonymous)),
+        read_model,
+        int8: best(Resource::Int8),
+        bf16: best(Resource::Bf16),
+        f32: best(Resource::F32),
+        cache_bytes: machine::last_level_cache(),
+    })
+}
+
+fn read_model(model: &Model, n_threads: usize) -> Outcome<Option<f64>> {
+    let gguf = model.gguf();
+    let tensors = gguf.tensors().map(|tensor| gguf.raw(&tensor.name));
+    let tensors = tensors.collect::<Result<Vec<_>, _>>()?;
+    let parts: Vec<&[u8]> = tensors.iter().map(|bytes| &**bytes).collect();
+    let pool = Pool::new(n_threads)?;
+    let rates = roofline::read_rates(Resource::Mapped, &pool, &parts, Duration::from_millis(200));
+    Ok(rates
+        .iter()
+        .map(|rate| rate.per_second as f64)
+        .reduce(f64::max))
 }
 
 /// Lets the machine cool off.
@@ -117,7 +227,7 @@ fn wait(seconds: u64) -> Outcome {
     Ok(())
 }
 
-fn card(model: &Model) -> ModelCard {
+fn card(model: &Model, kv: KvType) -> ModelCard {
     let info = model.info();
     let meta = model.gguf().metadata();
     let id = meta.get("general.file_type").and_then(|v| v.as_integer());
@@ -135,7 +245,34 @@ fn card(model: &Model) -> ModelCard {
         kind: format!("{} {size} {mix}", info.config.architecture),
         bytes: info.weight_bytes,
         n_params: info.n_params,
+        kernels: kernels(model, kv),
     }
+}
+
+/// The rows of the kernel table that a model uses: for each format of its matrices, then of the other operations.
+fn kernels(model: &Model, kv: KvType) -> Vec<&'static str> {
+    let matrices = model.gguf().tensors().filter(|t| t.dims().len() > 1);
+    let formats: BTreeSet<_> = matrices
+        .filter_map(|t| t.dtype.dtype())
+        .map(|dtype| (dtype as u32, dtype.name()))
+        .collect();
+    let mut rows = Vec::new();
+    for (id, _) in formats {
+        let dtype = kinglet::quant::DType::from_id(id).expect("the number of a format");
+        rows.extend(table::gemv(dtype).map(|row| row.name()));
+        let many = table::tiles(dtype).or_else(|| table::gemm(dtype));
+        rows.extend(many.map(|row| row.name()));
+    }
+    let ops = Operations::best();
+    rows.push(ops.quantize.name());
+    rows.push(match kv {
+        KvType::F16 => ops.attend_f16.name(),
+        KvType::F32 => ops.attend_f32.name(),
+    });
+    if model.info().config.conv_reach > 0 {
+        rows.push(ops.short_conv.name());
+    }
+    rows
 }
 
 /// `2026-03-01T12:00:00Z`.

@@ -4,26 +4,16 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use kinglet::KvType;
+use kinglet::{BackendKind, KvType};
 
 use crate::args::{BenchArgs, CacheType};
 use crate::failure::{Failure, Outcome};
 use crate::locate;
 
-/// Who runs a test. Another engine is one more variant, and one more arm where a timeline is opened.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Engine {
-    /// This library on the CPU.
-    Cpu,
-}
-
-impl Engine {
-    /// The name in the column `backend`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Engine::Cpu => "CPU",
-        }
-    }
+/// Who runs the tests, side by side: repetitions take turns, so that all meet the same machine. One more backend to
+/// compare with is one more element.
+pub fn engines() -> Vec<BackendKind> {
+    vec![BackendKind::Cpu]
 }
 
 /// Tokens read at once, then tokens decoded one by one, after a past of some depth.

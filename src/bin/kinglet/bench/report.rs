@@ -1,26 +1,31 @@
-//! Results as llama-bench prints them, with our own fields after its: a table for people, CSV, JSON, JSON lines.
+//! What is told of a test: llama-bench's fields, and ours after them.
 
-use std::io::{self, Write};
 use std::time::Duration;
 
-use serde_json::{Map, Value, json};
+use kinglet::profile::Work;
+use kinglet::profile::machine::Resident;
+use kinglet::{BackendKind, KvType};
+use serde_json::json;
 
-use crate::args::Format;
-use crate::bench::plan::{Engine, Group, Test};
+use crate::bench::output::{Column, Record, Table};
+use crate::bench::plan::{Group, Test};
 use crate::bench::stats::{deviation, mean, median, percentile};
 use crate::bench::timeline::Sample;
-use crate::failure::Outcome;
 use crate::ui;
 
-/// The measured speed of one test, and what it ran on.
+/// One test, measured.
 pub struct Row<'a> {
     pub group: &'a Group,
-    pub engine: Engine,
+    pub engine: BackendKind,
     pub model: &'a ModelCard,
+    pub limits: &'a Limits,
     pub test: Test,
     /// Of the start, as RFC 3339 has it.
     pub time: String,
     pub samples: Vec<Sample>,
+    pub memory: Option<Resident>,
+    /// Processes that were busy beside it.
+    pub n_busy: usize,
 }
 
 /// What a table says of a model.
@@ -30,10 +35,146 @@ pub struct ModelCard {
     pub kind: String,
     pub bytes: u64,
     pub n_params: u64,
+    /// Rows of the kernel table that run it.
+    pub kernels: Vec<&'static str>,
 }
 
-/// The fields of one result. All are scalars, so that every output can have them.
-type Fields = Vec<(&'static str, Value)>;
+/// The most that the machine can do with the threads of a test; each where it is known. Per second.
+#[derive(Clone, Copy, Default)]
+pub struct Limits {
+    /// Bytes read from a large mapped file.
+    pub read: Option<f64>,
+    /// Bytes read from this model's file by the same loops.
+    pub read_model: Option<f64>,
+    /// Operations on bytes.
+    pub int8: Option<f64>,
+    /// Operations on bf16.
+    pub bf16: Option<f64>,
+    /// Operations on floats.
+    pub f32: Option<f64>,
+    /// Bytes of the largest cache.
+    pub cache_bytes: Option<u64>,
+}
+
+/// What was reached, per second, and per cent of what can be.
+struct Reached {
+    value: Option<f64>,
+    limits: Vec<Option<f64>>,
+}
+
+impl Reached {
+    fn new(amount: u64, time: Duration, limits: &[Option<f64>]) -> Self {
+        let seconds = time.as_secs_f64();
+        let value = (amount > 0 && seconds > 0.0).then(|| amount as f64 / seconds);
+        let share = |limit: &Option<f64>| Some(100.0 * value? / (*limit)?);
+        Self {
+            value,
+            limits: limits.iter().map(share).collect(),
+        }
+    }
+
+    fn giga(&self) -> Option<f64> {
+        self.value.map(|value| round(value / 1e9))
+    }
+}
+
+/// Three digits after the point are more than any clock gives.
+fn round(x: f64) -> f64 {
+    (x * 1e3).round() / 1e3
+}
+
+fn ms(time: Duration) -> f64 {
+    round(time.as_secs_f64() * 1e3)
+}
+
+fn cell<T>(value: Option<T>, text: impl Fn(T) -> String) -> String {
+    value.map_or_else(|| "-".into(), text)
+}
+
+/// Columns of the table; those of what does not vary are left out.
+pub fn columns(groups: &[Group]) -> Vec<Column> {
+    let shown = Shown::new(groups);
+    let mut columns = vec![
+        Column::text("model", 24),
+        Column::number("size", 10),
+        Column::number("params", 10),
+        Column::text("backend", 10),
+        Column::number("threads", 7),
+    ];
+    if shown.n_batch {
+        columns.push(Column::number("n_batch", 7));
+    }
+    if shown.n_ubatch {
+        columns.push(Column::number("n_ubatch", 8));
+    }
+    if shown.kv {
+        columns.push(Column::number("type_k", 6));
+        columns.push(Column::number("type_v", 6));
+    }
+    columns.push(Column::number("test", 15));
+    columns.push(Column::number("t/s", 20));
+    columns
+}
+
+/// Which columns differ from llama-bench's defaults.
+pub struct Shown {
+    n_batch: bool,
+    n_ubatch: bool,
+    kv: bool,
+}
+
+impl Shown {
+    pub fn new(groups: &[Group]) -> Self {
+        Self {
+            n_batch: groups.iter().any(|g| g.n_batch != 2048),
+            n_ubatch: groups.iter().any(|g| g.n_ubatch != 512),
+            kv: groups.iter().any(|g| g.kv != KvType::F16),
+        }
+    }
+}
+
+/// The tables of `--details`.
+pub fn details() -> Vec<Table> {
+    let with = |columns: &[Column]| {
+        let head = [
+            Column::text("model", 24),
+            Column::number("threads", 7),
+            Column::number("test", 15),
+        ];
+        head.iter().chain(columns).copied().collect()
+    };
+    vec![
+        Table::new(
+            "Time: of each decoded token, up to the first one, and how often threads wait for each other",
+            with(&[
+                Column::number("ms p50", 8),
+                Column::number("ms p95", 8),
+                Column::number("ms p99", 8),
+                Column::number("first ms", 9),
+                Column::number("barriers/token", 14),
+            ]),
+        ),
+        Table::new(
+            "Limits: decoding reads (GB/s), a prompt computes (GOP/s), in per cent of what the machine can do",
+            with(&[
+                Column::number("GB/s", 7),
+                Column::number("% memory", 8),
+                Column::number("% file", 7),
+                Column::number("GOP/s", 8),
+                Column::number("% int8", 7),
+                Column::number("% bf16", 7),
+            ]),
+        ),
+        Table::new(
+            "Memory: of this process, of mapped files, the most of both together",
+            with(&[
+                Column::number("own", 11),
+                Column::number("files", 11),
+                Column::number("peak", 11),
+            ]),
+        ),
+    ]
+}
 
 impl Row<'_> {
     /// Tokens per second of each repetition.
@@ -43,246 +184,204 @@ impl Row<'_> {
         self.samples.iter().map(rate).collect()
     }
 
-    /// Times of all decoded tokens.
-    fn token_times(&self) -> Vec<Duration> {
-        let times = self.samples.iter().flat_map(|sample| &sample.tokens);
-        times.copied().collect()
+    /// Work and time of all repetitions, of the prompt or of the reply.
+    fn sum(&self, part: impl Fn(&Sample) -> (Work, Duration)) -> (Work, Duration) {
+        let mut all = (Work::default(), Duration::ZERO);
+        for (work, time) in self.samples.iter().map(part) {
+            all.0 += work;
+            all.1 += time;
+        }
+        all
     }
 
-    fn first_token(&self) -> Option<Duration> {
-        let times = self.samples.iter().filter_map(|sample| sample.prompt);
-        median(&times.collect::<Vec<_>>())
-    }
-
-    fn fields(&self, cpu: Option<&str>) -> Fields {
-        let ns: Vec<f64> = self
+    /// The result in all its forms.
+    pub fn record(&self, shown: &Shown) -> Record {
+        let limits = self.limits;
+        let n_samples = self.samples.len() as u64;
+        let rates = self.rates();
+        let (avg, stddev) = (mean(&rates), deviation(&rates));
+        let ns = self.samples.iter().map(|sample| sample.total.as_nanos());
+        let ns: Vec<u64> = ns.map(|ns| ns as u64).collect();
+        let ns_float: Vec<f64> = ns.iter().map(|ns| *ns as f64).collect();
+        let tokens: Vec<Duration> = self
             .samples
             .iter()
-            .map(|sample| sample.total.as_nanos() as f64)
+            .flat_map(|sample| sample.tokens.clone())
             .collect();
-        let rates = self.rates();
-        let tokens = self.token_times();
-        let token_ms = |share| percentile(&tokens, share).map(ms);
-        vec![
-            ("build_commit", json!(env!("KINGLET_COMMIT"))),
-            ("build_version", json!(env!("CARGO_PKG_VERSION"))),
-            ("cpu_info", json!(cpu)),
-            ("backends", json!(self.engine.name())),
-            (
-                "model_filename",
-                json!(self.group.model.display().to_string()),
-            ),
+        let token_ms = [0.5, 0.95, 0.99].map(|share| percentile(&tokens, share).map(ms));
+        let first: Vec<Duration> = self.samples.iter().filter_map(|s| s.prompt).collect();
+        let first = median(&first).map(ms);
+        let (reply, reply_time) = self.sum(|s| (s.reply_work, s.tokens.iter().sum()));
+        let (prompt, prompt_time) =
+            self.sum(|s| (s.prompt_work, s.prompt.unwrap_or(Duration::ZERO)));
+        let n_decoded = (self.test.n_gen as u64 * n_samples).max(1);
+        let read = Reached::new(reply.bytes(), reply_time, &[limits.read, limits.read_model]);
+        let computed = Reached::new(prompt.ops(), prompt_time, &[limits.int8, limits.bf16]);
+        let barriers = (reply.regions as f64) / n_decoded as f64;
+        let barriers = (self.test.n_gen > 0 && reply.bytes() > 0).then(|| round(barriers));
+        let fits = limits.cache_bytes.map(|cache| self.model.bytes <= cache);
+        let group = self.group;
+
+        let mut cells = vec![
+            self.model.kind.clone(),
+            size(self.model.bytes),
+            params(self.model.n_params),
+            backend(self.engine),
+            group.n_threads.to_string(),
+        ];
+        if shown.n_batch {
+            cells.push(group.n_batch.to_string());
+        }
+        if shown.n_ubatch {
+            cells.push(group.n_ubatch.to_string());
+        }
+        if shown.kv {
+            cells.extend([group.kv.name().to_owned(), group.kv.name().to_owned()]);
+        }
+        cells.extend([self.test.to_string(), format!("{avg:.2} ± {stddev:.2}")]);
+
+        let number = |value: Option<f64>| cell(value, |x| format!("{x:.2}"));
+        let percent = |value: Option<f64>| cell(value, |x| format!("{x:.1}"));
+        let with = |rest: Vec<String>| {
+            let threads = group.n_threads.to_string();
+            let head = vec![self.model.kind.clone(), threads, self.test.to_string()];
+            head.into_iter().chain(rest).collect()
+        };
+        let memory = |of: fn(&Resident) -> u64| cell(self.memory.as_ref(), |m| ui::bytes(of(m)));
+        let details = vec![
+            with(vec![
+                number(token_ms[0]),
+                number(token_ms[1]),
+                number(token_ms[2]),
+                number(first),
+                percent(barriers),
+            ]),
+            with(vec![
+                number(read.giga()),
+                percent(read.limits[0]),
+                percent(read.limits[1]),
+                number(computed.giga()),
+                percent(computed.limits[0]),
+                percent(computed.limits[1]),
+            ]),
+            with(vec![
+                memory(|m| m.anonymous),
+                memory(|m| m.file),
+                memory(|m| m.peak),
+            ]),
+        ];
+
+        let per_token = |n: u64| (self.test.n_gen > 0).then_some(n / n_decoded);
+        let giga = |limit: Option<f64>| limit.map(|limit| round(limit / 1e9));
+        let fields = vec![
+            ("backends", json!(backend(self.engine))),
+            ("model_filename", json!(group.model.display().to_string())),
             ("model_type", json!(self.model.kind)),
             ("model_size", json!(self.model.bytes)),
             ("model_n_params", json!(self.model.n_params)),
-            ("n_batch", json!(self.group.n_batch)),
-            ("n_ubatch", json!(self.group.n_ubatch)),
-            ("n_threads", json!(self.group.n_threads)),
-            ("type_k", json!(self.group.kv.name())),
-            ("type_v", json!(self.group.kv.name())),
+            ("n_batch", json!(group.n_batch)),
+            ("n_ubatch", json!(group.n_ubatch)),
+            ("n_threads", json!(group.n_threads)),
+            ("type_k", json!(group.kv.name())),
+            ("type_v", json!(group.kv.name())),
             ("n_prompt", json!(self.test.n_prompt)),
             ("n_gen", json!(self.test.n_gen)),
             ("n_depth", json!(self.test.n_depth)),
             ("test_time", json!(self.time)),
-            ("avg_ns", json!(mean(&ns) as u64)),
-            ("stddev_ns", json!(deviation(&ns) as u64)),
-            ("avg_ts", json!(mean(&rates))),
-            ("stddev_ts", json!(deviation(&rates))),
+            ("avg_ns", json!(mean(&ns_float) as u64)),
+            ("stddev_ns", json!(deviation(&ns_float) as u64)),
+            ("avg_ts", json!(avg)),
+            ("stddev_ts", json!(stddev)),
             ("test", json!(self.test.to_string())),
-            ("token_ms_p50", json!(token_ms(0.5))),
-            ("token_ms_p95", json!(token_ms(0.95))),
-            ("token_ms_p99", json!(token_ms(0.99))),
-            ("first_token_ms", json!(self.first_token().map(ms))),
-        ]
-    }
-}
-
-/// Milliseconds, to a microsecond.
-fn ms(time: Duration) -> f64 {
-    (time.as_secs_f64() * 1e6).round() / 1e3
-}
-
-/// Writes results as they come.
-pub struct Printer {
-    format: Format,
-    /// Columns of the table that are there because the arguments ask for them.
-    columns: Vec<Column>,
-    cpu: Option<String>,
-    n_rows: usize,
-}
-
-/// A column of the table.
-#[derive(Clone, Copy)]
-struct Column {
-    name: &'static str,
-    /// Negative: text, to the left.
-    width: isize,
-    value: fn(&Row) -> String,
-}
-
-impl Column {
-    const fn new(name: &'static str, width: isize, value: fn(&Row) -> String) -> Self {
-        Self { name, width, value }
-    }
-
-    fn cell(&self, text: &str) -> String {
-        let width = self.width.unsigned_abs();
-        if self.width < 0 {
-            format!(" {text:<width$} |")
-        } else {
-            format!(" {text:>width$} |")
-        }
-    }
-
-    fn rule(&self) -> String {
-        let dashes = "-".repeat(self.width.unsigned_abs() - 1);
-        let end = if self.width < 0 { '-' } else { ':' };
-        format!(" {dashes}{end} |")
-    }
-}
-
-impl Printer {
-    /// A printer for results of `groups`; columns of what does not vary are left out.
-    pub fn new(format: Format, groups: &[Group], cpu: Option<String>) -> Self {
-        let varies =
-            |of: fn(&Group) -> usize, default: usize| groups.iter().any(|g| of(g) != default);
-        let mut columns = vec![
-            Column::new("model", -24, |row| ui::one_line(&row.model.kind)),
-            Column::new("size", 10, |row| size(row.model.bytes)),
-            Column::new("params", 10, |row| params(row.model.n_params)),
-            Column::new("backend", -10, |row| row.engine.name().to_owned()),
-            Column::new("threads", 7, |row| row.group.n_threads.to_string()),
+            ("n_busy", json!(self.n_busy)),
+            ("token_ms_p50", json!(token_ms[0])),
+            ("token_ms_p95", json!(token_ms[1])),
+            ("token_ms_p99", json!(token_ms[2])),
+            ("first_token_ms", json!(first)),
+            ("barriers_per_token", json!(barriers)),
+            ("decode_weight_bytes", json!(per_token(reply.weight_bytes))),
+            ("decode_kv_bytes", json!(per_token(reply.kv_bytes))),
+            ("decode_gb_s", json!(read.giga())),
+            ("decode_percent_of_memory", json!(read.limits[0].map(round))),
+            ("decode_percent_of_file", json!(read.limits[1].map(round))),
+            ("prefill_gop_s", json!(computed.giga())),
+            (
+                "prefill_percent_of_bf16",
+                json!(computed.limits[1].map(round)),
+            ),
+            (
+                "prefill_percent_of_int8",
+                json!(computed.limits[0].map(round)),
+            ),
+            ("limit_memory_gb_s", json!(giga(limits.read))),
+            ("limit_file_gb_s", json!(giga(limits.read_model))),
+            ("limit_int8_gop_s", json!(giga(limits.int8))),
+            ("limit_bf16_gop_s", json!(giga(limits.bf16))),
+            ("limit_f32_gop_s", json!(giga(limits.f32))),
+            ("largest_cache_bytes", json!(limits.cache_bytes)),
+            ("weights_fit_in_cache", json!(fits)),
+            ("memory_own_bytes", json!(self.memory.map(|m| m.anonymous))),
+            ("memory_file_bytes", json!(self.memory.map(|m| m.file))),
+            ("memory_peak_bytes", json!(self.memory.map(|m| m.peak))),
+            ("kernels", json!(self.model.kernels.join(" "))),
         ];
-        if varies(|g| g.n_batch, 2048) {
-            columns.push(Column::new("n_batch", 7, |row| {
-                row.group.n_batch.to_string()
-            }));
-        }
-        if varies(|g| g.n_ubatch, 512) {
-            columns.push(Column::new("n_ubatch", 8, |row| {
-                row.group.n_ubatch.to_string()
-            }));
-        }
-        if groups.iter().any(|g| g.kv != kinglet::KvType::F16) {
-            columns.push(Column::new("type_k", 6, |row| {
-                row.group.kv.name().to_owned()
-            }));
-            columns.push(Column::new("type_v", 6, |row| {
-                row.group.kv.name().to_owned()
-            }));
-        }
-        columns.push(Column::new("test", 15, |row| row.test.to_string()));
-        columns.push(Column::new("t/s", 20, |row| {
-            let rates = row.rates();
-            format!("{:.2} ± {:.2}", mean(&rates), deviation(&rates))
-        }));
-        Self {
-            format,
-            columns,
-            cpu,
-            n_rows: 0,
+        let lists = vec![("samples_ns", json!(ns)), ("samples_ts", json!(rates))];
+        Record {
+            cells,
+            fields,
+            lists,
+            details,
+            notes: self.notes(),
         }
     }
 
-    /// What comes before the first result: nothing, if there will be none.
-    fn begin(&self, out: &mut impl Write, row: &Row) -> Outcome {
-        match self.format {
-            Format::Md => {
-                let names = self.columns.iter().map(|c| c.cell(c.name));
-                writeln!(out, "|{}", names.collect::<String>())?;
-                let rules = self.columns.iter().map(Column::rule);
-                writeln!(out, "|{}", rules.collect::<String>())?;
-            }
-            Format::Csv => {
-                let fields = row.fields(self.cpu.as_deref());
-                let names: Vec<_> = fields.iter().map(|(name, _)| *name).collect();
-                writeln!(out, "{}", names.join(","))?;
-            }
-            Format::Json => write!(out, "[")?,
-            Format::Jsonl => {}
+    fn notes(&self) -> Vec<String> {
+        let limits = self.limits;
+        let mut notes = Vec::new();
+        if let (Some(read), Some(int8)) = (limits.read, limits.int8) {
+            let own = limits.read_model.map_or(String::new(), |own| {
+                format!(", {:.1} from the file of {}", own / 1e9, self.model.kind)
+            });
+            notes.push(format!(
+                "limits, {} threads: {:.1} GB/s from memory{own}; {:.0} GOP/s int8{}",
+                self.group.n_threads,
+                read / 1e9,
+                int8 / 1e9,
+                limits
+                    .bf16
+                    .map_or(String::new(), |bf16| format!(", {:.0} bf16", bf16 / 1e9)),
+            ));
         }
-        Ok(())
-    }
-
-    /// One result.
-    pub fn row(&mut self, row: &Row) -> Outcome {
-        let mut out = io::stdout().lock();
-        let first = self.n_rows == 0;
-        if first {
-            self.begin(&mut out, row)?;
+        if let Some(cache) = limits
+            .cache_bytes
+            .filter(|cache| self.model.bytes <= *cache)
+        {
+            notes.push(format!(
+                "{}: the weights fit into the largest cache ({}), so more than 100 % of memory can be",
+                self.model.kind,
+                ui::bytes(cache)
+            ));
         }
-        self.n_rows += 1;
-        match self.format {
-            Format::Md => {
-                let cells = self.columns.iter().map(|c| c.cell(&(c.value)(row)));
-                writeln!(out, "|{}", cells.collect::<String>())?;
-            }
-            Format::Csv => {
-                let fields = row.fields(self.cpu.as_deref());
-                let values = fields.iter().map(|(_, value)| csv(value));
-                writeln!(out, "{}", values.collect::<Vec<_>>().join(","))?;
-            }
-            Format::Json => {
-                let comma = if first { "" } else { "," };
-                let object = serde_json::to_string_pretty(&self.object(row));
-                let object = object.expect("names are strings and numbers are finite");
-                write!(out, "{comma}\n{object}")?;
-            }
-            Format::Jsonl => writeln!(out, "{}", self.object(row))?,
+        if self.n_busy > 0 {
+            notes.push(format!("beside it: {} busy processes", self.n_busy));
         }
-        out.flush()?;
-        Ok(())
-    }
-
-    /// What comes after the last result, if there was one.
-    pub fn end(&self) -> Outcome {
-        if self.n_rows == 0 {
-            return Ok(());
-        }
-        let mut out = io::stdout().lock();
-        match self.format {
-            Format::Md => {
-                let cpu = self.cpu.as_deref().unwrap_or("unknown CPU");
-                let (version, commit) = (env!("CARGO_PKG_VERSION"), env!("KINGLET_COMMIT"));
-                writeln!(
-                    out,
-                    "\nbuild: {version} ({commit}) on {}",
-                    ui::one_line(cpu)
-                )?;
-            }
-            Format::Json => writeln!(out, "\n]")?,
-            Format::Csv | Format::Jsonl => {}
-        }
-        out.flush()?;
-        Ok(())
-    }
-
-    fn object(&self, row: &Row) -> Value {
-        let fields = row.fields(self.cpu.as_deref()).into_iter();
-        let mut object: Map<_, _> = fields
-            .map(|(name, value)| (name.to_owned(), value))
-            .collect();
-        let ns = row
-            .samples
-            .iter()
-            .map(|sample| sample.total.as_nanos() as u64);
-        object.insert("samples_ns".into(), ns.collect());
-        object.insert("samples_ts".into(), json!(row.rates()));
-        object.into()
+        let kernels = self.model.kernels.join(" ");
+        notes.push(format!("kernels of {}: {kernels}", self.model.kind));
+        notes
     }
 }
 
-/// A field in quotes, as llama-bench writes all of them.
-fn csv(value: &Value) -> String {
-    let text = match value {
-        Value::String(text) => text.clone(),
-        Value::Null => String::new(),
-        value => value.to_string(),
-    };
-    format!("\"{}\"", text.replace('"', "\"\""))
+/// The name in the column `backend`: llama-bench's for its own.
+pub fn backend(engine: BackendKind) -> String {
+    match engine {
+        BackendKind::Cpu => "CPU".into(),
+        #[allow(unreachable_patterns, reason = "builds with other backends")]
+        other => other.name().into(),
+    }
 }
 
-fn size(bytes: u64) -> String {
+/// `93.81 MiB`, as llama-bench writes it.
+pub fn size(bytes: u64) -> String {
     let mib = bytes as f64 / (1 << 20) as f64;
     if mib < 1024.0 {
         format!("{mib:.2} MiB")
@@ -291,7 +390,8 @@ fn size(bytes: u64) -> String {
     }
 }
 
-fn params(n: u64) -> String {
+/// `134.52 M`, as llama-bench writes it.
+pub fn params(n: u64) -> String {
     let millions = n as f64 / 1e6;
     if millions < 1000.0 {
         format!("{millions:.2} M")
@@ -305,17 +405,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn csv_quotes() {
-        assert_eq!(csv(&json!("a \"b\", c")), "\"a \"\"b\"\", c\"");
-        assert_eq!(csv(&json!(2)), "\"2\"");
-        assert_eq!(csv(&json!(null)), "\"\"");
-    }
-
-    #[test]
     fn sizes_in_llama_benchs_units() {
         assert_eq!(size(98_304), "0.09 MiB");
         assert_eq!(size(3 << 29), "1.50 GiB");
         assert_eq!(params(134_515_008), "134.52 M");
         assert_eq!(params(1_170_000_000), "1.17 B");
+    }
+
+    #[test]
+    fn shares_of_a_limit() {
+        let reached = Reached::new(3_000_000, Duration::from_millis(2), &[Some(6e9), None]);
+        assert_eq!(reached.giga(), Some(1.5));
+        assert_eq!(reached.limits, [Some(25.0), None]);
+        let nothing = Reached::new(0, Duration::ZERO, &[Some(6e9)]);
+        assert_eq!((nothing.giga(), nothing.limits), (None, vec![None]));
     }
 }

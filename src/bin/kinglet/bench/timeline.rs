@@ -3,7 +3,8 @@
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use kinglet::Session;
+use kinglet::profile::Work;
+use kinglet::{Model, Session};
 
 use crate::bench::plan::Test;
 use crate::failure::{Failure, Outcome};
@@ -17,6 +18,8 @@ pub trait Timeline {
     fn prefill(&mut self, tokens: &[u32]) -> Outcome;
     /// Appends a token and computes the logits after it.
     fn decode(&mut self, token: u32) -> Outcome;
+    /// What was done so far, if the engine counts it.
+    fn work(&self) -> Work;
 }
 
 impl Timeline for Session {
@@ -31,6 +34,10 @@ impl Timeline for Session {
     fn decode(&mut self, token: u32) -> Outcome {
         Ok(Session::decode(self, token)?)
     }
+
+    fn work(&self) -> Work {
+        Session::work(self)
+    }
 }
 
 fn flow() -> ControlFlow<()> {
@@ -43,14 +50,14 @@ fn flow() -> ControlFlow<()> {
 
 /// Tokens without a meaning: the first is BOS where the model wants it, the others come from a generator with a fixed
 /// seed (Knuth's linear congruential one, upper bits), so that every run reads the same.
-pub struct Tokens {
+struct Tokens {
     bos: Option<u32>,
     n_vocab: u64,
     state: u64,
 }
 
 impl Tokens {
-    pub fn new(bos: Option<u32>, n_vocab: usize) -> Self {
+    fn new(bos: Option<u32>, n_vocab: usize) -> Self {
         Self {
             bos,
             n_vocab: n_vocab as u64,
@@ -87,20 +94,36 @@ pub struct Sample {
     pub total: Duration,
     /// From the start to the logits after the prompt, if there is one.
     pub prompt: Option<Duration>,
+    /// What that took.
+    pub prompt_work: Work,
     /// Each decoded token.
     pub tokens: Vec<Duration>,
+    /// What they took.
+    pub reply_work: Work,
 }
 
 /// Runs a test on a timeline, repetition by repetition. The past is read once and kept.
 pub struct Runner<'a> {
-    pub timeline: &'a mut dyn Timeline,
-    pub tokens: Tokens,
-    pub n_batch: usize,
+    timeline: &'a mut dyn Timeline,
+    tokens: Tokens,
+    n_batch: usize,
     /// The depth of the past that the timeline holds.
-    pub depth: usize,
+    depth: usize,
 }
 
-impl Runner<'_> {
+impl<'a> Runner<'a> {
+    /// Runs tests of `model` on `timeline`, which is empty.
+    pub fn new(timeline: &'a mut dyn Timeline, model: &Model, n_batch: usize) -> Self {
+        let tokenizer = model.tokenizer().ok();
+        let bos = tokenizer.and_then(|t| t.bos().filter(|_| t.add_bos()));
+        Self {
+            timeline,
+            tokens: Tokens::new(bos, model.info().config.n_vocab),
+            n_batch,
+            depth: 0,
+        }
+    }
+
     /// What is timed later, once, with one decoded token.
     pub fn warm_up(&mut self, test: &Test) -> Outcome {
         let warm = Test {
@@ -116,11 +139,13 @@ impl Runner<'_> {
         let prompt = self.tokens.run(test.n_prompt);
         let reply = self.tokens.run(test.n_gen);
         let mut sample = Sample::default();
+        let idle = self.timeline.work();
         let start = Instant::now();
         if test.n_prompt > 0 {
             self.read(&prompt)?;
             sample.prompt = Some(start.elapsed());
         }
+        let read = self.timeline.work();
         let mut before = start.elapsed();
         for token in reply {
             self.timeline.decode(token)?;
@@ -130,6 +155,8 @@ impl Runner<'_> {
             check()?;
         }
         sample.total = start.elapsed();
+        sample.prompt_work = read.since(&idle);
+        sample.reply_work = self.timeline.work().since(&read);
         Ok(sample)
     }
 
@@ -191,6 +218,12 @@ mod tests {
             self.held += 1;
             Ok(())
         }
+        fn work(&self) -> Work {
+            Work {
+                regions: self.calls.len() as u64,
+                ..Work::default()
+            }
+        }
     }
 
     #[test]
@@ -210,6 +243,8 @@ mod tests {
         runner.warm_up(&test).expect("no error");
         let sample = runner.repeat(&test).expect("no error");
         assert_eq!(sample.tokens.len(), 2);
+        assert_eq!(sample.prompt_work.regions, 2);
+        assert_eq!(sample.reply_work.regions, 2);
         assert!(sample.prompt.is_some_and(|prompt| prompt <= sample.total));
         assert_eq!(timeline.calls.join(" "), "0+4 4+1 5+4 9+2 11 5+4 9+2 11 12");
     }
