@@ -38,6 +38,9 @@ fn fold(sum: V) -> u64 {
 
 reads!("avx2,fma,f16c");
 
+/// Four lines, each of two vectors.
+type Halves<T> = [[[T; 32]; 2]; 4];
+
 /// Two products of bytes are added in 16 bits before they are widened, as the kernels of this level do it.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn products_i8(p: &mut Products<u8, i8, 64>) {
@@ -45,7 +48,7 @@ pub(crate) fn products_i8(p: &mut Products<u8, i8, 64>) {
     let mut sums = [_mm256_setzero_si256(); 4];
     for _ in 0..p.rounds {
         // Else the products would be taken out of the loop.
-        let (w, x): (&[[[u8; 32]; 2]; 4], &[[[i8; 32]; 2]; 4]) =
+        let (w, x): (&Halves<u8>, &Halves<i8>) =
             black_box((bytemuck::cast_ref(p.w), bytemuck::cast_ref(p.x)));
         for i in 0..4 {
             for x in x {
