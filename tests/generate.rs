@@ -75,7 +75,7 @@ fn a_reply_is_the_same_whatever_the_session_held() {
 }
 
 #[test]
-fn the_same_prompt_again_reads_at_most_one_token() {
+fn the_same_prompt_again_is_not_read_again() {
     let model = tiny();
     let mut session = session(&model, 64);
     let prompt: Vec<u32> = (3..13).collect();
@@ -86,12 +86,12 @@ fn the_same_prompt_again_reads_at_most_one_token() {
         (second.stats.reused_tokens, &second.tokens),
         (10, &first.tokens)
     );
-    // It holds more than the prompt: the last token again, for its logits.
+    // It holds more than the prompt: the logits after the prompt are recalled.
     reply(&mut session, &prompt, 5);
     let third = reply(&mut session, &prompt, 1);
     assert_eq!(
         (third.stats.reused_tokens, &third.tokens),
-        (9, &first.tokens)
+        (10, &first.tokens)
     );
 }
 

@@ -174,6 +174,9 @@ pub trait Backend {
     /// Forgets all inputs.
     fn conv_reset(&self, conv: &mut Self::Conv);
 
+    /// A pass begins, whose kernels are to be those for a batch of `batch` tokens.
+    fn begin(&mut self, batch: usize);
+
     /// The rows `tokens` of a table, times `scale`.
     fn embed(&mut self, table: &Self::Matrix, tokens: &[u32], scale: f32) -> Self::Tensor;
 

@@ -28,6 +28,9 @@ pub struct Pass<'a> {
     pub start: usize,
     /// Index of the first token whose logits are wanted; `tokens.len()` for none.
     pub logits_from: usize,
+    /// Tokens of the batch for which kernels are chosen: as many as there are, or, where a pass repeats some of what
+    /// an earlier one did, as many as that had. Kernels for many tokens round otherwise than those for few.
+    pub batch: usize,
     /// Whether keys and values are written to the cache. A pass that rebuilds convolution states reads what is there.
     pub write_kv: bool,
 }

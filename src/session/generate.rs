@@ -235,12 +235,11 @@ pub fn generate(
 /// Goes back to where the session and `prompt` part. Returns how many tokens of `prompt` need not be read.
 fn rewind(session: &mut Session, prompt: &[u32]) -> Result<usize> {
     let pairs = session.tokens().iter().zip(prompt);
-    let mut common = pairs.take_while(|(a, b)| a == b).count();
-    let held = session.tokens().len() == common && !session.logits().is_empty();
-    if common == prompt.len() && !held {
-        common -= 1; // the last one again, for its logits
-    }
+    let common = pairs.take_while(|(a, b)| a == b).count();
     session.truncate(common)?;
+    if common == prompt.len() {
+        session.recall_logits()?;
+    }
     Ok(common)
 }
 

@@ -164,6 +164,8 @@ pub struct Session {
     model: Model,
     engine: Box<dyn Engine>,
     tokens: Vec<u32>,
+    /// For each token the length of the batch it was computed in.
+    batches: Vec<u32>,
     logits: Vec<f32>,
     n_ctx: usize,
     batch: usize,
@@ -197,6 +199,7 @@ impl Session {
             model: model.clone(),
             engine: model.0.network.engine(options.kv)?,
             tokens: Vec::new(),
+            batches: Vec::new(),
             logits: Vec::new(),
             n_ctx,
             batch,
@@ -218,7 +221,8 @@ impl Session {
         self.n_ctx
     }
 
-    /// The logits after the last token, `(n_vocab)`; empty if there is none, or after [`Session::truncate`].
+    /// The logits after the last token, `(n_vocab)`; empty if there is none, or after [`Session::truncate`]
+    /// until [`Session::recall_logits`].
     pub fn logits(&self) -> &[f32] {
         &self.logits
     }
@@ -291,21 +295,41 @@ impl Session {
             return Ok(());
         }
         self.tokens.truncate(n);
+        self.batches.truncate(n);
         self.logits.clear();
         let reach = self.model.info().config.conv_reach;
         if reach > 0 {
             self.engine.reset_convs();
-            let start = n.saturating_sub(reach);
-            let past = &self.tokens[start..];
-            if !past.is_empty() {
+            let mut start = n.saturating_sub(reach);
+            // Each token as it was computed first.
+            for same in self.batches[start..].chunk_by(|a, b| a == b) {
+                let past = &self.tokens[start..start + same.len()];
                 let pass = Pass {
                     tokens: past,
                     start,
                     logits_from: past.len(),
+                    batch: same[0] as usize,
                     write_kv: false,
                 };
                 self.engine.forward(&pass, &mut self.logits)?;
+                start += past.len();
             }
+        }
+        Ok(())
+    }
+
+    /// Computes the logits after the last token once more where [`Session::truncate`] forgot them, as they were
+    /// computed first.
+    ///
+    /// # Errors
+    /// If the backend fails; the last token is gone then.
+    pub fn recall_logits(&mut self) -> Result<()> {
+        let (Some(&token), Some(&batch)) = (self.tokens.last(), self.batches.last()) else {
+            return Ok(());
+        };
+        if self.logits.is_empty() {
+            self.truncate(self.tokens.len() - 1)?;
+            self.forward_as(batch as usize, &[token], 0)?;
         }
         Ok(())
     }
@@ -343,16 +367,23 @@ impl Session {
     }
 
     fn forward(&mut self, tokens: &[u32], logits_from: usize) -> Result<()> {
+        self.forward_as(tokens.len(), tokens, logits_from)
+    }
+
+    /// Appends `tokens` by the kernels for a batch of `batch`.
+    fn forward_as(&mut self, batch: usize, tokens: &[u32], logits_from: usize) -> Result<()> {
         let start = self.tokens.len();
         self.engine.reserve(start + tokens.len())?;
         let pass = Pass {
             tokens,
             start,
             logits_from,
+            batch,
             write_kv: true,
         };
         self.engine.forward(&pass, &mut self.logits)?;
         self.tokens.extend_from_slice(tokens);
+        self.batches.resize(self.tokens.len(), batch as u32);
         Ok(())
     }
 

@@ -253,14 +253,6 @@ impl Attend<'_> {
     pub(super) fn many(&self, pool: &Pool, q: &[f32], out: &mut [f32]) {
         let (n, group) = (self.shape.head_dim, self.group());
         let n_cols = self.shape.n_heads * n;
-        let tiles = self.operations.attend_tiles.filter(|_| {
-            q.len() >= TILE_TOKENS * n_cols
-                && self.cache.kind == KvType::F16
-                && n.is_multiple_of(TILE_HEAD)
-        });
-        if let Some(kernel) = tiles {
-            return self.many_in_tiles(pool, kernel, q, out);
-        }
         let n_tokens = (MAX_QUERIES / group).max(1);
         let mut outputs = [Output::new(out, n_cols)];
         pool.run_tiles(&mut outputs, (n_tokens, group * n), &|mut tile| {
@@ -293,8 +285,22 @@ impl Attend<'_> {
         });
     }
 
+    /// The kernel for a batch of `batch` tokens that works in tiles, if there is one for this cache.
+    pub(super) fn tiles(&self, batch: usize) -> Option<Ready<AttendTokens>> {
+        let fits = batch >= TILE_TOKENS
+            && self.cache.kind == KvType::F16
+            && self.shape.head_dim.is_multiple_of(TILE_HEAD);
+        self.operations.attend_tiles.filter(|_| fits)
+    }
+
     /// As `many`, by a kernel that walks the pages itself and turns each into tiles once for a task.
-    fn many_in_tiles(&self, pool: &Pool, kernel: Ready<AttendTokens>, q: &[f32], out: &mut [f32]) {
+    pub(super) fn many_in_tiles(
+        &self,
+        pool: &Pool,
+        kernel: Ready<AttendTokens>,
+        q: &[f32],
+        out: &mut [f32],
+    ) {
         let (n, group) = (self.shape.head_dim, self.group());
         let n_cols = self.shape.n_heads * n;
         let n_tokens = (TILE_QUERIES / group).next_multiple_of(TILE_TOKENS);

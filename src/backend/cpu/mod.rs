@@ -39,6 +39,8 @@ pub struct Cpu {
     operations: Operations,
     scratch: Scratch,
     work: Work,
+    /// Tokens of the batch whose kernels are used.
+    batch: usize,
 }
 
 /// Weights that lie in the mapped file.
@@ -84,6 +86,7 @@ impl Cpu {
             operations: Operations::best(),
             scratch: Scratch::default(),
             work: Work::default(),
+            batch: 0,
         }
     }
 
@@ -155,11 +158,11 @@ impl Cpu {
 }
 
 impl Matrix {
-    /// The kernel for a batch of `n_tokens`.
-    fn kernel(&self, n_tokens: usize) -> Ready<MatMul> {
+    /// The kernel for `n_tokens` of a batch.
+    fn kernel(&self, n_tokens: usize, batch: usize) -> Ready<MatMul> {
         match self.tiles {
+            Some(tiles) if batch >= TILE_TOKENS => tiles,
             _ if n_tokens == 1 => self.gemv,
-            Some(tiles) if n_tokens >= TILE_TOKENS => tiles,
             _ => self.gemm,
         }
     }
@@ -244,6 +247,10 @@ impl Backend for Cpu {
         conv.u.fill(0.0);
     }
 
+    fn begin(&mut self, batch: usize) {
+        self.batch = batch;
+    }
+
     fn embed(&mut self, table: &Matrix, tokens: &[u32], scale: f32) -> Tensor {
         let mut out = self.tensor(tokens.len(), table.n_in);
         let data: &[u8] = &table.data;
@@ -272,7 +279,7 @@ impl Backend for Cpu {
     }
 
     fn linear<const N: usize>(&mut self, x: &Tensor, layers: [&Linear<Self>; N]) -> [Tensor; N] {
-        let kernels = layers.map(|l| l.weight.kernel(x.n_tokens));
+        let kernels = layers.map(|l| l.weight.kernel(x.n_tokens, self.batch));
         let asked = |format| kernels.iter().any(|k| k.acts() == format);
         let q8 = asked(ActFormat::Q8).then(|| self.quantize(x));
         let bf16 = asked(ActFormat::Bf16).then(|| self.pack(x));
@@ -298,7 +305,7 @@ impl Backend for Cpu {
                 .max()
                 .expect("at least one layer");
             (TASK_BYTES / bytes)
-                .min(n_rows / (4 * self.pool.n_threads()))
+                .min(n_rows / (2 * self.pool.n_threads()))
                 .max(1)
                 .next_multiple_of(8)
         } else {
@@ -379,7 +386,9 @@ impl Backend for Cpu {
             operations: &self.operations,
             scratch: &self.scratch,
         };
-        if q.n_tokens == 1 {
+        if let Some(kernel) = attend.tiles(self.batch) {
+            attend.many_in_tiles(&self.pool, kernel, &q.data, &mut out.data);
+        } else if q.n_tokens == 1 {
             attend.one(&self.pool, &q.data, &mut out.data);
         } else {
             attend.many(&self.pool, &q.data, &mut out.data);
@@ -426,6 +435,8 @@ impl Backend for Cpu {
     }
 
     fn rows_from(&mut self, x: Tensor, from: usize) -> Tensor {
+        // What follows leaves no trace in any state: the kernels that are best for what is left.
+        self.batch = self.batch.min(x.n_tokens - from);
         if from == 0 {
             return x;
         }

@@ -321,6 +321,8 @@ impl Backend for Ggml {
         conv.memory.iter().for_each(|memory| memory.clear());
     }
 
+    fn begin(&mut self, _batch: usize) {}
+
     fn embed(&mut self, table: &Matrix, tokens: &[u32], scale: f32) -> Tensor {
         assert!(
             tokens.iter().all(|token| (*token as usize) < table.n_out),

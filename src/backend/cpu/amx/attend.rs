@@ -200,7 +200,10 @@ fn softmax(
         _mm512_max_ps(tops[2], tops[3]),
     );
     store(_mm512_castps_si512(top), max);
-    let shrink = exp2(_mm512_sub_ps(old, top));
+    // Exactly 1 where nothing changed: a query must not depend on those beside it.
+    let same = _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(old, top);
+    let one = _mm512_set1_ps(1.0);
+    let shrink = _mm512_mask_mov_ps(exp2(_mm512_sub_ps(old, top)), same, one);
     let mut totals = [_mm512_setzero_ps(); 2];
     for tile in tiles {
         let scores = &scores[tile].0;
@@ -220,7 +223,6 @@ fn softmax(
         _mm512_castps_si512(_mm512_fmadd_ps(before, shrink, total)),
         sum,
     );
-    let same = _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(old, top);
     (same != u16::MAX).then(|| {
         let mut out = [0.0; LANES];
         store(_mm512_castps_si512(shrink), &mut out);
