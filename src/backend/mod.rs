@@ -131,6 +131,16 @@ pub enum KvType {
     F16,
 }
 
+/// What a pass is a part of. Kernels for many tokens may round otherwise than those for one; what a token leaves in the
+/// cache depends on its step alone, not on how many were computed with it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Step {
+    /// Reading tokens that are known.
+    Prefill,
+    /// One token after the other.
+    Decode,
+}
+
 /// The operations of a forward pass. Tensors are `(n_tokens, n)`; `n` is the row length.
 pub trait Backend {
     /// A weight matrix `(n_out, n_in)` in the format of the file.
@@ -174,8 +184,8 @@ pub trait Backend {
     /// Forgets all inputs.
     fn conv_reset(&self, conv: &mut Self::Conv);
 
-    /// A pass begins, whose kernels are to be those for a batch of `batch` tokens.
-    fn begin(&mut self, batch: usize);
+    /// A pass begins that uses the kernels of `step`, however many tokens it has.
+    fn begin(&mut self, step: Step);
 
     /// The rows `tokens` of a table, times `scale`.
     fn embed(&mut self, table: &Self::Matrix, tokens: &[u32], scale: f32) -> Self::Tensor;

@@ -15,7 +15,7 @@ mod qwen3;
 use self::config::Config;
 use self::state::State;
 use self::weights::Weights;
-use crate::backend::{Backend, KvType};
+use crate::backend::{Backend, KvType, Step};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 
@@ -28,9 +28,8 @@ pub struct Pass<'a> {
     pub start: usize,
     /// Index of the first token whose logits are wanted; `tokens.len()` for none.
     pub logits_from: usize,
-    /// Tokens of the batch for which kernels are chosen: as many as there are, or, where a pass repeats some of what
-    /// an earlier one did, as many as that had. Kernels for many tokens round otherwise than those for few.
-    pub batch: usize,
+    /// Whose kernels run. A pass that repeats what another did takes that one's.
+    pub step: Step,
     /// Whether keys and values are written to the cache. A pass that rebuilds convolution states reads what is there.
     pub write_kv: bool,
 }

@@ -112,7 +112,7 @@ impl<B: Backend + Send> Engine for Runner<B> {
     }
 
     fn forward(&mut self, pass: &Pass, logits: &mut Vec<f32>) -> Result<()> {
-        self.backend.begin(pass.batch);
+        self.backend.begin(pass.step);
         let wanted = self
             .network
             .forward(&mut self.backend, &mut self.state, pass);

@@ -14,7 +14,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use self::engine::{Engine, Loaded};
-use crate::backend::{BackendKind, KvType};
+use crate::backend::{BackendKind, KvType, Step};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::model::Pass;
@@ -164,8 +164,8 @@ pub struct Session {
     model: Model,
     engine: Box<dyn Engine>,
     tokens: Vec<u32>,
-    /// For each token the length of the batch it was computed in.
-    batches: Vec<u32>,
+    /// The step each token was computed in.
+    steps: Vec<Step>,
     logits: Vec<f32>,
     n_ctx: usize,
     batch: usize,
@@ -199,7 +199,7 @@ impl Session {
             model: model.clone(),
             engine: model.0.network.engine(options.kv)?,
             tokens: Vec::new(),
-            batches: Vec::new(),
+            steps: Vec::new(),
             logits: Vec::new(),
             n_ctx,
             batch,
@@ -242,7 +242,11 @@ impl Session {
         for chunk in tokens.chunks(self.batch) {
             done += chunk.len();
             let last = done == tokens.len();
-            self.forward(chunk, if last { chunk.len() - 1 } else { chunk.len() })?;
+            self.forward(
+                Step::Prefill,
+                chunk,
+                if last { chunk.len() - 1 } else { chunk.len() },
+            )?;
             if progress(done, tokens.len()).is_break() && !last {
                 return Err(Error::Cancelled);
             }
@@ -256,7 +260,7 @@ impl Session {
     /// As [`Session::prefill`].
     pub fn decode(&mut self, token: u32) -> Result<()> {
         self.check(&[token])?;
-        self.forward(&[token], 0)
+        self.forward(Step::Decode, &[token], 0)
     }
 
     /// Appends `tokens` and calls `each` with the position and the logits after every one of them, until it breaks.
@@ -272,7 +276,7 @@ impl Session {
         let n_vocab = self.model.info().config.n_vocab;
         for chunk in tokens.chunks((SCORE_FLOATS / n_vocab).clamp(1, self.batch)) {
             let start = self.tokens.len();
-            self.forward(chunk, 0)?;
+            self.forward(Step::Prefill, chunk, 0)?;
             // Only the last row stays as "the logits"; the others go by.
             for (i, logits) in self.logits.chunks_exact(n_vocab).enumerate() {
                 if each(start + i, logits).is_break() {
@@ -295,20 +299,20 @@ impl Session {
             return Ok(());
         }
         self.tokens.truncate(n);
-        self.batches.truncate(n);
+        self.steps.truncate(n);
         self.logits.clear();
         let reach = self.model.info().config.conv_reach;
         if reach > 0 {
             self.engine.reset_convs();
             let mut start = n.saturating_sub(reach);
             // Each token as it was computed first.
-            for same in self.batches[start..].chunk_by(|a, b| a == b) {
+            for same in self.steps[start..].chunk_by(|a, b| a == b) {
                 let past = &self.tokens[start..start + same.len()];
                 let pass = Pass {
                     tokens: past,
                     start,
                     logits_from: past.len(),
-                    batch: same[0] as usize,
+                    step: same[0],
                     write_kv: false,
                 };
                 self.engine.forward(&pass, &mut self.logits)?;
@@ -324,12 +328,12 @@ impl Session {
     /// # Errors
     /// If the backend fails; the last token is gone then.
     pub fn recall_logits(&mut self) -> Result<()> {
-        let (Some(&token), Some(&batch)) = (self.tokens.last(), self.batches.last()) else {
+        let (Some(&token), Some(&step)) = (self.tokens.last(), self.steps.last()) else {
             return Ok(());
         };
         if self.logits.is_empty() {
             self.truncate(self.tokens.len() - 1)?;
-            self.forward_as(batch as usize, &[token], 0)?;
+            self.forward(step, &[token], 0)?;
         }
         Ok(())
     }
@@ -366,24 +370,19 @@ impl Session {
         Ok(())
     }
 
-    fn forward(&mut self, tokens: &[u32], logits_from: usize) -> Result<()> {
-        self.forward_as(tokens.len(), tokens, logits_from)
-    }
-
-    /// Appends `tokens` by the kernels for a batch of `batch`.
-    fn forward_as(&mut self, batch: usize, tokens: &[u32], logits_from: usize) -> Result<()> {
+    fn forward(&mut self, step: Step, tokens: &[u32], logits_from: usize) -> Result<()> {
         let start = self.tokens.len();
         self.engine.reserve(start + tokens.len())?;
         let pass = Pass {
             tokens,
             start,
             logits_from,
-            batch,
+            step,
             write_kv: true,
         };
         self.engine.forward(&pass, &mut self.logits)?;
         self.tokens.extend_from_slice(tokens);
-        self.batches.resize(self.tokens.len(), batch as u32);
+        self.steps.resize(self.tokens.len(), step);
         Ok(())
     }
 

@@ -8,7 +8,7 @@ use std::ops::Range;
 use super::pool::{Output, Pool};
 use super::scratch::Scratch;
 use super::table::{AttendBatch, AttendSpan, AttendTokens, Operations, Ready, ToF16};
-use crate::backend::{Attention, KvType};
+use crate::backend::{Attention, KvType, Step};
 use crate::error::{Error, Result};
 use crate::profile::Work;
 
@@ -202,11 +202,11 @@ impl Attend<'_> {
         }
     }
 
-    /// One token: the pages are spread over the threads and their sums merged. The result does not depend on the
+    /// One token at `position`: the pages are spread over the threads and their sums merged. The result does not depend on the
     /// number of threads.
-    pub(super) fn one(&self, pool: &Pool, q: &[f32], out: &mut [f32]) {
+    pub(super) fn one(&self, pool: &Pool, position: usize, q: &[f32], out: &mut [f32]) {
         let (n, group) = (self.shape.head_dim, self.group());
-        let pages = self.pages(self.start..self.start + 1);
+        let pages = self.pages(position..position + 1);
         let mut scaled = self.scratch.take(q.len());
         scaled
             .iter_mut()
@@ -223,7 +223,7 @@ impl Attend<'_> {
                 page,
                 kv_head,
                 &scaled[kv_head * group * n..][..group * n],
-                self.start,
+                position,
                 &mut sums,
             );
         });
@@ -285,9 +285,9 @@ impl Attend<'_> {
         });
     }
 
-    /// The kernel for a batch of `batch` tokens that works in tiles, if there is one for this cache.
-    pub(super) fn tiles(&self, batch: usize) -> Option<Ready<AttendTokens>> {
-        let fits = batch >= TILE_TOKENS
+    /// The kernel that works in tiles, if this step and this cache have one.
+    pub(super) fn tiles(&self, step: Step) -> Option<Ready<AttendTokens>> {
+        let fits = step == Step::Prefill
             && self.cache.kind == KvType::F16
             && self.shape.head_dim.is_multiple_of(TILE_HEAD);
         self.operations.attend_tiles.filter(|_| fits)

@@ -28,7 +28,7 @@ use self::attention::KvCache;
 use self::pool::{Output, Pool};
 use self::scratch::{Buffer, Scratch};
 use self::table::{ActFormat, MatMul, Operations, Ready, ShortConvRows};
-use super::{Activation, Attention, Backend, KvType, Linear, Rope, RopePairs};
+use super::{Activation, Attention, Backend, KvType, Linear, Rope, RopePairs, Step};
 use crate::error::{Error, Result};
 use crate::profile::Work;
 use crate::quant::{self, Bytes, DType, Tensor as FileTensor};
@@ -39,8 +39,8 @@ pub struct Cpu {
     operations: Operations,
     scratch: Scratch,
     work: Work,
-    /// Tokens of the batch whose kernels are used.
-    batch: usize,
+    /// Whose kernels are used.
+    step: Step,
 }
 
 /// Weights that lie in the mapped file.
@@ -72,8 +72,8 @@ pub struct ConvState {
 /// Weight bytes that a task of a decode step reads at most: long streams for the memory, an end that is not waited for.
 const TASK_BYTES: usize = 256 << 10;
 
-/// Tokens from which on a matrix unit is worth the unpacking.
-const TILE_TOKENS: usize = 6;
+/// Rows whose logits are wanted below which unpacking weights costs more than reading them again.
+const FEW: usize = 4;
 
 /// Rows of a batch that are worth a region of their own for elementwise work.
 const PARALLEL_ROWS: usize = 8;
@@ -86,7 +86,7 @@ impl Cpu {
             operations: Operations::best(),
             scratch: Scratch::default(),
             work: Work::default(),
-            batch: 0,
+            step: Step::Prefill,
         }
     }
 
@@ -158,12 +158,10 @@ impl Cpu {
 }
 
 impl Matrix {
-    /// The kernel for `n_tokens` of a batch.
-    fn kernel(&self, n_tokens: usize, batch: usize) -> Ready<MatMul> {
-        match self.tiles {
-            Some(tiles) if batch >= TILE_TOKENS => tiles,
-            _ if n_tokens == 1 => self.gemv,
-            _ => self.gemm,
+    fn kernel(&self, step: Step) -> Ready<MatMul> {
+        match step {
+            Step::Decode => self.gemv,
+            Step::Prefill => self.tiles.unwrap_or(self.gemm),
         }
     }
 }
@@ -247,8 +245,8 @@ impl Backend for Cpu {
         conv.u.fill(0.0);
     }
 
-    fn begin(&mut self, batch: usize) {
-        self.batch = batch;
+    fn begin(&mut self, step: Step) {
+        self.step = step;
     }
 
     fn embed(&mut self, table: &Matrix, tokens: &[u32], scale: f32) -> Tensor {
@@ -279,7 +277,7 @@ impl Backend for Cpu {
     }
 
     fn linear<const N: usize>(&mut self, x: &Tensor, layers: [&Linear<Self>; N]) -> [Tensor; N] {
-        let kernels = layers.map(|l| l.weight.kernel(x.n_tokens, self.batch));
+        let kernels = layers.map(|l| l.weight.kernel(self.step));
         let asked = |format| kernels.iter().any(|k| k.acts() == format);
         let q8 = asked(ActFormat::Q8).then(|| self.quantize(x));
         let bf16 = asked(ActFormat::Bf16).then(|| self.pack(x));
@@ -386,10 +384,17 @@ impl Backend for Cpu {
             operations: &self.operations,
             scratch: &self.scratch,
         };
-        if let Some(kernel) = attend.tiles(self.batch) {
+        if let Some(kernel) = attend.tiles(self.step) {
             attend.many_in_tiles(&self.pool, kernel, &q.data, &mut out.data);
-        } else if q.n_tokens == 1 {
-            attend.one(&self.pool, &q.data, &mut out.data);
+        } else if self.step == Step::Decode {
+            // One, or a replay of some that came one by one.
+            let rows = q
+                .data
+                .chunks_exact(q.n_cols)
+                .zip(out.data.chunks_exact_mut(q.n_cols));
+            for (i, (q, out)) in rows.enumerate() {
+                attend.one(&self.pool, start + i, q, out);
+            }
         } else {
             attend.many(&self.pool, &q.data, &mut out.data);
         }
@@ -435,8 +440,10 @@ impl Backend for Cpu {
     }
 
     fn rows_from(&mut self, x: Tensor, from: usize) -> Tensor {
-        // What follows leaves no trace in any state: the kernels that are best for what is left.
-        self.batch = self.batch.min(x.n_tokens - from);
+        // What follows leaves no trace in the caches: the kernels that are best for what is left.
+        if x.n_tokens - from < FEW {
+            self.step = Step::Decode;
+        }
         if from == 0 {
             return x;
         }

@@ -12,7 +12,7 @@ use std::sync::{Arc, OnceLock};
 
 use self::graph::{CacheView, Graph, Node};
 use self::memory::{Memory, Repacked};
-use super::{Activation, Attention, Backend, KvType, Linear, Rope, RopePairs};
+use super::{Activation, Attention, Backend, KvType, Linear, Rope, RopePairs, Step};
 use crate::error::{Error, Result};
 use crate::quant::{Bytes, DType, Tensor as FileTensor};
 
@@ -321,7 +321,7 @@ impl Backend for Ggml {
         conv.memory.iter().for_each(|memory| memory.clear());
     }
 
-    fn begin(&mut self, _batch: usize) {}
+    fn begin(&mut self, _: Step) {}
 
     fn embed(&mut self, table: &Matrix, tokens: &[u32], scale: f32) -> Tensor {
         assert!(

@@ -20,9 +20,6 @@ const ROWS: usize = 16;
 /// Tokens whose running 16-bit sums fit in registers.
 const TOKENS: usize = 4;
 
-/// Below this many tokens unpacking costs more than reading the weights again.
-const FEW: usize = 4;
-
 /// 32 weights of each of 16 rows.
 #[derive(Clone, Copy)]
 #[repr(C, align(32))]
@@ -115,11 +112,6 @@ pub(super) fn gemm<B: Block, const HALVES: usize, const MIN: bool, const CHAIN: 
             }
         }
     });
-}
-
-/// Whether a GEMV a token is the better way.
-pub(super) fn few(x: &Acts) -> bool {
-    x.n_tokens < FEW
 }
 
 /// Turns 8 rows of 32 weights into eight vectors of 8 rows.

@@ -3,7 +3,6 @@
 use std::arch::x86_64::*;
 
 use super::gemm::{self, Scales, float};
-use super::gemv_q6_k;
 use crate::backend::cpu::acts::Acts;
 use crate::backend::cpu::pool::OutCols;
 use crate::quant::BlockQ6K;
@@ -11,9 +10,6 @@ use crate::quant::BlockQ6K;
 /// `y[t, r] = sum_k w[r, k] x[t, k]`.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn gemm(w: &[u8], x: &Acts, y: &mut OutCols) {
-    if gemm::few(x) {
-        return gemv_q6_k::gemv(w, x, y);
-    }
     gemm::gemm::<BlockQ6K, 2, false, 2>(w, x, y, |w, group| unpack(w, group));
 }
 

@@ -18,9 +18,6 @@ pub(super) const ROWS: usize = 32;
 /// Tokens whose sums fit in registers, twice: whole and of the running block.
 const TOKENS: usize = 6;
 
-/// Below this many tokens unpacking costs more than reading the weights again.
-const FEW: usize = 4;
-
 /// 32 weights of each of 32 rows.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
@@ -112,11 +109,6 @@ pub(super) fn gemm<B: Block, const HALVES: usize, const MIN: bool>(
             }
         }
     });
-}
-
-/// Whether a GEMV a token is the better way.
-pub(super) fn few(x: &Acts) -> bool {
-    x.n_tokens < FEW
 }
 
 /// Turns 16 rows of 32 weights into eight vectors of 16 rows.

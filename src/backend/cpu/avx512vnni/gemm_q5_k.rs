@@ -3,7 +3,6 @@
 use std::arch::x86_64::*;
 
 use super::gemm::{self, Scales, float, nibbles_of};
-use super::gemv_q5_k;
 use crate::backend::cpu::acts::Acts;
 use crate::backend::cpu::pool::OutCols;
 use crate::quant::BlockQ5K;
@@ -11,9 +10,6 @@ use crate::quant::BlockQ5K;
 /// `y[t, r] = sum_k w[r, k] x[t, k]`.
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(crate) fn gemm(w: &[u8], x: &Acts, y: &mut OutCols) {
-    if gemm::few(x) {
-        return gemv_q5_k::gemv(w, x, y);
-    }
     gemm::gemm::<BlockQ5K, 1, true>(w, x, y, |w, group| unpack(w, group));
 }
 
