@@ -36,7 +36,17 @@ fn bindings() {
     use std::path::PathBuf;
 
     let folder = |variable| PathBuf::from(env::var(variable).expect("cargo sets it"));
-    let include = folder("DEP_LLAMA_ROOT").join("include");
+    let root = folder("DEP_LLAMA_ROOT");
+    let include = root.join("include");
+    // GCC 12 drops the stores of the tile configuration: ggml's AMX kernels then crash.
+    let cache = std::fs::read_to_string(root.join("build/CMakeCache.txt")).unwrap_or_default();
+    let compiler = cache
+        .lines()
+        .find(|line| line.starts_with("CMAKE_CXX_COMPILER:"));
+    println!("cargo::rustc-check-cfg=cfg(ggml_amx)");
+    if compiler.is_some_and(|line| line.contains("clang")) {
+        println!("cargo::rustc-cfg=ggml_amx");
+    }
     let headers = ["ggml.h", "ggml-alloc.h", "ggml-backend.h", "ggml-cpu.h"];
     let lines = headers.map(|header| format!("#include <{header}>\n"));
     let functions = [

@@ -152,9 +152,7 @@ impl Repacked {
     }
 }
 
-/// The layouts of this build for this CPU, best first. Without those for AMX: ggml configures the tiles once a thread
-/// and takes them for its own ever after, which they are not where our kernels use them too (and GCC 12 breaks its
-/// kernels). A comparison with them takes a process of llama.cpp's own.
+/// The layouts of this build for this CPU, best first; that for AMX only if the build script trusts the compiler.
 fn layouts() -> &'static [sys::ggml_backend_buffer_type_t] {
     static LAYOUTS: OnceLock<Layouts> = OnceLock::new();
     struct Layouts(Vec<sys::ggml_backend_buffer_type_t>);
@@ -174,7 +172,7 @@ fn layouts() -> &'static [sys::ggml_backend_buffer_type_t] {
             let first = first.filter(|first| !first.is_null());
             let all = (0..).map_while(|i| Some(*first?.add(i)).filter(|layout| !layout.is_null()));
             let usable = |layout: &sys::ggml_backend_buffer_type_t| {
-                CStr::from_ptr(sys::ggml_backend_buft_name(*layout)) != c"AMX"
+                cfg!(ggml_amx) || CStr::from_ptr(sys::ggml_backend_buft_name(*layout)) != c"AMX"
             };
             Layouts(all.filter(usable).collect())
         }
