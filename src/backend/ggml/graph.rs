@@ -7,6 +7,7 @@
 use std::ffi::{c_char, c_void};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, Once};
 
 use super::memory::{Held, Memory, Repacked};
@@ -17,6 +18,10 @@ use crate::quant::Bytes;
 
 /// Tensors that an arena holds.
 const ARENA_TENSORS: usize = 1024;
+
+/// How long ggml's threads spin for another graph before they sleep: some milliseconds, more than there are between
+/// tokens. At its own 50 they would spin for a third of a second, beside whoever is measured next.
+const POLL: u32 = 1;
 
 /// A number for each recording of this process.
 static RECORDINGS: AtomicU64 = AtomicU64::new(0);
@@ -34,6 +39,7 @@ pub(super) struct Node {
 /// The recording of a pass, and what runs it.
 pub(super) struct Graph {
     n_threads: usize,
+    apart: bool,
     /// Where tensors are described. All before `arena` are full, all after it are empty.
     arenas: Vec<Arena>,
     arena: usize,
@@ -56,6 +62,8 @@ pub(super) struct Arena(NonNull<sys::ggml_context>);
 struct Runner {
     allocator: NonNull<sys::ggml_gallocr>,
     threads: NonNull<sys::ggml_threadpool>,
+    /// Takes the caller's part.
+    apart: Option<Apart>,
     /// For the graph itself.
     arena: Arena,
     scratch: Vec<Line>,
@@ -88,7 +96,8 @@ macro_rules! record {
 }
 
 impl Graph {
-    pub(super) fn new(n_threads: usize) -> Result<Self> {
+    /// A graph that runs on `n_threads`: the caller's and others, or others alone if `apart`.
+    pub(super) fn new(n_threads: usize, apart: bool) -> Result<Self> {
         let max = sys::GGML_MAX_N_THREADS as usize;
         if n_threads == 0 || n_threads > max {
             return Err(Error::Invalid(format!(
@@ -100,6 +109,7 @@ impl Graph {
         QUIET.call_once(|| unsafe { sys::ggml_log_set(Some(ignore), std::ptr::null_mut()) });
         Ok(Self {
             n_threads,
+            apart,
             arenas: Vec::new(),
             arena: 0,
             tensors: Vec::new(),
@@ -383,7 +393,7 @@ impl Graph {
         }
         let runner = match &mut self.runner {
             Some(runner) => runner,
-            None => self.runner.insert(Runner::new(self.n_threads)?),
+            None => self.runner.insert(Runner::new(self.n_threads, self.apart)?),
         };
         runner.run(&self.tensors, self.n_threads)?;
         if let Some(wanted) = wanted {
@@ -401,6 +411,56 @@ impl Graph {
             out.extend_from_slice(floats);
         }
         Ok(())
+    }
+}
+
+/// A graph that is ready to run.
+struct Job {
+    graph: *mut sys::ggml_cgraph,
+    plan: sys::ggml_cplan,
+}
+
+// SAFETY: who sends it waits for its end, and touches nothing of it before.
+unsafe impl Send for Job {}
+
+impl Job {
+    /// # Safety
+    /// The graph is placed, and the plan is its own.
+    unsafe fn run(&mut self) -> sys::ggml_status {
+        // SAFETY: as the caller says.
+        unsafe { sys::ggml_graph_compute(self.graph, &mut self.plan) }
+    }
+}
+
+/// A thread that runs graphs. ggml's AMX kernels configure the tiles of a thread once and take them for theirs ever
+/// after; on a thread where our kernels use them too the next instruction on a tile is illegal.
+struct Apart {
+    jobs: SyncSender<Job>,
+    done: Receiver<sys::ggml_status>,
+}
+
+impl Apart {
+    fn new() -> Result<Self> {
+        let (jobs, todo) = mpsc::sync_channel::<Job>(1);
+        let (ended, done) = mpsc::sync_channel(1);
+        let run = move || {
+            for mut job in todo {
+                // SAFETY: `Runner::run` has made it, and waits.
+                let status = unsafe { job.run() };
+                if ended.send(status).is_err() {
+                    return;
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("ggml".into()).spawn(run);
+        thread.map_err(|e| Error::Backend(format!("ggml: no thread: {e}")))?;
+        Ok(Self { jobs, done })
+    }
+
+    fn run(&self, job: Job) -> Result<sys::ggml_status> {
+        let gone = || Error::Backend("ggml: its thread is gone".into());
+        self.jobs.send(job).map_err(|_| gone())?;
+        self.done.recv().map_err(|_| gone())
     }
 }
 
@@ -457,18 +517,20 @@ impl Drop for Arena {
 }
 
 impl Runner {
-    fn new(n_threads: usize) -> Result<Self> {
+    fn new(n_threads: usize, apart: bool) -> Result<Self> {
         let failed = |what: &str| Error::Backend(format!("ggml: no {what}"));
         // SAFETY: the buffer type of the CPU is static.
         let allocator = unsafe { sys::ggml_gallocr_new(sys::ggml_backend_cpu_buffer_type()) };
         // SAFETY: `Graph::new` has checked the number of threads; the parameters are copied.
         let threads = unsafe {
             let mut parameters = sys::ggml_threadpool_params_default(n_threads as i32);
+            parameters.poll = POLL;
             sys::ggml_threadpool_new(&mut parameters)
         };
         Ok(Self {
             allocator: NonNull::new(allocator).ok_or_else(|| failed("allocator"))?,
             threads: NonNull::new(threads).ok_or_else(|| failed("threads"))?,
+            apart: apart.then(Apart::new).transpose()?,
             arena: Arena::new(graph_bytes(ARENA_TENSORS)),
             scratch: Vec::new(),
         })
@@ -521,8 +583,13 @@ impl Runner {
             self.scratch.resize(n_lines, Line([0; 64]));
         }
         plan.work_data = self.scratch.as_mut_ptr().cast();
-        // SAFETY: as above; the scratch is as large as the plan wants.
-        match unsafe { sys::ggml_graph_compute(graph, &mut plan) } {
+        let mut job = Job { graph, plan };
+        let status = match &self.apart {
+            Some(apart) => apart.run(job)?,
+            // SAFETY: as above; the scratch is as large as the plan wants.
+            None => unsafe { job.run() },
+        };
+        match status {
             sys::GGML_STATUS_SUCCESS => Ok(()),
             sys::GGML_STATUS_ALLOC_FAILED => Err(no_memory(0)),
             status => Err(Error::Backend(format!("ggml: status {status}"))),
@@ -540,7 +607,7 @@ impl Drop for Runner {
     }
 }
 
-/// The instruction sets of this build of ggml.
+/// The instruction sets of this build of ggml, but for AMX if it is not used (see `build.rs`).
 pub(super) fn features() -> Vec<&'static str> {
     macro_rules! having {
         ($($function:ident $name:literal)*) => {
@@ -564,7 +631,10 @@ pub(super) fn features() -> Vec<&'static str> {
         ggml_cpu_has_sve "SVE"
         ggml_cpu_has_llamafile "llamafile"
     };
-    let had = all.into_iter().filter(|(_, has)| *has != 0);
+    let used = |name: &str| cfg!(ggml_amx) || name != "AMX INT8";
+    let had = all
+        .into_iter()
+        .filter(|(name, has)| *has != 0 && used(name));
     had.map(|(name, _)| name).collect()
 }
 

@@ -152,7 +152,7 @@ impl Repacked {
     }
 }
 
-/// The layouts of this build for this CPU, best first.
+/// The layouts of this build for this CPU, best first; that for AMX only if the build script trusts the compiler.
 fn layouts() -> &'static [sys::ggml_backend_buffer_type_t] {
     static LAYOUTS: OnceLock<Layouts> = OnceLock::new();
     struct Layouts(Vec<sys::ggml_backend_buffer_type_t>);

@@ -95,12 +95,7 @@ impl Ggml {
     /// # Errors
     /// If these are more threads than ggml has room for.
     pub fn new(n_threads: usize) -> Result<Self> {
-        Ok(Self {
-            graph: Graph::new(n_threads)?,
-            owner: Arc::new(()),
-            repacks: false,
-            masks: Vec::new(),
-        })
+        Self::with(n_threads, false)
     }
 
     /// The same with a copy of the matrices of linear layers in ggml's own layouts.
@@ -108,9 +103,15 @@ impl Ggml {
     /// # Errors
     /// As [`Ggml::new`].
     pub fn repacking(n_threads: usize) -> Result<Self> {
+        Self::with(n_threads, true)
+    }
+
+    fn with(n_threads: usize, repacks: bool) -> Result<Self> {
         Ok(Self {
-            repacks: true,
-            ..Self::new(n_threads)?
+            graph: Graph::new(n_threads, repacks)?,
+            owner: Arc::new(()),
+            repacks,
+            masks: Vec::new(),
         })
     }
 

@@ -80,6 +80,17 @@ fn backends() -> impl TypedValueParser<Value = BackendKind> {
         .map(|name| BackendKind::from_name(&name).expect("one of their names"))
 }
 
+/// A backend to compare ours with.
+fn other_backend(name: &str) -> Result<BackendKind, String> {
+    let others = BackendKind::ALL.iter().filter(|k| **k != BackendKind::Cpu);
+    let names: Vec<_> = others.map(|kind| kind.name()).collect();
+    match BackendKind::from_name(name).filter(|_| names.contains(&name)) {
+        Some(kind) => Ok(kind),
+        None if names.is_empty() => Err("this build has none but ours".into()),
+        None => Err(format!("expected {}", names.join(" or "))),
+    }
+}
+
 impl ModelArgs {
     /// MODEL as it was given.
     pub fn name(&self) -> Option<&str> {
@@ -525,6 +536,9 @@ pub struct BenchArgs {
     /// Format of the results
     #[arg(short, long, value_name = "FORMAT", default_value = "md")]
     pub output: Format,
+    /// The same by other backends too, in turns with ours: ggml, ggml-repack, where the feature `ggml` has built them
+    #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = other_backend, conflicts_with_all = ["first_token", "kernel"])]
+    pub vs: Vec<BackendKind>,
     /// Time the first run too
     #[arg(long)]
     pub no_warmup: bool,

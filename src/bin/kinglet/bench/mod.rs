@@ -53,6 +53,16 @@ pub fn run(args: &BenchArgs) -> Outcome {
     } else {
         Vec::new()
     };
+    for engine in plan::engines(args) {
+        let sets = engine.built_for();
+        if !sets.is_empty() {
+            ui::note(&format!(
+                "{} is built for {}",
+                engine.name(),
+                sets.join(", ")
+            ));
+        }
+    }
     let mut printer = Printer::new(args.output, report::columns(&groups), details);
     let shown = Shown::new(&groups);
     let measured = groups
@@ -78,7 +88,7 @@ fn run_group(group: &Group, args: &BenchArgs, shown: &Shown, printer: &mut Print
         let model = Model::load(&group.model, &LoadOptions { threads, backend })?;
         Ok(Session::new(&model, &options)?)
     };
-    let engines = plan::engines();
+    let engines = plan::engines(args);
     let mut sessions = engines
         .iter()
         .map(|engine| open(*engine))

@@ -10,10 +10,15 @@ use crate::args::{BenchArgs, CacheType};
 use crate::failure::{Failure, Outcome};
 use crate::locate;
 
-/// Who runs the tests, side by side: repetitions take turns, so that all meet the same machine. One more backend to
-/// compare with is one more element.
-pub fn engines() -> Vec<BackendKind> {
-    vec![BackendKind::Cpu]
+/// Who runs the tests, side by side: repetitions take turns, so that all meet the same machine.
+pub fn engines(args: &BenchArgs) -> Vec<BackendKind> {
+    let mut engines = vec![BackendKind::Cpu];
+    for other in &args.vs {
+        if !engines.contains(other) {
+            engines.push(*other);
+        }
+    }
+    engines
 }
 
 /// Tokens read at once, then tokens decoded one by one, after a past of some depth.
