@@ -791,13 +791,13 @@ fn inspect_and_show_tell_what_is_there() {
 
 #[test]
 fn doctor_names_a_kernel_for_every_operation() {
-    let text = run(&["doctor"]);
+    let text = run(&["doctor", "--no-measure"]);
     assert!(
         ok(&text).contains("cores allowed") && ok(&text).contains("rms_norm"),
         "{}",
         ok(&text)
     );
-    let report = json(&run(&["doctor", "--json"]));
+    let report = json(&run(&["doctor", "--no-measure", "--json"]));
     assert!(
         report["formats"]["Q4_0"]["gemv"]
             .as_str()
@@ -806,7 +806,7 @@ fn doctor_names_a_kernel_for_every_operation() {
         "{report}"
     );
     assert!(report["cores"].as_u64().unwrap() >= 1);
-    let scalar = kinglet(&["doctor", "--json"])
+    let scalar = kinglet(&["doctor", "--no-measure", "--json"])
         .env("KINGLET_ISA", "scalar")
         .output()
         .unwrap();

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use kinglet::backend::cpu::roofline::{self, Effort};
@@ -17,12 +18,16 @@ fn folder(name: &str) -> PathBuf {
     folder
 }
 
+/// Measured once for all tests, with next to no effort.
 fn measured() -> Roofline {
+    static MEASURED: OnceLock<Roofline> = OnceLock::new();
     let effort = Effort {
         buffer_bytes: 1 << 20,
+        rounds: 64,
         time: Duration::ZERO,
     };
-    roofline::measure(2, &effort).expect("two threads")
+    let measure = || roofline::measure(2, &effort).expect("two threads");
+    MEASURED.get_or_init(measure).clone()
 }
 
 #[test]

@@ -29,6 +29,8 @@ const PIECE: usize = 4 << 20;
 pub struct Effort {
     /// Bytes of the memory that is read.
     pub buffer_bytes: usize,
+    /// Rounds of [`Products`] in a call, at most [`Products::MAX_ROUNDS`].
+    pub rounds: usize,
     /// Time for each loop, and each kind of memory.
     pub time: Duration,
 }
@@ -44,6 +46,7 @@ impl Effort {
             .min(most.max(64 << 20));
         Self {
             buffer_bytes: usize::try_from(bytes).unwrap_or(256 << 20),
+            rounds: Products::<f32, f32, 16>::MAX_ROUNDS,
             time: Duration::from_millis(300),
         }
     }
@@ -62,7 +65,7 @@ pub fn key(n_threads: usize) -> Key {
 
 /// How fast each row of a table computes on all threads at once.
 macro_rules! product_rates {
-    ($resource:ident, $kernel:ident, $table:ident, $pool:expr, $time:expr, $w:expr, $x:expr, $n:literal) => {{
+    ($resource:ident, $kernel:ident, $table:ident, $pool:expr, $effort:expr, $w:expr, $x:expr, $n:literal) => {{
         let (w, x) = ([[$w; $n]; 4], [[$x; $n]; 4]);
         let run = |kernel: &Ready<$kernel>, rounds| {
             let mut products = Products {
@@ -75,7 +78,7 @@ macro_rules! product_rates {
             std::hint::black_box(products.sum);
         };
         let ops = 2 * 4 * 4 * $n;
-        rates_of(Resource::$resource, $table, $pool, $time, ops, run)
+        rates_of(Resource::$resource, $table, $pool, $effort, ops, run)
     }};
 }
 
@@ -93,7 +96,6 @@ pub fn measure(n_threads: usize, effort: &Effort) -> Result<Roofline> {
             rates.extend(read_rates(resource, &pool, &[memory.bytes()], effort.time));
         }
     }
-    let time = effort.time;
     rates.extend(product_rates!(
         Int8,
         ProductsI8,
@@ -185,11 +187,11 @@ fn rates_of<K: Kernel>(
     resource: Resource,
     table: &'static [K],
     pool: &Pool,
-    time: Duration,
+    effort: &Effort,
     ops: usize,
     run: impl Fn(&Ready<K>, usize) + Sync,
 ) -> Vec<Rate> {
-    let rounds = Products::<f32, f32, 16>::MAX_ROUNDS;
+    let rounds = effort.rounds;
     // Several tasks for each thread: one that starts late does not hold the others.
     let n_tasks = 16 * pool.n_threads();
     const RUNS: usize = 8;
@@ -198,7 +200,7 @@ fn rates_of<K: Kernel>(
         .map(|kernel| {
             let pass = || pool.run(n_tasks, &|_| (0..RUNS).for_each(|_| run(&kernel, rounds)));
             pass(); // wide vectors are slow until the core has made ready for them
-            let best = best_time(time, pass);
+            let best = best_time(effort.time, pass);
             let ops = ops * rounds * RUNS * n_tasks;
             rate(resource, kernel.name(), kernel.isa(), ops, best)
         })

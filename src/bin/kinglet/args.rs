@@ -552,10 +552,10 @@ pub struct BenchArgs {
     #[arg(long)]
     pub list_kernels: bool,
     /// With --kernel: rows and row length of matrices, keys and head size of attention [default: as suits the kernel]
-    #[arg(long, value_name = "NxK", value_delimiter = ',', requires = "kernel")]
+    #[arg(long, value_name = "NxK", value_delimiter = ',', requires = "kernel", conflicts_with_all = ["models", "model"])]
     pub shape: Vec<Shape>,
     /// With --kernel: tokens of a call [default: 1,512]
-    #[arg(long, value_name = "N", requires = "kernel")]
+    #[arg(long, value_name = "N", requires = "kernel", conflicts_with_all = ["models", "model"])]
     tokens: Vec<Numbers>,
     /// Below the table: times of tokens, limits of the machine and what of them was reached, memory, barriers, kernels;
     /// CSV and JSON always have them

@@ -39,7 +39,7 @@ fn fold(sum: V) -> u64 {
 reads!("avx2,fma,f16c");
 
 /// Four lines, each of two vectors.
-type Halves<T> = [[[T; 32]; 2]; 4];
+type Halves<T, const N: usize> = [[[T; N]; 2]; 4];
 
 /// Two products of bytes are added in 16 bits before they are widened, as the kernels of this level do it.
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -48,7 +48,7 @@ pub(crate) fn products_i8(p: &mut Products<u8, i8, 64>) {
     let mut sums = [_mm256_setzero_si256(); 4];
     for _ in 0..p.rounds {
         // Else the products would be taken out of the loop.
-        let (w, x): (&Halves<u8>, &Halves<i8>) =
+        let (w, x): (&Halves<u8, 32>, &Halves<i8, 32>) =
             black_box((bytemuck::cast_ref(p.w), bytemuck::cast_ref(p.x)));
         for i in 0..4 {
             for x in x {
@@ -67,35 +67,24 @@ pub(crate) fn products_i8(p: &mut Products<u8, i8, 64>) {
     }
 }
 
-/// Adds the products of the first or second half of four rows and a vector.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn add_products(sums: &mut [__m256; 4], w: &[[[f32; 8]; 2]; 4], half: usize, x: &[f32; 8]) {
-    let x = _mm256_castsi256_ps(load(x));
-    for i in 0..4 {
-        let w = _mm256_castsi256_ps(load(&w[i][half]));
-        sums[i] = _mm256_fmadd_ps(w, x, sums[i]);
-    }
-}
-
-/// Twelve sums in registers, and four vectors of one side: enough to wait for none.
+/// Eight sums, just enough: with twelve the compiler keeps some in memory, and is slower by a quarter.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn products_f32(p: &mut Products<f32, f32, 16>) {
-    let w: &[[[f32; 8]; 2]; 4] = bytemuck::cast_ref(p.w);
-    let x: &[[[f32; 8]; 2]; 4] = bytemuck::cast_ref(p.x);
-    let [mut a, mut b, mut c] = [[_mm256_setzero_ps(); 4]; 3];
+    let w: &Halves<f32, 8> = bytemuck::cast_ref(p.w);
+    let x: &Halves<f32, 8> = bytemuck::cast_ref(p.x);
+    let mut sums = [[_mm256_setzero_ps(); 2]; 4];
     for _ in 0..p.rounds {
-        let (w, x) = black_box((w, x));
-        add_products(&mut a, w, 0, &x[0][0]);
-        add_products(&mut b, w, 0, &x[1][0]);
-        add_products(&mut c, w, 0, &x[2][0]);
-        add_products(&mut a, w, 0, &x[3][0]);
-        add_products(&mut b, w, 1, &x[0][1]);
-        add_products(&mut c, w, 1, &x[1][1]);
-        add_products(&mut a, w, 1, &x[2][1]);
-        add_products(&mut b, w, 1, &x[3][1]);
+        for x in x {
+            for i in 0..4 {
+                for half in 0..2 {
+                    let w = _mm256_castsi256_ps(load(&w[i][half]));
+                    let x = _mm256_castsi256_ps(load(&x[half]));
+                    sums[i][half] = _mm256_fmadd_ps(w, x, sums[i][half]);
+                }
+            }
+        }
     }
-    for sum in [a, b, c].as_flattened() {
+    for sum in sums.as_flattened() {
         p.sum += sum_pd(_mm256_add_pd(
             _mm256_cvtps_pd(_mm256_castps256_ps128(*sum)),
             _mm256_cvtps_pd(_mm256_extractf128_ps::<1>(*sum)),

@@ -10,11 +10,10 @@ pub(crate) fn products_f32(p: &mut Products<f32, f32, 16>) {
     let mut sums = [[vdupq_n_f32(0.0); 4]; 4];
     for _ in 0..p.rounds {
         for x in std::hint::black_box(p.x) {
-            for i in 0..4 {
-                for quarter in 0..4 {
-                    let w = super::load_f32(&p.w[i].as_chunks().0[quarter]);
-                    let x = super::load_f32(&x.as_chunks().0[quarter]);
-                    sums[i][quarter] = vfmaq_f32(sums[i][quarter], w, x);
+            for (w, sums) in p.w.iter().zip(&mut sums) {
+                let pairs = w.as_chunks().0.iter().zip(x.as_chunks().0);
+                for ((w, x), sum) in pairs.zip(sums) {
+                    *sum = vfmaq_f32(*sum, super::load_f32(w), super::load_f32(x));
                 }
             }
         }

@@ -11,12 +11,13 @@ use crate::backend::cpu::table::Products;
 pub(crate) fn products_i8(p: &mut Products<u8, i8, 64>) {
     let mut sums = [[vdupq_n_s32(0); 4]; 4];
     for _ in 0..p.rounds {
-        let (w, x): (&[[[i8; 16]; 4]; 4], &[[[i8; 16]; 4]; 4]) =
-            std::hint::black_box((bytemuck::cast_ref(p.w), bytemuck::cast_ref(p.x)));
+        let (w, x) = std::hint::black_box((p.w, p.x));
+        let w: &[[[i8; 16]; 4]; 4] = bytemuck::cast_ref(w);
+        let x: &[[[i8; 16]; 4]; 4] = bytemuck::cast_ref(x);
         for x in x {
-            for i in 0..4 {
-                for k in 0..4 {
-                    sums[i][k] = sdot(sums[i][k], load_i8(&w[i][k]), load_i8(&x[k]));
+            for (w, sums) in w.iter().zip(&mut sums) {
+                for ((w, x), sum) in w.iter().zip(x).zip(sums) {
+                    *sum = sdot(*sum, load_i8(w), load_i8(x));
                 }
             }
         }

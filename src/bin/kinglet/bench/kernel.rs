@@ -705,11 +705,11 @@ products! {
 
 fn columns() -> Vec<Column> {
     vec![
-        Column::text("kernel", 30),
+        Column::text("kernel", 26),
         Column::number("shape", 11),
         Column::number("tokens", 6),
         Column::number("threads", 7),
-        Column::number("µs", 19),
+        Column::number("µs", 17),
         Column::number("GB/s", 7),
         Column::number("%", 5),
         Column::number("GOP/s", 8),

@@ -15,7 +15,7 @@ mod timeline;
 pub use self::busy::spin;
 
 use std::collections::BTreeSet;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kinglet::backend::cpu::pool::Pool;
 use kinglet::backend::cpu::roofline;
@@ -105,7 +105,9 @@ fn run_group(group: &Group, args: &BenchArgs, shown: &Shown, printer: &mut Print
         wait(args.delay)?;
         let time = rfc3339(SystemTime::now());
         Resident::reset_peak(); // else the peak is that of all tests so far
+        let start = Instant::now();
         let samples = samples(&mut runners, test, args, &card.kind)?;
+        let wall = start.elapsed();
         let memory = Resident::now();
         for (engine, samples) in engines.iter().zip(samples) {
             let row = Row {
@@ -115,6 +117,7 @@ fn run_group(group: &Group, args: &BenchArgs, shown: &Shown, printer: &mut Print
                 limits: &limits,
                 test: *test,
                 time: time.clone(),
+                wall,
                 samples,
                 memory,
                 n_busy: args.n_busy(),

@@ -22,6 +22,8 @@ pub struct Row<'a> {
     pub test: Test,
     /// Of the start, as RFC 3339 has it.
     pub time: String,
+    /// Of everything, what is not timed included.
+    pub wall: Duration,
     pub samples: Vec<Sample>,
     pub memory: Option<Resident>,
     /// Processes that were busy beside it.
@@ -293,6 +295,7 @@ impl Row<'_> {
             ("avg_ts", json!(avg)),
             ("stddev_ts", json!(stddev)),
             ("test", json!(self.test.to_string())),
+            ("wall_ms", json!(ms(self.wall))),
             ("n_busy", json!(self.n_busy)),
             ("token_ms_p50", json!(token_ms[0])),
             ("token_ms_p95", json!(token_ms[1])),
