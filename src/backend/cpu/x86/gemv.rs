@@ -1,7 +1,7 @@
 //! The loops of a GEMV, around what a level and a format do with a unit of blocks.
 
 /// How far ahead of its use a weight is asked for, in bytes (for float formats: at least).
-pub(in crate::backend::cpu) const AHEAD: usize = 2048;
+pub(in crate::backend::cpu) const AHEAD: usize = 1536;
 
 /// Defines `gemv` for a format from two functions of its file: `prepare`, what rows share of the activations that meet
 /// `$unit` blocks, and `dot`, which adds the products of `$unit` blocks to a row's partial sums.
@@ -49,6 +49,8 @@ macro_rules! gemv {
         ) -> [f32; R] {
             const LEN: usize = <$block as crate::quant::Block>::LEN * $unit;
             const GROUPS: usize = LEN / crate::backend::cpu::acts::Q8_LEN;
+            // Cache lines of a unit; where it is a little more than whole lines, the hardware finds the rest.
+            const LINES: usize = (size_of::<[$block; $unit]>() + 32) / 64;
             let n_blocks = w[0].len();
             assert!(w.iter().all(|w| w.len() == n_blocks));
             let (q, d, s) = (
@@ -68,7 +70,9 @@ macro_rules! gemv {
             for i in 0..n_units {
                 let x = prepare(&q[i], &d[i], &s[i]);
                 for r in 0..R {
-                    crate::backend::cpu::x86::prefetch(&rows[r][i], ahead);
+                    for line in 0..LINES {
+                        crate::backend::cpu::x86::prefetch(&rows[r][i], ahead + 64 * line);
+                    }
                     sums[r] = dot(&rows[r][i], &x, sums[r]);
                 }
             }
