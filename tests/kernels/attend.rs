@@ -157,6 +157,23 @@ fn heads_of_every_length() {
     }
 }
 
+/// As in decode: a group of queries at one position, with the end of the keys and of a window anywhere in a span.
+#[test]
+fn queries_that_see_the_same_keys() {
+    let mut random = Random::new(14);
+    for (head_dim, n_queries) in [(64, 1), (64, 3), (128, 7), (256, 4), (64, 16)] {
+        for (first, end) in [(0, 256), (0, 1), (3, 4), (5, 230), (0, 600), (77, 513)] {
+            let visible = vec![(first, end); n_queries];
+            let case = Case::random(head_dim, end, visible, 0.4, &mut random);
+            for (kernel, half) in kernels() {
+                for span in [256, 1024] {
+                    case.check(kernel, half, span);
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn causal_windowed_and_empty_ranges() {
     let mut random = Random::new(12);

@@ -1,12 +1,15 @@
 //! Threads of the token loop: the caller works, workers wait spinning for some tens of microseconds, then parked.
 //!
-//! A region hands out the indices `0..n_tasks` one by one, so a slow or stolen core holds nobody longer than a task.
+//! A region gives each thread a share of the indices `0..n_tasks`, taken one by one; a thread that is done helps with the
+//! shares of the others, so a slow or stolen core holds nobody longer than a task. A share is counted on a cache line of
+//! its own: on a large machine a line that goes from core to core costs as much as a small task.
 //! A model has some hundred regions a token: entering one costs a store and, if a worker sleeps, a wake-up.
 #![allow(
     unsafe_code,
     reason = "a region's closure borrows the caller's stack; disjoint parts of one output"
 )]
 
+use std::cell::UnsafeCell;
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -35,14 +38,27 @@ unsafe impl Send for Body {}
 struct Shared {
     /// Number of the region, whether it is open, workers inside: see [`State`].
     state: AtomicU64,
-    body: Mutex<Option<Body>>,
+    /// Of the region that is open: written before it opens, when no worker is inside.
+    body: UnsafeCell<Option<Body>>,
     n_tasks: AtomicUsize,
-    next: AtomicUsize,
+    /// One for each thread, the caller's first.
+    shares: Box<[Share]>,
     panicked: AtomicBool,
     stop: AtomicBool,
     sleepers: AtomicUsize,
     gate: Mutex<()>,
     wake: Condvar,
+}
+
+// SAFETY: all other fields are `Sync`; `body` is written while no region is open and no worker inside, by the one thread
+// that holds `Pool::region`, and read by workers inside a region alone.
+unsafe impl Sync for Shared {}
+
+/// The next index of a thread's share, alone on two cache lines: the hardware fetches them in pairs.
+#[derive(Default)]
+#[repr(align(128))]
+struct Share {
+    next: AtomicUsize,
 }
 
 /// The word that opens and closes a region. A worker enters by adding one while the region is open; the caller closes
@@ -68,9 +84,9 @@ impl Pool {
     pub fn new(n_threads: usize) -> std::io::Result<Self> {
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
-            body: Mutex::new(None),
+            body: UnsafeCell::new(None),
             n_tasks: AtomicUsize::new(0),
-            next: AtomicUsize::new(0),
+            shares: (0..n_threads.max(1)).map(|_| Share::default()).collect(),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             sleepers: AtomicUsize::new(0),
@@ -86,7 +102,7 @@ impl Pool {
             let shared = Arc::clone(&pool.shared);
             let worker = std::thread::Builder::new()
                 .name(format!("kinglet-{i}"))
-                .spawn(move || shared.work())?;
+                .spawn(move || shared.work(i))?;
             pool.workers.push(worker);
         }
         Ok(pool)
@@ -122,12 +138,14 @@ impl Pool {
                 body as *const (dyn Fn(usize) + Sync),
             )
         };
-        *shared
-            .body
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(erased);
+        // SAFETY: the last region is closed and empty, and this thread holds `region`: nobody else looks.
+        unsafe { *shared.body.get() = Some(erased) };
         shared.n_tasks.store(n_tasks, Ordering::Relaxed);
-        shared.next.store(0, Ordering::Relaxed);
+        for (i, share) in shared.shares.iter().enumerate() {
+            share
+                .next
+                .store(shared.first(i, n_tasks), Ordering::Relaxed);
+        }
         // SeqCst here and in `enter`: either the sleeper sees the open region, or this thread sees the sleeper.
         shared
             .state
@@ -139,9 +157,11 @@ impl Pool {
                 .unwrap_or_else(|poisoned| poisoned.into_inner());
             shared.wake.notify_all();
         }
-        let own = catch_unwind(AssertUnwindSafe(|| shared.claim(body)));
+        let own = catch_unwind(AssertUnwindSafe(|| shared.claim(0, body)));
         if own.is_err() {
-            shared.next.store(n_tasks, Ordering::Relaxed);
+            // A count beyond any share: no task is left.
+            let shares = shared.shares.iter();
+            shares.for_each(|share| share.next.store(n_tasks, Ordering::Relaxed));
         }
         shared.state.fetch_and(!State::OPEN, Ordering::AcqRel);
         let mut spins = 0u32;
@@ -241,29 +261,39 @@ impl Drop for Pool {
 }
 
 impl Shared {
-    fn claim(&self, body: &(dyn Fn(usize) + Sync)) {
-        let n = self.n_tasks.load(Ordering::Relaxed);
-        loop {
-            let i = self.next.fetch_add(1, Ordering::Relaxed);
-            if i >= n {
-                return;
+    /// Where share `i` of `n_tasks` begins.
+    fn first(&self, i: usize, n_tasks: usize) -> usize {
+        i * n_tasks / self.shares.len()
+    }
+
+    /// Runs the tasks of share `own`, then what is left of the others.
+    fn claim(&self, own: usize, body: &(dyn Fn(usize) + Sync)) {
+        let n_tasks = self.n_tasks.load(Ordering::Relaxed);
+        let n_shares = self.shares.len();
+        for i in (own..n_shares).chain(0..own) {
+            let end = self.first(i + 1, n_tasks);
+            let next = &self.shares[i].next;
+            // Looking first keeps the line of a share that is done where it is.
+            while next.load(Ordering::Relaxed) < end {
+                let task = next.fetch_add(1, Ordering::Relaxed);
+                if task >= end {
+                    break;
+                }
+                body(task);
             }
-            body(i);
         }
     }
 
-    fn work(&self) {
+    fn work(&self, own: usize) {
         let mut seen = 0;
         while let Some(region) = self.enter(seen) {
             seen = region;
-            let body = *self
-                .body
-                .lock()
-                .unwrap_or_else(|poisoned| poisoned.into_inner());
+            // SAFETY: this thread is inside the region, which keeps the caller from writing the next body.
+            let body = unsafe { *self.body.get() };
             let body = body.expect("stored before the region opened");
             // SAFETY: `Pool::run` keeps the closure alive until this thread has left the region, below.
             let body = unsafe { &*body.0 };
-            if catch_unwind(AssertUnwindSafe(|| self.claim(body))).is_err() {
+            if catch_unwind(AssertUnwindSafe(|| self.claim(own, body))).is_err() {
                 self.panicked.store(true, Ordering::Relaxed);
             }
             self.state.fetch_sub(1, Ordering::Release);

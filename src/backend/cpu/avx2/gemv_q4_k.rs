@@ -5,15 +5,17 @@ use std::arch::x86_64::*;
 use super::{Acts8, load, nibbles};
 use crate::quant::BlockQ4K;
 
+type Prepared = Acts8;
+
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn prepare(q: &[i8; 256], d: &[f32; 8], s: &[f32; 8]) -> Acts8 {
+fn prepare(q: &[i8; 256], d: &[f32; 8], s: &[f32; 8]) -> Prepared {
     Acts8::new(q, d, s)
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn dot(w: &[BlockQ4K; 1], x: &Acts8, sum: __m256) -> __m256 {
+fn dot(w: &[BlockQ4K; 1], x: &Prepared, sum: __m256) -> __m256 {
     let [w] = w;
     let qs: &[[u8; 32]; 4] = bytemuck::cast_ref(&w.qs);
     let q = [groups(&qs[0], &qs[1]), groups(&qs[2], &qs[3])];

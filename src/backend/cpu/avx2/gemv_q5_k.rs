@@ -5,15 +5,17 @@ use std::arch::x86_64::*;
 use super::{Acts8, load, load128, nibbles};
 use crate::quant::BlockQ5K;
 
+type Prepared = Acts8;
+
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn prepare(q: &[i8; 256], d: &[f32; 8], s: &[f32; 8]) -> Acts8 {
+fn prepare(q: &[i8; 256], d: &[f32; 8], s: &[f32; 8]) -> Prepared {
     Acts8::new(q, d, s)
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn dot(w: &[BlockQ5K; 1], x: &Acts8, sum: __m256) -> __m256 {
+fn dot(w: &[BlockQ5K; 1], x: &Prepared, sum: __m256) -> __m256 {
     let [w] = w;
     let qs: &[[u8; 32]; 4] = bytemuck::cast_ref(&w.qs);
     let [first, last]: &[[u8; 16]; 2] = bytemuck::cast_ref(&w.qh);

@@ -5,15 +5,17 @@ use std::arch::x86_64::*;
 use super::{Acts8, Scales, lanes, load, load128, nibbles};
 use crate::quant::BlockQ5K;
 
+type Prepared = Acts8;
+
 #[inline]
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn prepare(q: &[i8; 256], d: &[f32; 8], s: &[f32; 8]) -> Acts8 {
+fn prepare(q: &[i8; 256], d: &[f32; 8], s: &[f32; 8]) -> Prepared {
     Acts8::new(q, d, s)
 }
 
 #[inline]
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn dot(w: &[BlockQ5K; 1], x: &Acts8, sum: __m512) -> __m512 {
+fn dot(w: &[BlockQ5K; 1], x: &Prepared, sum: __m512) -> __m512 {
     let [w] = w;
     let [a, b]: &[[u8; 64]; 2] = bytemuck::cast_ref(&w.qs);
     let (a, b) = (load(a), load(b));

@@ -20,6 +20,9 @@ macro_rules! attend {
         /// Keys in a tile.
         const KEYS: usize = 32;
 
+        /// Queries that are too few to pay for widened tiles.
+        const FEW: usize = 16;
+
         /// Queries whose weighted values are summed together.
         const QUERIES: usize = 4;
 
@@ -29,6 +32,12 @@ macro_rules! attend {
         /// Over half floats, see [`AttendSpan`].
         #[target_feature(enable = $features)]
         pub(crate) fn f16(span: &mut AttendSpan) {
+            match span.head_dim {
+                64 if few(span) => return few_f16::attend::<{ 64 / v::LANES }>(span),
+                128 if few(span) => return few_f16::attend::<{ 128 / v::LANES }>(span),
+                256 if few(span) => return few_f16::attend::<{ 256 / v::LANES }>(span),
+                _ => {}
+            }
             let (keys, values) = (bytemuck::cast_slice(span.k), bytemuck::cast_slice(span.v));
             let (keys, values) = (Rows::F16(keys), Rows::F16(values));
             match span.head_dim {
@@ -43,6 +52,12 @@ macro_rules! attend {
         /// Over floats, see [`AttendSpan`].
         #[target_feature(enable = $features)]
         pub(crate) fn f32(span: &mut AttendSpan) {
+            match span.head_dim {
+                64 if few(span) => return few_f32::attend::<{ 64 / v::LANES }>(span),
+                128 if few(span) => return few_f32::attend::<{ 128 / v::LANES }>(span),
+                256 if few(span) => return few_f32::attend::<{ 256 / v::LANES }>(span),
+                _ => {}
+            }
             let (keys, values) = (bytemuck::cast_slice(span.k), bytemuck::cast_slice(span.v));
             let (keys, values) = (Rows::F32(keys), Rows::F32(values));
             match span.head_dim {
@@ -106,6 +121,12 @@ macro_rules! attend {
                 }
                 start = end;
             }
+        }
+
+        /// Whether there are few queries and all see the same keys.
+        fn few(span: &AttendSpan) -> bool {
+            (1..=FEW).contains(&span.visible.len())
+                && span.visible.iter().all(|keys| *keys == span.visible[0])
         }
 
         /// The keys that any of some queries sees.

@@ -1,7 +1,7 @@
 //! The loops of a GEMV, around what a level and a format do with a unit of blocks.
 
 /// How far ahead of its use a weight is asked for, in bytes (for float formats: at least).
-pub(in crate::backend::cpu) const AHEAD: usize = 2048;
+pub(in crate::backend::cpu) const AHEAD: usize = 1536;
 
 /// Defines `gemv` for a format from two functions of its file: `prepare`, what rows share of the activations that meet
 /// `$unit` blocks, and `dot`, which adds the products of `$unit` blocks to a row's partial sums.
@@ -25,20 +25,44 @@ macro_rules! gemv {
             // Four rows far apart, each followed by its neighbour: memory sees four long streams. Adjacent rows, four
             // short streams, came at half the speed.
             let quarter = y.n_cols() / 4;
-            let row = |r: usize| &w[r * n_blocks..][..n_blocks];
+            let (a, rest) = w.split_at(quarter * n_blocks);
+            let (b, rest) = rest.split_at(quarter * n_blocks);
+            let (c, rest) = rest.split_at(quarter * n_blocks);
+            let (d, rest) = rest.split_at(quarter * n_blocks);
             for t in 0..x.n_tokens {
                 let x = x.q8_row(t);
+                let last = last(n_blocks, &x);
                 let y = y.row(t);
                 for r in 0..quarter {
-                    let rows = [0, 1, 2, 3].map(|k| k * quarter + r);
-                    for (r, sum) in rows.into_iter().zip(products(rows.map(row), &x)) {
-                        y[r] = sum;
+                    let at = r * n_blocks..(r + 1) * n_blocks;
+                    let rows = [&a[at.clone()], &b[at.clone()], &c[at.clone()], &d[at]];
+                    let sums = products(rows, &x, &last);
+                    for k in 0..4 {
+                        y[k * quarter + r] = sums[k];
                     }
                 }
-                for r in 4 * quarter..y.len() {
-                    [y[r]] = products([row(r)], &x);
+                for (y, row) in y[4 * quarter..].iter_mut().zip(rest.chunks_exact(n_blocks)) {
+                    [*y] = products([row], &x, &last);
                 }
             }
+        }
+
+        /// What rows share of the activations of a last unit that is not full.
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn last(n_blocks: usize, x: &crate::backend::cpu::acts::Q8Row) -> Prepared {
+            const LEN: usize = <$block as crate::quant::Block>::LEN * $unit;
+            const GROUPS: usize = LEN / crate::backend::cpu::acts::Q8_LEN;
+            let first = n_blocks - $unit;
+            let at = first * (LEN / $unit);
+            let group = first * (GROUPS / $unit);
+            let old = (n_blocks / $unit * $unit - first) * (GROUPS / $unit);
+            let (mut d, mut s) = ([0.0; GROUPS], [0.0; GROUPS]);
+            for i in old..GROUPS {
+                d[i] = x.d[group + i];
+                s[i] = x.s[group + i];
+            }
+            prepare(x.q[at..].first_chunk().expect("a whole unit"), &d, &s)
         }
 
         #[inline]
@@ -46,9 +70,12 @@ macro_rules! gemv {
         fn products<const R: usize>(
             w: [&[$block]; R],
             x: &crate::backend::cpu::acts::Q8Row,
+            last: &Prepared,
         ) -> [f32; R] {
             const LEN: usize = <$block as crate::quant::Block>::LEN * $unit;
             const GROUPS: usize = LEN / crate::backend::cpu::acts::Q8_LEN;
+            // Cache lines of a unit; where it is a little more than whole lines, the hardware finds the rest.
+            const LINES: usize = (size_of::<[$block; $unit]>() + 32) / 64;
             let n_blocks = w[0].len();
             assert!(w.iter().all(|w| w.len() == n_blocks));
             let (q, d, s) = (
@@ -68,26 +95,16 @@ macro_rules! gemv {
             for i in 0..n_units {
                 let x = prepare(&q[i], &d[i], &s[i]);
                 for r in 0..R {
-                    crate::backend::cpu::x86::prefetch(&rows[r][i], ahead);
+                    for line in 0..LINES {
+                        crate::backend::cpu::x86::prefetch(&rows[r][i], ahead + 64 * line);
+                    }
                     sums[r] = dot(&rows[r][i], &x, sums[r]);
                 }
             }
-            let done = n_units * $unit;
-            if done < n_blocks {
-                let first = n_blocks - $unit;
-                let at = first * (LEN / $unit);
-                let group = first * (GROUPS / $unit);
-                let new = (done - first) * (GROUPS / $unit);
-                let (mut d, mut s) = ([0.0; GROUPS], [0.0; GROUPS]);
-                for i in new..GROUPS {
-                    d[i] = x.d[group + i];
-                    s[i] = x.s[group + i];
-                }
-                let q = x.q[at..].first_chunk().expect("a whole unit");
-                let x = prepare(q, &d, &s);
+            if n_units * $unit < n_blocks {
                 for r in 0..R {
-                    let w = w[r][first..].first_chunk().expect("a whole unit");
-                    sums[r] = dot(w, &x, sums[r]);
+                    let w = w[r].last_chunk().expect("a whole unit");
+                    sums[r] = dot(w, last, sums[r]);
                 }
             }
             super::floats::sums(sums)
