@@ -101,7 +101,7 @@ pub fn measure(n_threads: usize, effort: &Effort) -> Result<Roofline> {
         ProductsI8,
         PRODUCTS_I8,
         &pool,
-        time,
+        effort,
         3u8,
         -5i8,
         64
@@ -113,7 +113,7 @@ pub fn measure(n_threads: usize, effort: &Effort) -> Result<Roofline> {
         ProductsBf16,
         PRODUCTS_BF16,
         &pool,
-        time,
+        effort,
         w,
         x,
         32
@@ -123,7 +123,7 @@ pub fn measure(n_threads: usize, effort: &Effort) -> Result<Roofline> {
         ProductsF32,
         PRODUCTS_F32,
         &pool,
-        time,
+        effort,
         3f32,
         -5f32,
         16
