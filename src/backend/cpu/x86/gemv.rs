@@ -17,6 +17,7 @@ macro_rules! gemv {
             x: &crate::backend::cpu::acts::Acts,
             y: &mut crate::backend::cpu::pool::OutCols,
         ) {
+            use crate::backend::cpu::x86::gemv::AHEAD;
             let n_blocks = x.n_in / <$block as crate::quant::Block>::LEN;
             if n_blocks < $unit {
                 return crate::backend::cpu::scalar::gemv::q8::<$block>(w, x, y);
@@ -36,13 +37,21 @@ macro_rules! gemv {
                 for r in 0..quarter {
                     let at = r * n_blocks..(r + 1) * n_blocks;
                     let rows = [&a[at.clone()], &b[at.clone()], &c[at.clone()], &d[at]];
-                    let sums = products(rows, &x, &last);
+                    // Near the end of its stream a row asks for the start of the next call's, which the thread will
+                    // most likely run next.
+                    let to_end = (quarter - r) * n_blocks * size_of::<$block>();
+                    let beyond = if to_end > AHEAD {
+                        0
+                    } else {
+                        size_of_val(w) - size_of_val(a)
+                    };
+                    let sums = products(rows, &x, &last, AHEAD + beyond);
                     for k in 0..4 {
                         y[k * quarter + r] = sums[k];
                     }
                 }
                 for (y, row) in y[4 * quarter..].iter_mut().zip(rest.chunks_exact(n_blocks)) {
-                    [*y] = products([row], &x, &last);
+                    [*y] = products([row], &x, &last, AHEAD);
                 }
             }
         }
@@ -71,6 +80,7 @@ macro_rules! gemv {
             w: [&[$block]; R],
             x: &crate::backend::cpu::acts::Q8Row,
             last: &Prepared,
+            ahead: usize,
         ) -> [f32; R] {
             const LEN: usize = <$block as crate::quant::Block>::LEN * $unit;
             const GROUPS: usize = LEN / crate::backend::cpu::acts::Q8_LEN;
@@ -90,7 +100,6 @@ macro_rules! gemv {
             for (row, blocks) in rows.iter_mut().zip(w) {
                 *row = &blocks.as_chunks().0[..n_units];
             }
-            let ahead = crate::backend::cpu::x86::gemv::AHEAD;
             let mut sums = [super::floats::splat(0.0); R];
             for i in 0..n_units {
                 let x = prepare(&q[i], &d[i], &s[i]);
