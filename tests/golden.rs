@@ -12,7 +12,8 @@ fn load(path: &str) -> Vec<Model> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
     let load = |backend: &BackendKind| {
         let options = LoadOptions {
-            threads: 2,
+            // ggml's threads wait by spinning: with another process beside them two take ten times as long as one.
+            threads: if *backend == BackendKind::Cpu { 2 } else { 1 },
             backend: *backend,
         };
         Model::load(&path, &options).expect("the model loads")
