@@ -18,7 +18,7 @@ use kinglet::backend::cpu::acts::Q8_LEN;
 use kinglet::backend::cpu::pool::Pool;
 use kinglet::backend::cpu::table::{self, ActFormat};
 use kinglet::backend::ggml::Ggml;
-use kinglet::backend::{Activation, Attention, Backend, Linear, Rope, RopePairs};
+use kinglet::backend::{Activation, Attention, Backend, Linear, Rope, RopePairs, Step};
 use kinglet::quant::{self, Bytes, DType, Tensor};
 use kinglet::tokenizer::Special;
 use kinglet::{BackendKind, Error, KvType, LoadOptions, Model, Session, SessionOptions};
@@ -52,6 +52,14 @@ fn upload<B: Backend>(b: &mut B, x: &[f32], n_cols: usize) -> B::Tensor {
     let table = b.matrix(&tensor(DType::F32, n_cols, n, bytes));
     let tokens: Vec<u32> = (0..n as u32).collect();
     b.embed(&table.expect("floats"), &tokens, 1.0)
+}
+
+/// The step that has so many tokens.
+fn step(n_tokens: usize) -> Step {
+    match n_tokens {
+        1 => Step::Decode,
+        _ => Step::Prefill,
+    }
 }
 
 fn read<B: Backend>(b: &mut B, x: &B::Tensor) -> Vec<f32> {
@@ -182,6 +190,7 @@ fn linear<B: Backend>(b: &mut B, weight: &Tensor, bias: &[f32], x: &[f32]) -> Ve
         weight: b.matrix(weight).expect("a known format"),
         bias: None,
     };
+    b.begin(step(x.len() / weight.n_in()));
     let x = upload(b, x, weight.n_in());
     let [_, y] = b.linear(&x, [&other, &layer]);
     read(b, &y)
@@ -353,6 +362,7 @@ fn attend<B: Backend>(
     for n in steps {
         let end = start + n;
         b.kv_reserve(&mut kv, end).expect("memory");
+        b.begin(step(*n));
         let q = upload(b, &q[start * n_q..end * n_q], n_q);
         let k = upload(b, &k[start * n_kv..end * n_kv], n_kv);
         let v = upload(b, &v[start * n_kv..end * n_kv], n_kv);
