@@ -249,10 +249,10 @@ fn card(model: &Model, kv: KvType) -> ModelCard {
         .find(|mix| id == Some(i128::from(mix.file_type())));
     let mix = mix.map_or("mixed", |mix| mix.name());
     let millions = info.n_params as f64 / 1e6;
-    let size = match meta.opt_str("general.size_label") {
-        Ok(Some(label)) => label.to_owned(),
-        _ if millions < 1000.0 => format!("{millions:.0}M"),
-        _ => format!("{:.1}B", millions / 1e3),
+    let size = if millions < 1000.0 {
+        format!("{millions:.0}M")
+    } else {
+        format!("{:.1}B", millions / 1e3)
     };
     ModelCard {
         kind: format!("{} {size} {mix}", info.config.architecture),
@@ -264,7 +264,9 @@ fn card(model: &Model, kv: KvType) -> ModelCard {
 
 /// The rows of the kernel table that a model uses: for each format of its matrices, then of the other operations.
 fn kernels(model: &Model, kv: KvType) -> Vec<&'static str> {
-    let matrices = model.gguf().tensors().filter(|t| t.dims().len() > 1);
+    let tensors = model.gguf().tensors();
+    // The taps of a convolution are a table, not a matrix that something is multiplied with.
+    let matrices = tensors.filter(|t| t.dims().len() > 1 && !t.name.contains("shortconv.conv"));
     let formats: BTreeSet<_> = matrices
         .filter_map(|t| t.dtype.dtype())
         .map(|dtype| (dtype as u32, dtype.name()))
@@ -282,6 +284,9 @@ fn kernels(model: &Model, kv: KvType) -> Vec<&'static str> {
         KvType::F16 => ops.attend_f16.name(),
         KvType::F32 => ops.attend_f32.name(),
     });
+    if kv == KvType::F16 && model.info().config.head_dim.is_multiple_of(64) {
+        rows.extend(ops.attend_tiles.map(|row| row.name()));
+    }
     if model.info().config.conv_reach > 0 {
         rows.push(ops.short_conv.name());
     }
