@@ -74,65 +74,9 @@ impl Tiles {
         Self(())
     }
 
-    /// `sums[2i + j] += w[k][i] x[k][j]` over all `k`, by two tiles of 16 weight rows and two of 16 tokens. `fresh`
-    /// sums start from zero.
+    /// The first four registers: `sums`, or zeros where they start fresh.
     #[inline]
-    fn multiply(&self, w: &[[Tile; 2]], x: &[[Tile; 2]], sums: &mut [Tile; 4], fresh: bool) {
-        assert_eq!(w.len(), x.len());
-        // SAFETY: `self` exists, so the registers are configured as whole tiles; each load and store is of 16 rows of
-        // 64 adjacent bytes, the tiles borrowed here.
-        unsafe {
-            if fresh {
-                asm!(
-                    "tilezero tmm0",
-                    "tilezero tmm1",
-                    "tilezero tmm2",
-                    "tilezero tmm3",
-                    options(nostack, preserves_flags)
-                );
-            } else {
-                asm!(
-                    "tileloadd tmm0, [{sums} + {row}]",
-                    "tileloadd tmm1, [{sums} + {row} + 1024]",
-                    "tileloadd tmm2, [{sums} + {row} + 2048]",
-                    "tileloadd tmm3, [{sums} + {row} + 3072]",
-                    sums = in(reg) sums.as_ptr(),
-                    row = in(reg) 64usize,
-                    options(nostack, preserves_flags)
-                );
-            }
-            for (w, x) in w.iter().zip(x) {
-                asm!(
-                    "tileloadd tmm4, [{w} + {row}]",
-                    "tileloadd tmm6, [{x} + {row}]",
-                    "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tileloadd tmm7, [{x} + {row} + 1024]",
-                    "tdpbf16ps tmm1, tmm4, tmm7",
-                    "tileloadd tmm5, [{w} + {row} + 1024]",
-                    "tdpbf16ps tmm2, tmm5, tmm6",
-                    "tdpbf16ps tmm3, tmm5, tmm7",
-                    w = in(reg) w.as_ptr(),
-                    x = in(reg) x.as_ptr(),
-                    row = in(reg) 64usize,
-                    options(nostack, preserves_flags)
-                );
-            }
-            asm!(
-                "tilestored [{sums} + {row}], tmm0",
-                "tilestored [{sums} + {row} + 1024], tmm1",
-                "tilestored [{sums} + {row} + 2048], tmm2",
-                "tilestored [{sums} + {row} + 3072], tmm3",
-                sums = in(reg) sums.as_mut_ptr(),
-                row = in(reg) 64usize,
-                options(nostack, preserves_flags)
-            );
-        }
-    }
-
-    /// `sums[i] += a[k][i] b[k]` over all `k`, by four tiles of 16 rows and one of 16 columns.
-    #[inline]
-    fn multiply_column(&self, a: &[[Tile; 4]], b: &[Tile], sums: &mut [Tile; 4], fresh: bool) {
-        assert_eq!(a.len(), b.len());
+    fn load_sums(&self, sums: &[Tile; 4], fresh: bool) {
         // SAFETY: as in `multiply`.
         unsafe {
             if fresh {
@@ -154,6 +98,62 @@ impl Tiles {
                     options(nostack, preserves_flags)
                 );
             }
+        }
+    }
+
+    /// Writes the first four registers.
+    #[inline]
+    fn store_sums(&self, sums: &mut [Tile; 4]) {
+        // SAFETY: as in `multiply`.
+        unsafe {
+            asm!(
+                "tilestored [{sums} + {row}], tmm0",
+                "tilestored [{sums} + {row} + 1024], tmm1",
+                "tilestored [{sums} + {row} + 2048], tmm2",
+                "tilestored [{sums} + {row} + 3072], tmm3",
+                sums = in(reg) sums.as_mut_ptr(),
+                row = in(reg) 64usize,
+                options(nostack, preserves_flags)
+            );
+        }
+    }
+
+    /// `sums[2i + j] += w[k][i] x[k][j]` over all `k`, by two tiles of 16 weight rows and two of 16 tokens. `fresh`
+    /// sums start from zero.
+    #[inline]
+    fn multiply(&self, w: &[[Tile; 2]], x: &[[Tile; 2]], sums: &mut [Tile; 4], fresh: bool) {
+        assert_eq!(w.len(), x.len());
+        self.load_sums(sums, fresh);
+        // SAFETY: `self` exists, so the registers are configured as whole tiles; each load and store is of 16 rows of
+        // 64 adjacent bytes, the tiles borrowed here.
+        unsafe {
+            for (w, x) in w.iter().zip(x) {
+                asm!(
+                    "tileloadd tmm4, [{w} + {row}]",
+                    "tileloadd tmm6, [{x} + {row}]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{x} + {row} + 1024]",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm5, [{w} + {row} + 1024]",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    w = in(reg) w.as_ptr(),
+                    x = in(reg) x.as_ptr(),
+                    row = in(reg) 64usize,
+                    options(nostack, preserves_flags)
+                );
+            }
+        }
+        self.store_sums(sums);
+    }
+
+    /// `sums[i] += a[k][i] b[k]` over all `k`, by four tiles of 16 rows and one of 16 columns.
+    #[inline]
+    fn multiply_column(&self, a: &[[Tile; 4]], b: &[Tile], sums: &mut [Tile; 4], fresh: bool) {
+        assert_eq!(a.len(), b.len());
+        self.load_sums(sums, fresh);
+        // SAFETY: as in `multiply`.
+        unsafe {
             for (a, b) in a.iter().zip(b) {
                 asm!(
                     "tileloadd tmm4, [{b} + {row}]",
@@ -171,16 +171,8 @@ impl Tiles {
                     options(nostack, preserves_flags)
                 );
             }
-            asm!(
-                "tilestored [{sums} + {row}], tmm0",
-                "tilestored [{sums} + {row} + 1024], tmm1",
-                "tilestored [{sums} + {row} + 2048], tmm2",
-                "tilestored [{sums} + {row} + 3072], tmm3",
-                sums = in(reg) sums.as_mut_ptr(),
-                row = in(reg) 64usize,
-                options(nostack, preserves_flags)
-            );
         }
+        self.store_sums(sums);
     }
 
     /// As [`Tiles::multiply`], by the first 16 tokens alone: sums 0 and 2.
@@ -256,16 +248,8 @@ impl Tiles {
                     options(nomem, nostack, preserves_flags)
                 );
             }
-            asm!(
-                "tilestored [{sums} + {row}], tmm0",
-                "tilestored [{sums} + {row} + 1024], tmm1",
-                "tilestored [{sums} + {row} + 2048], tmm2",
-                "tilestored [{sums} + {row} + 3072], tmm3",
-                sums = in(reg) sums.as_mut_ptr(),
-                row = in(reg) 64usize,
-                options(nostack, preserves_flags)
-            );
         }
+        self.store_sums(&mut sums);
         sums
     }
 
@@ -297,16 +281,8 @@ impl Tiles {
                     options(nomem, nostack, preserves_flags)
                 );
             }
-            asm!(
-                "tilestored [{sums} + {row}], tmm0",
-                "tilestored [{sums} + {row} + 1024], tmm1",
-                "tilestored [{sums} + {row} + 2048], tmm2",
-                "tilestored [{sums} + {row} + 3072], tmm3",
-                sums = in(reg) sums.as_mut_ptr(),
-                row = in(reg) 64usize,
-                options(nostack, preserves_flags)
-            );
         }
+        self.store_sums(&mut sums);
         sums
     }
 }
