@@ -58,8 +58,9 @@ crate::backend::cpu::x86::floats::operations! { "avx512bw,avx512dq,avx512vl,avx5
         _mm512_maskz_scalef_ps(normal, p, n)
     };
     /// The sum of each of four vectors.
-    fn sum_of_4(x: [V; 4]) -> [f32; 4] = {
-        let x = fold4(x);
+    fn sum_of_4(x: [V; 4]) -> [f32; 4] = sum_runs(fold4(x));
+    /// The sum of runs of four lanes.
+    fn sum_runs(x: V) -> [f32; 4] = {
         let x = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x));
         let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
         let mut out = [0.0; 4];

@@ -1,36 +1,40 @@
-//! Q4_1 by Q8 activations: `d * dx * dot(q, x) + m * dx * sum(x)`, four blocks at a time, four lanes to a block.
+//! Q4_1 by Q8 activations: `d * dx * dot(q, x) + m * dx * sum(x)`, four blocks of four rows at a time.
 
 use std::arch::x86_64::*;
 
-use super::{Acts4, halves_at, join4, nibbles, places};
+use super::{Acts4, fold_rows, halves_of_rows, join4, nibbles, places};
 use crate::quant::BlockQ4_1;
 
-struct Prepared {
-    acts: Acts4,
-    /// `dx * sum(x)`, spread over the lanes of a block.
-    sums: __m512,
+type Prepared = Acts4;
+
+#[inline]
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn prepare(q: &[i8; 128], d: &[f32; 4], s: &[f32; 4]) -> Prepared {
+    Acts4::new(q, d, s)
 }
 
 #[inline]
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn prepare(q: &[i8; 128], d: &[f32; 4], _: &[f32; 4]) -> Prepared {
-    let acts = Acts4::new(q, d);
-    let sums = _mm512_mul_ps(_mm512_cvtepi32_ps(acts.sums()), acts.d);
-    Prepared { acts, sums }
+fn dot4(w: [&[BlockQ4_1; 4]; 4], x: &Prepared, sums: __m512) -> __m512 {
+    let mut dots = [_mm512_setzero_si512(); 4];
+    let mut heads = [&[0; 64]; 4];
+    for r in 0..4 {
+        let [a, b, c, d] = w[r];
+        // At most 16 * 15 * 127 in two lanes.
+        dots[r] = x.dot(dots[r], nibbles(join4([&a.qs, &b.qs, &c.qs, &d.qs])));
+        heads[r] = bytemuck::cast_ref::<_, [u8; 80]>(w[r])
+            .first_chunk()
+            .expect("80 bytes");
+    }
+    let d = halves_of_rows(const { &places(0, 10, 4) }, heads);
+    let m = halves_of_rows(const { &places(1, 10, 4) }, heads);
+    let sums = _mm512_fmadd_ps(m, x.s, sums);
+    _mm512_fmadd_ps(d, _mm512_mul_ps(fold_rows(dots), x.d), sums)
 }
 
-#[inline]
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn dot(w: &[BlockQ4_1; 4], x: &Prepared, sum: __m512) -> __m512 {
-    let (low, high) = nibbles(join4(w.each_ref().map(|w| &w.qs)));
-    let dot = x.acts.dot(_mm512_setzero_si512(), low, high);
-    let (head, _) = bytemuck::cast_ref::<_, [u8; 80]>(w)
-        .split_first_chunk::<64>()
-        .expect("80 bytes");
-    let d = halves_at(const { &places(0, 10, 4) }, head);
-    let m = halves_at(const { &places(1, 10, 4) }, head);
-    let sum = _mm512_fmadd_ps(m, x.sums, sum);
-    _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(d, x.acts.d), sum)
-}
-
-crate::backend::cpu::x86::gemv::gemv!("avx512bw,avx512dq,avx512vl,avx512vnni", BlockQ4_1, 4);
+crate::backend::cpu::x86::gemv::gemv!(
+    "avx512bw,avx512dq,avx512vl,avx512vnni",
+    BlockQ4_1,
+    4,
+    together
+);

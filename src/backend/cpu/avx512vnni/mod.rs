@@ -131,36 +131,62 @@ struct Acts4 {
     high: __m512i,
     /// Scales, four lanes to a block.
     d: __m512,
+    /// Scaled sums likewise.
+    s: __m512,
 }
 
 impl Acts4 {
     #[inline]
     #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-    fn new(q: &[i8; 128], d: &[f32; 4]) -> Self {
+    fn new(q: &[i8; 128], d: &[f32; 4], s: &[f32; 4]) -> Self {
         let [a, b] = bytemuck::cast_ref::<_, [[i8; 64]; 2]>(q);
         let (a, b) = (load(a), load(b));
-        let d = _mm512_castps128_ps512(_mm_castsi128_ps(load128(d)));
         Self {
             low: _mm512_shuffle_i32x4::<0b10_00_10_00>(a, b),
             high: _mm512_shuffle_i32x4::<0b11_01_11_01>(a, b),
-            d: _mm512_permutexvar_ps(load(const { &lanes(0, 1, 4) }), d),
+            d: spread4(d),
+            s: spread4(s),
         }
     }
 
-    /// `start` plus the products with unsigned weights.
+    /// `start` plus the products with unsigned weights, four lanes to a block.
     #[inline]
     #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-    fn dot(&self, start: __m512i, low: __m512i, high: __m512i) -> __m512i {
+    fn dot(&self, start: __m512i, (low, high): (__m512i, __m512i)) -> __m512i {
         _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start, low, self.low), high, self.high)
     }
+}
 
-    /// The sums of the activations, in the lanes of `dot`.
-    #[inline]
-    #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-    fn sums(&self) -> __m512i {
-        let ones = _mm512_set1_epi8(1);
-        self.dot(_mm512_setzero_si512(), ones, ones)
-    }
+/// Each of four floats in four lanes.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn spread4(x: &[f32; 4]) -> __m512 {
+    let x = _mm512_castps128_ps512(_mm_castsi128_ps(load128(x)));
+    _mm512_permutexvar_ps(load(const { &lanes(0, 1, 4) }), x)
+}
+
+/// The sums of the runs of four lanes of four rows' products, of each run row after row: one conversion and one scale
+/// for all of them. Sums of two lanes must fit in 16 bits.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn fold_rows(dots: [__m512i; 4]) -> __m512 {
+    let ones = _mm512_set1_epi16(1);
+    let ab = _mm512_madd_epi16(_mm512_packs_epi32(dots[0], dots[1]), ones);
+    let cd = _mm512_madd_epi16(_mm512_packs_epi32(dots[2], dots[3]), ones);
+    _mm512_cvtepi32_ps(_mm512_madd_epi16(_mm512_packs_epi32(ab, cd), ones))
+}
+
+/// Of four rows, each `x` and where in it the half floats of four blocks are (as for `halves_at`, four lanes each): of
+/// each block row after row.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn halves_of_rows<T: Pod>(places: &[u16; 32], x: [&T; 4]) -> __m512 {
+    let places = load(places);
+    let halves = _mm512_permutexvar_epi16(places, load(x[0]));
+    let halves = _mm512_mask_permutexvar_epi16(halves, 0x2222, places, load(x[1]));
+    let halves = _mm512_mask_permutexvar_epi16(halves, 0x4444, places, load(x[2]));
+    let halves = _mm512_mask_permutexvar_epi16(halves, 0x8888, places, load(x[3]));
+    _mm512_cvtph_ps(_mm512_castsi512_si256(halves))
 }
 
 /// A half float in all lanes.

@@ -3,12 +3,67 @@
 /// How far ahead of its use a weight is asked for, in bytes (for float formats: at least).
 pub(in crate::backend::cpu) const AHEAD: usize = 1536;
 
-/// Defines `gemv` for a format from two functions of its file: `prepare`, what rows share of the activations that meet
-/// `$unit` blocks, and `dot`, which adds the products of `$unit` blocks to a row's partial sums.
+/// Defines `gemv` for a format from functions of its file: `prepare`, what rows share of the activations that meet
+/// `$unit` blocks, and either `dot`, which adds the products of `$unit` blocks to a row's partial sums, or, named with
+/// `together`, `dot4`, which adds those of four rows to the sums of a vector with four lanes to each.
 ///
 /// Rows are taken four at a time: they share the preparation, and memory sees four streams. A last unit that is not
 /// full reaches back over blocks that are done already; their activations get the scale 0.
 macro_rules! gemv {
+    ($features:literal, $block:ty, $unit:literal) => {
+        type Sums = [super::floats::V; 4];
+
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn no_sums() -> Sums {
+            [super::floats::splat(0.0); 4]
+        }
+
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn add(w: [&[$block; $unit]; 4], x: &Prepared, mut sums: Sums) -> Sums {
+            for r in 0..4 {
+                sums[r] = dot(w[r], x, sums[r]);
+            }
+            sums
+        }
+
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn totals(sums: Sums) -> [f32; 4] {
+            super::floats::sum_of_4(sums)
+        }
+
+        crate::backend::cpu::x86::gemv::gemv_loops!($features, $block, $unit);
+    };
+    ($features:literal, $block:ty, $unit:literal, together) => {
+        type Sums = super::floats::V;
+
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn no_sums() -> Sums {
+            super::floats::splat(0.0)
+        }
+
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn add(w: [&[$block; $unit]; 4], x: &Prepared, sums: Sums) -> Sums {
+            dot4(w, x, sums)
+        }
+
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn totals(sums: Sums) -> [f32; 4] {
+            super::floats::sum_runs(sums)
+        }
+
+        crate::backend::cpu::x86::gemv::gemv_loops!($features, $block, $unit);
+    };
+}
+pub(in crate::backend::cpu) use gemv;
+
+/// The loops of a `gemv` around `prepare` and `add`.
+macro_rules! gemv_loops {
     ($features:literal, $block:ty, $unit:literal) => {
         /// `y[t, r] = sum_k w[r, k] x[t, k]`.
         #[target_feature(enable = $features)]
@@ -51,7 +106,8 @@ macro_rules! gemv {
                     }
                 }
                 for (y, row) in y[4 * quarter..].iter_mut().zip(rest.chunks_exact(n_blocks)) {
-                    [*y] = products([row], &x, &last, AHEAD);
+                    // At most three rows: not worth code of their own.
+                    [*y, ..] = products([row; 4], &x, &last, AHEAD);
                 }
             }
         }
@@ -76,12 +132,12 @@ macro_rules! gemv {
 
         #[inline]
         #[target_feature(enable = $features)]
-        fn products<const R: usize>(
-            w: [&[$block]; R],
+        fn products(
+            w: [&[$block]; 4],
             x: &crate::backend::cpu::acts::Q8Row,
             last: &Prepared,
             ahead: usize,
-        ) -> [f32; R] {
+        ) -> [f32; 4] {
             const LEN: usize = <$block as crate::quant::Block>::LEN * $unit;
             const GROUPS: usize = LEN / crate::backend::cpu::acts::Q8_LEN;
             // Cache lines of a unit; where it is a little more than whole lines, the hardware finds the rest.
@@ -96,31 +152,33 @@ macro_rules! gemv {
             let n_units = q.len();
             let (d, s) = (&d[..n_units], &s[..n_units]);
             // No closures here: one that is not inlined passes its vectors through memory.
-            let mut rows: [&[[$block; $unit]]; R] = [&[]; R];
+            let mut rows: [&[[$block; $unit]]; 4] = [&[]; 4];
             for (row, blocks) in rows.iter_mut().zip(w) {
                 *row = &blocks.as_chunks().0[..n_units];
             }
-            let mut sums = [super::floats::splat(0.0); R];
+            let mut sums = no_sums();
             for i in 0..n_units {
                 let x = prepare(&q[i], &d[i], &s[i]);
-                for r in 0..R {
+                let w = [&rows[0][i], &rows[1][i], &rows[2][i], &rows[3][i]];
+                for w in w {
                     for line in 0..LINES {
-                        crate::backend::cpu::x86::prefetch(&rows[r][i], ahead + 64 * line);
+                        crate::backend::cpu::x86::prefetch(w, ahead + 64 * line);
                     }
-                    sums[r] = dot(&rows[r][i], &x, sums[r]);
                 }
+                sums = add(w, &x, sums);
             }
             if n_units * $unit < n_blocks {
-                for r in 0..R {
-                    let w = w[r].last_chunk().expect("a whole unit");
-                    sums[r] = dot(w, last, sums[r]);
+                let mut units = [&rows[0][0]; 4];
+                for (unit, w) in units.iter_mut().zip(w) {
+                    *unit = w.last_chunk().expect("a whole unit");
                 }
+                sums = add(units, last, sums);
             }
-            super::floats::sums(sums)
+            totals(sums)
         }
     };
 }
-pub(in crate::backend::cpu) use gemv;
+pub(in crate::backend::cpu) use gemv_loops;
 
 /// Defines a GEMV over float activations: `$widen` loads a vector of weights.
 macro_rules! gemv_float {
