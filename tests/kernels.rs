@@ -28,6 +28,7 @@ fn all_rows() -> Vec<(&'static str, &'static str)> {
     names(table::GEMV)
         .chain(names(table::GEMM))
         .chain(names(table::TILES))
+        .chain(names(table::GATED))
         .chain(names(table::PACK_BF16))
         .chain(names(table::ATTEND_TILES))
         .chain(names(table::QUANTIZE))

@@ -244,6 +244,14 @@ pub trait Backend {
         activation: Activation,
     ) -> Self::Tensor;
 
+    /// `down(activation(gate(x)) * up(x))`: a gated feed-forward layer.
+    fn gated_ffn(&mut self, x: &Self::Tensor, ffn: &GatedFfn<Self>) -> Self::Tensor {
+        let [gate, up] = self.linear(x, [&ffn.gate, &ffn.up]);
+        let h = self.glu(gate, &up, ffn.activation);
+        let [out] = self.linear(&h, [&ffn.down]);
+        out
+    }
+
     /// `x += y`.
     fn add(&mut self, x: &mut Self::Tensor, y: &Self::Tensor);
 
@@ -277,4 +285,16 @@ pub struct Linear<B: Backend + ?Sized> {
     pub weight: B::Matrix,
     /// `(n_out)`.
     pub bias: Option<B::Vector>,
+}
+
+/// A gated feed-forward layer.
+pub struct GatedFfn<B: Backend + ?Sized> {
+    /// `(n_ffn, hidden)`.
+    pub gate: Linear<B>,
+    /// `(n_ffn, hidden)`.
+    pub up: Linear<B>,
+    /// `(hidden, n_ffn)`.
+    pub down: Linear<B>,
+    /// Applied to the gate.
+    pub activation: Activation,
 }

@@ -4,11 +4,11 @@
 use super::config::Config;
 use super::layer::attention::SelfAttention;
 use super::layer::embedding::Embedding;
-use super::layer::ffn::GatedFfn;
+use super::layer::ffn;
 use super::state::{LayerState, State};
 use super::weights::Weights;
 use super::{Network, Pass};
-use crate::backend::{Activation, Backend, KvType, Rope, RopePairs};
+use crate::backend::{Activation, Backend, GatedFfn, KvType, Rope, RopePairs};
 use crate::error::{Error, Result};
 
 struct Gemma3<B: Backend> {
@@ -85,7 +85,7 @@ pub(super) fn load<B: Backend + 'static>(w: &Weights<B>) -> Result<Box<dyn Netwo
             )?,
             post_attention_norm: norm("post_attention_norm")?,
             ffn_norm: norm("ffn_norm")?,
-            ffn: GatedFfn::load(w, &config, i, Activation::GeluTanh)?,
+            ffn: ffn::gated(w, &config, i, Activation::GeluTanh)?,
             post_ffn_norm: norm("post_ffw_norm")?,
         })
     };
@@ -136,7 +136,7 @@ impl<B: Backend> Network<B> for Gemma3<B> {
                 x = pass.wanted(b, x)?;
             }
             let h = b.rms_norm(&x, &layer.ffn_norm, eps);
-            let h = layer.ffn.forward(b, &h);
+            let h = b.gated_ffn(&h, &layer.ffn);
             let h = b.rms_norm(&h, &layer.post_ffn_norm, eps);
             b.add(&mut x, &h);
         }

@@ -4,12 +4,12 @@
 use super::config::Config;
 use super::layer::attention::SelfAttention;
 use super::layer::embedding::Embedding;
-use super::layer::ffn::GatedFfn;
+use super::layer::ffn;
 use super::layer::short_conv::ShortConv;
 use super::state::{LayerState, State};
 use super::weights::Weights;
 use super::{Network, Pass};
-use crate::backend::{Activation, Backend, KvType, Rope, RopePairs};
+use crate::backend::{Activation, Backend, GatedFfn, KvType, Rope, RopePairs};
 use crate::error::{Error, Result};
 
 struct Lfm2<B: Backend> {
@@ -74,7 +74,7 @@ pub(super) fn load<B: Backend + 'static>(w: &Weights<B>) -> Result<Box<dyn Netwo
             mixer_norm: w.vector(&format!("blk.{i}.attn_norm.weight"), config.hidden)?,
             mixer,
             ffn_norm: w.vector(&format!("blk.{i}.ffn_norm.weight"), config.hidden)?,
-            ffn: GatedFfn::load(w, &config, i, Activation::Silu)?,
+            ffn: ffn::gated(w, &config, i, Activation::Silu)?,
         })
     };
     let layers = (0..config.n_layers).map(layer).collect::<Result<_>>()?;
@@ -129,7 +129,7 @@ impl<B: Backend> Network<B> for Lfm2<B> {
                 x = pass.wanted(b, x)?;
             }
             let h = b.rms_norm(&x, &layer.ffn_norm, eps);
-            let h = layer.ffn.forward(b, &h);
+            let h = b.gated_ffn(&h, &layer.ffn);
             b.add(&mut x, &h);
         }
         Some(self.embedding.logits(b, &x))

@@ -1,9 +1,10 @@
 //! GEMV and GEMM: random blocks over each format's whole range.
 
+use kinglet::backend::Activation;
 use kinglet::backend::cpu::acts::{Acts, BF16_LEN, BF16_TOKENS, Q8_LEN, Q8Row, Q8RowMut, Tile};
 use kinglet::backend::cpu::isa::Isa;
 use kinglet::backend::cpu::pool::OutCols;
-use kinglet::backend::cpu::table::{self, ActFormat, Kernel, MatMul, Ready};
+use kinglet::backend::cpu::table::{self, ActFormat, GatedRows, Kernel, MatMul, Operations, Ready};
 use kinglet::quant::{self, DType};
 
 use crate::blocks::{Fill, random_blocks};
@@ -242,6 +243,56 @@ fn tile_rows_are_near() {
                     );
                     assert_near(*y, *exact, bound + size / 256.0, &at);
                 }
+            }
+        }
+    }
+}
+
+/// Two matrices joined by a gated unit: the same tiles, bit for bit, as from the matrices one by one, the gated unit and
+/// the packing, however the rows are cut.
+#[test]
+fn gated_rows_are_their_parts() {
+    let mut random = Random::new(37);
+    let operations = Operations::best();
+    for (kernel, ready) in vector_rows(table::GATED) {
+        let dtype = kernel.weights;
+        let row = table::TILES.iter().find(|row| row.weights == dtype);
+        let tiles = row.and_then(Ready::new).expect("a row of the same level");
+        for n_in in lengths(dtype)
+            .into_iter()
+            .filter(|n| n.is_multiple_of(BF16_LEN))
+        {
+            for (n_tokens, n_rows) in [(6, 32), (17, 64), (33, 96), (600, 32)] {
+                let n_blocks = n_rows * n_in / dtype.block_len();
+                let [gate, up] =
+                    [(); 2].map(|()| random_blocks(dtype, n_blocks, Fill::Random, &mut random));
+                let inputs = Inputs::random(n_tokens, n_in, &mut random);
+                let mut h = run(tiles, &gate, &inputs, n_rows);
+                operations
+                    .glu
+                    .run(Activation::Silu, &mut h, &run(tiles, &up, &inputs, n_rows));
+                let n_chunks = n_rows / BF16_LEN;
+                let empty = [Tile([[0; 64]; 16]); 2];
+                let mut expected = vec![empty; n_tokens.div_ceil(BF16_TOKENS) * n_chunks];
+                for (h, group) in h
+                    .chunks(BF16_TOKENS * n_rows)
+                    .zip(expected.chunks_exact_mut(n_chunks))
+                {
+                    operations.pack_bf16.run(h, n_rows, group);
+                }
+                let mut found = vec![[Tile([[0x55; 64]; 16]); 2]; expected.len()];
+                ready.run(&mut GatedRows {
+                    gate: &gate,
+                    up: &up,
+                    x: &inputs.acts(),
+                    activation: Activation::Silu,
+                    out: OutCols::whole(&mut found, n_chunks),
+                });
+                assert!(
+                    found == expected,
+                    "{} n_in {n_in} n_tokens {n_tokens} n_rows {n_rows}",
+                    kernel.name()
+                );
             }
         }
     }

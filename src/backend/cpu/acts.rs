@@ -108,6 +108,7 @@ impl<'a> Acts<'a> {
     ///
     /// # Panics
     /// If the rows were not quantized; the backend quantizes them for every kernel whose table row says so.
+    #[inline(always)] // six times in the innermost loop but one of a GEMM
     pub fn q8_row(&self, token: usize) -> Q8Row<'a> {
         let n = self.n_in;
         let row = &self.q8[token * Q8Row::bytes(n)..][..2 * n + n / 4];

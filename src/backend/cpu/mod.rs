@@ -27,8 +27,8 @@ use self::acts::{Acts, BF16_LEN, BF16_TOKENS, Q8Row, Q8RowMut, Tile};
 use self::attention::KvCache;
 use self::pool::{Output, Pool};
 use self::scratch::{Buffer, Scratch};
-use self::table::{ActFormat, MatMul, Operations, Ready, ShortConvRows};
-use super::{Activation, Attention, Backend, KvType, Linear, Rope, RopePairs, Step};
+use self::table::{ActFormat, Gated, GatedRows, MatMul, Operations, Ready, ShortConvRows};
+use super::{Activation, Attention, Backend, GatedFfn, KvType, Linear, Rope, RopePairs, Step};
 use crate::error::{Error, Result};
 use crate::profile::Work;
 use crate::quant::{self, Bytes, DType, Tensor as FileTensor};
@@ -53,6 +53,7 @@ pub struct Matrix {
     gemv: Ready<MatMul>,
     gemm: Ready<MatMul>,
     tiles: Option<Ready<MatMul>>,
+    gated: Option<Ready<Gated>>,
 }
 
 /// Activations, `(n_tokens, n_cols)`.
@@ -141,11 +142,15 @@ impl Cpu {
         rows
     }
 
+    /// Memory for `n` pairs of tiles.
+    fn tiles(&self, n: usize) -> Buffer {
+        let floats = n * size_of::<[Tile; 2]>() / size_of::<f32>();
+        self.scratch.take(floats)
+    }
+
     fn pack(&self, x: &Tensor) -> Buffer {
         let n_k = x.n_cols / BF16_LEN;
-        let n_groups = x.n_tokens.div_ceil(BF16_TOKENS);
-        let floats = n_groups * n_k * size_of::<[Tile; 2]>() / size_of::<f32>();
-        let mut groups = self.scratch.take(floats);
+        let mut groups = self.tiles(x.n_tokens.div_ceil(BF16_TOKENS) * n_k);
         self.pool
             .run_pieces(bytemuck::cast_slice_mut(&mut groups), n_k, &|i, group| {
                 let first = i * BF16_TOKENS * x.n_cols;
@@ -154,6 +159,70 @@ impl Cpu {
                 self.operations.pack_bf16.run(rows, x.n_cols, group);
             });
         groups
+    }
+
+    /// The kernel that joins the products of a gated unit, where this step and the formats have one.
+    fn gated(&self, ffn: &GatedFfn<Self>) -> Option<Ready<Gated>> {
+        let (gate, up, down) = (&ffn.gate, &ffn.up, &ffn.down.weight);
+        let fits = self.step == Step::Prefill
+            && gate.weight.dtype == up.weight.dtype
+            && gate.bias.is_none()
+            && up.bias.is_none()
+            && gate.weight.tiles.is_some()
+            && down.tiles.is_some();
+        gate.weight.gated.filter(|_| fits)
+    }
+
+    fn count(&mut self, weight: &Matrix, n_tokens: usize) {
+        self.work.weight_bytes += weight.data.len() as u64;
+        self.work.matmul_ops += 2 * (weight.n_in * weight.n_out * n_tokens) as u64;
+    }
+
+    /// The products of activations, in the formats that the kernels ask for, with the weights of some layers.
+    fn products<const N: usize>(&mut self, acts: &Acts, layers: [&Linear<Self>; N]) -> [Tensor; N] {
+        for layer in layers {
+            self.count(&layer.weight, acts.n_tokens);
+        }
+        let kernels = layers.map(|l| l.weight.kernel(self.step));
+        let mut outs = layers.map(|l| self.tensor(acts.n_tokens, l.weight.n_out));
+        let n_rows: usize = layers.iter().map(|l| l.weight.n_out).sum();
+        let grain = if acts.n_tokens == 1 {
+            // Two tasks a thread even out its speed; with four or more the streams get short: 4 to 15 % slower.
+            let bytes = layers
+                .iter()
+                .map(|l| l.weight.row_bytes)
+                .max()
+                .expect("at least one layer");
+            (TASK_BYTES / bytes)
+                .min(n_rows / (2 * self.pool.n_threads()))
+                .max(1)
+                .next_multiple_of(8)
+        } else {
+            // Whole pairs of panels of the GEMM kernels; a few tasks a thread, for each reads all activations.
+            (n_rows / (4 * self.pool.n_threads()))
+                .clamp(32, 256)
+                .next_multiple_of(32)
+        };
+        let weights = layers.map(|l| &*l.weight.data);
+        let mut outputs = outs
+            .each_mut()
+            .map(|out| Output::new(&mut out.data, out.n_cols));
+        self.pool
+            .run_tiles(&mut outputs, (acts.n_tokens, grain), &|mut tile| {
+                let layer = layers[tile.which];
+                let bytes = layer.weight.row_bytes;
+                let cols = tile.first_col..tile.first_col + tile.out.n_cols();
+                let rows = &weights[tile.which][cols.start * bytes..cols.end * bytes];
+                kernels[tile.which].run(rows, acts, &mut tile.out);
+                if let Some(bias) = &layer.bias {
+                    for t in 0..tile.out.n_tokens() {
+                        self.operations
+                            .add
+                            .run(tile.out.row(t), &bias[cols.clone()]);
+                    }
+                }
+            });
+        outs
     }
 }
 
@@ -211,6 +280,7 @@ impl Backend for Cpu {
                 .filter(|gemm| gemm.isa() >= gemv.isa())
                 .unwrap_or(gemv),
             tiles: table::tiles(dtype).filter(|_| tensor.n_in().is_multiple_of(BF16_LEN)),
+            gated: table::gated(dtype).filter(|_| tensor.n_out().is_multiple_of(BF16_LEN)),
         })
     }
 
@@ -288,50 +358,53 @@ impl Backend for Cpu {
             q8: q8.as_deref().map_or(&[], bytemuck::cast_slice),
             bf16: bf16.as_deref().map_or(&[], bytemuck::cast_slice),
         };
-        for layer in layers {
-            let weight = &layer.weight;
-            self.work.weight_bytes += weight.data.len() as u64;
-            self.work.matmul_ops += 2 * (weight.n_in * weight.n_out * x.n_tokens) as u64;
-        }
-        let mut outs = layers.map(|l| self.tensor(x.n_tokens, l.weight.n_out));
-        let n_rows: usize = layers.iter().map(|l| l.weight.n_out).sum();
-        let grain = if x.n_tokens == 1 {
-            // Two tasks a thread even out its speed; with four or more the streams get short: 4 to 15 % slower.
-            let bytes = layers
-                .iter()
-                .map(|l| l.weight.row_bytes)
-                .max()
-                .expect("at least one layer");
-            (TASK_BYTES / bytes)
-                .min(n_rows / (2 * self.pool.n_threads()))
-                .max(1)
-                .next_multiple_of(8)
-        } else {
-            // Whole pairs of panels of the GEMM kernels; a few tasks a thread, for each reads all activations.
-            (n_rows / (4 * self.pool.n_threads()))
-                .clamp(32, 256)
-                .next_multiple_of(32)
+        self.products(&acts, layers)
+    }
+
+    fn gated_ffn(&mut self, x: &Tensor, ffn: &GatedFfn<Self>) -> Tensor {
+        let Some(kernel) = self.gated(ffn) else {
+            let [gate, up] = self.linear(x, [&ffn.gate, &ffn.up]);
+            let h = self.glu(gate, &up, ffn.activation);
+            let [out] = self.linear(&h, [&ffn.down]);
+            return out;
         };
-        let weights = layers.map(|l| &*l.weight.data);
-        let mut outputs = outs
-            .each_mut()
-            .map(|out| Output::new(&mut out.data, out.n_cols));
+        let bf16 = self.pack(x);
+        let acts = Acts {
+            n_tokens: x.n_tokens,
+            n_in: x.n_cols,
+            f32: &[],
+            q8: &[],
+            bf16: bytemuck::cast_slice(&bf16),
+        };
+        let (gate, up) = (&ffn.gate.weight, &ffn.up.weight);
+        self.count(gate, x.n_tokens);
+        self.count(up, x.n_tokens);
+        let (n_groups, n_chunks) = (x.n_tokens.div_ceil(BF16_TOKENS), gate.n_out / BF16_LEN);
+        let mut h = self.tiles(n_groups * n_chunks);
+        let h: &mut [[Tile; 2]] = bytemuck::cast_slice_mut(&mut h);
+        // As much unpacked in the second-level cache as `products` has; a few tasks a thread.
+        let grain = (n_chunks / (4 * self.pool.n_threads())).clamp(1, 4);
+        let mut outputs = [Output::new(h, n_chunks)];
         self.pool
-            .run_tiles(&mut outputs, (x.n_tokens, grain), &|mut tile| {
-                let layer = layers[tile.which];
-                let bytes = layer.weight.row_bytes;
-                let cols = tile.first_col..tile.first_col + tile.out.n_cols();
-                let rows = &weights[tile.which][cols.start * bytes..cols.end * bytes];
-                kernels[tile.which].run(rows, &acts, &mut tile.out);
-                if let Some(bias) = &layer.bias {
-                    for t in 0..tile.out.n_tokens() {
-                        self.operations
-                            .add
-                            .run(tile.out.row(t), &bias[cols.clone()]);
-                    }
-                }
+            .run_tiles(&mut outputs, (n_groups, grain), &|tile| {
+                let first = tile.first_col * BF16_LEN;
+                let rows = first..first + tile.out.n_cols() * BF16_LEN;
+                let bytes = rows.start * gate.row_bytes..rows.end * gate.row_bytes;
+                kernel.run(&mut GatedRows {
+                    gate: &gate.data[bytes.clone()],
+                    up: &up.data[bytes],
+                    x: &acts,
+                    activation: ffn.activation,
+                    out: tile.out,
+                });
             });
-        outs
+        let acts = Acts {
+            n_in: gate.n_out,
+            bf16: h,
+            ..acts
+        };
+        let [out] = self.products(&acts, [&ffn.down]);
+        out
     }
 
     fn rope_angles(&mut self, rope: &Rope, start: usize, n: usize) -> Tensor {

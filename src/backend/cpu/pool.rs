@@ -185,16 +185,16 @@ impl Pool {
     ///
     /// # Panics
     /// If a `y` is no whole number of rows.
-    pub fn run_tiles(
+    pub fn run_tiles<T: Send>(
         &self,
-        ys: &mut [Output],
+        ys: &mut [Output<T>],
         grain: (usize, usize),
-        body: &(dyn Fn(Tile) + Sync),
+        body: &(dyn Fn(Tile<T>) + Sync),
     ) {
         let (row_grain, col_grain) = (grain.0.max(1), grain.1.max(1));
-        let count = |y: &Output| y.n_rows().div_ceil(row_grain) * y.n_cols.div_ceil(col_grain);
+        let count = |y: &Output<T>| y.n_rows().div_ceil(row_grain) * y.n_cols.div_ceil(col_grain);
         let n_tasks = ys.iter().map(count).sum();
-        let ys: &[Output] = ys;
+        let ys: &[Output<T>] = ys;
         self.run(n_tasks, &|i| {
             // The last first: later tokens attend to more keys, and the longest task should not be the one waited for.
             let mut i = n_tasks - 1 - i;
@@ -354,26 +354,26 @@ impl<T> Base<T> {
     }
 }
 
-/// A row-major matrix of floats to be written in tiles.
-pub struct Output<'a> {
-    base: *mut f32,
+/// A row-major matrix to be written in tiles.
+pub struct Output<'a, T = f32> {
+    base: *mut T,
     len: usize,
     n_cols: usize,
-    borrow: PhantomData<&'a mut [f32]>,
+    borrow: PhantomData<&'a mut [T]>,
 }
 
 // SAFETY: shared between the threads of `run_tiles` alone, where each makes its own disjoint tiles from it.
-unsafe impl Sync for Output<'_> {}
+unsafe impl<T: Send> Sync for Output<'_, T> {}
 
-impl<'a> Output<'a> {
+impl<'a, T> Output<'a, T> {
     /// The matrix `y` with rows of `n_cols`.
     ///
     /// # Panics
     /// If `y` is no whole number of rows.
-    pub fn new(y: &'a mut [f32], n_cols: usize) -> Self {
+    pub fn new(y: &'a mut [T], n_cols: usize) -> Self {
         assert!(
             n_cols > 0 && y.len().is_multiple_of(n_cols),
-            "{} floats in rows of {n_cols}",
+            "{} elements in rows of {n_cols}",
             y.len()
         );
         Self {
@@ -390,7 +390,7 @@ impl<'a> Output<'a> {
 }
 
 /// A part of one of the outputs of a region.
-pub struct Tile<'a> {
+pub struct Tile<'a, T = f32> {
     /// Index of the output.
     pub which: usize,
     /// Its first row.
@@ -398,27 +398,27 @@ pub struct Tile<'a> {
     /// Its first column.
     pub first_col: usize,
     /// Its elements.
-    pub out: OutCols<'a>,
+    pub out: OutCols<'a, T>,
 }
 
-/// Some adjacent columns of a row-major matrix of floats, held exclusively: where a kernel writes `(n_tokens, n_cols)`.
-pub struct OutCols<'a> {
-    base: *mut f32,
+/// Some adjacent columns of a row-major matrix, held exclusively: where a kernel writes `(n_tokens, n_cols)`.
+pub struct OutCols<'a, T = f32> {
+    base: *mut T,
     n_tokens: usize,
     stride: usize,
     n_cols: usize,
-    borrow: PhantomData<&'a mut [f32]>,
+    borrow: PhantomData<&'a mut [T]>,
 }
 
-impl<'a> OutCols<'a> {
+impl<'a, T> OutCols<'a, T> {
     /// All columns of `y`, whose rows have `n_cols` elements.
     ///
     /// # Panics
     /// If `y` is no whole number of rows.
-    pub fn whole(y: &'a mut [f32], n_cols: usize) -> Self {
+    pub fn whole(y: &'a mut [T], n_cols: usize) -> Self {
         assert!(
             n_cols > 0 && y.len().is_multiple_of(n_cols),
-            "{} floats in rows of {n_cols}",
+            "{} elements in rows of {n_cols}",
             y.len()
         );
         let n_tokens = y.len() / n_cols;
@@ -446,7 +446,7 @@ impl<'a> OutCols<'a> {
     /// # Panics
     /// If there is no such row.
     #[inline]
-    pub fn row(&mut self, token: usize) -> &mut [f32] {
+    pub fn row(&mut self, token: usize) -> &mut [T] {
         assert!(token < self.n_tokens, "row {token} of {}", self.n_tokens);
         // SAFETY: `whole` or `run_tiles` made sure that this run of columns lies in the borrowed matrix and is ours alone.
         unsafe { std::slice::from_raw_parts_mut(self.base.add(token * self.stride), self.n_cols) }

@@ -8,7 +8,7 @@
     reason = "calls to target-feature kernels, each through a `Ready`"
 )]
 
-use super::acts::{Acts, Q8RowMut, Tile};
+use super::acts::{Acts, BF16_LEN, BF16_TOKENS, Q8RowMut, Tile};
 use super::isa::Isa;
 use super::pool::OutCols;
 use super::scalar;
@@ -131,6 +131,50 @@ impl Ready<MatMul> {
     }
 }
 
+/// Two products whose results meet in a gated unit, see [`GatedRows`].
+pub struct Gated {
+    name: &'static str,
+    /// Format of both matrices.
+    pub weights: DType,
+    isa: Isa,
+    run: unsafe fn(&mut GatedRows),
+}
+
+impl Kernel for Gated {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+    fn isa(&self) -> Isa {
+        self.isa
+    }
+}
+
+impl Ready<Gated> {
+    /// Runs the kernel.
+    ///
+    /// # Panics
+    /// If the sizes contradict each other.
+    pub fn run(&self, rows: &mut GatedRows) {
+        let row_bytes = self.0.weights.row_bytes(rows.x.n_in);
+        let row_bytes = row_bytes.expect("whole blocks, checked when the model was loaded");
+        let n_rows = rows.out.n_cols() * BF16_LEN;
+        assert!(
+            [rows.gate, rows.up].map(<[u8]>::len) == [row_bytes * n_rows; 2],
+            "{}: bytes of {n_rows} rows of {}",
+            self.0.name,
+            rows.x.n_in
+        );
+        assert_eq!(
+            rows.x.n_tokens.div_ceil(BF16_TOKENS),
+            rows.out.n_tokens(),
+            "{}: groups of tokens in and out",
+            self.0.name
+        );
+        // SAFETY: `Ready` exists, so the CPU has the features of the kernel's level.
+        unsafe { (self.0.run)(rows) }
+    }
+}
+
 /// The best GEMV (few tokens) for a format.
 pub fn gemv(weights: DType) -> Option<Ready<MatMul>> {
     Ready::best(GEMV.iter().filter(move |k| k.weights == weights))
@@ -144,6 +188,11 @@ pub fn gemm(weights: DType) -> Option<Ready<MatMul>> {
 /// The best kernel of a matrix unit (many tokens, tiles of bf16) for a format.
 pub fn tiles(weights: DType) -> Option<Ready<MatMul>> {
     Ready::best(TILES.iter().filter(move |k| k.weights == weights))
+}
+
+/// The best kernel of a matrix unit for two matrices of a format that a gated unit joins.
+pub fn gated(weights: DType) -> Option<Ready<Gated>> {
+    Ready::best(GATED.iter().filter(move |k| k.weights == weights))
 }
 
 /// The formats that have a kernel, for messages.
@@ -312,6 +361,20 @@ pub struct AttendSpan<'a> {
     pub out: &'a mut [f32],
 }
 
+/// `activation(W_gate x) * W_up x`, rounded and packed as the next matrix of a matrix unit takes it.
+pub struct GatedRows<'a> {
+    /// Rows of the gate that belong to the columns of `out`: whole blocks, adjacent.
+    pub gate: &'a [u8],
+    /// The same rows of the other matrix.
+    pub up: &'a [u8],
+    /// Activations in tiles of bf16.
+    pub x: &'a Acts<'a>,
+    /// Applied to the products of the gate.
+    pub activation: Activation,
+    /// `(groups of 32 tokens, chunks of 32 rows)`; absent tokens become zeros.
+    pub out: OutCols<'a, [Tile; 2]>,
+}
+
 /// Attention of adjacent tokens of a batch, all query heads of one key and value head, to every key they see.
 pub struct AttendBatch<'a> {
     /// Queries, a row of `group` heads for each token, at distances of `q_stride`.
@@ -406,6 +469,18 @@ macro_rules! matmuls {
             name: $name,
             weights: DType::$weights,
             acts: ActFormat::$acts,
+            isa: Isa::$isa,
+            run: $run,
+        },)*];
+    };
+}
+
+macro_rules! gateds {
+    ($(#[$doc:meta])* $table:ident { $($(#[$cfg:meta])* $name:literal, $weights:ident, $isa:ident, $run:path;)* }) => {
+        $(#[$doc])*
+        pub static $table: &[Gated] = &[$($(#[$cfg])* Gated {
+            name: $name,
+            weights: DType::$weights,
             isa: Isa::$isa,
             run: $run,
         },)*];
@@ -606,23 +681,61 @@ matmuls! {
         #[cfg(target_arch = "x86_64")]
         "gemm_q6_k_bf16_amx", Q6_K, Bf16, Amx, amx::gemm::q6_k;
         #[cfg(target_arch = "x86_64")]
-        "gemm_bf16_bf16_amx", BF16, Bf16, Amx, amx::gemm::any::<quant::BlockBF16>;
+        "gemm_bf16_bf16_amx", BF16, Bf16, Amx, amx::gemm::bf16;
         #[cfg(target_arch = "x86_64")]
-        "gemm_q5_1_bf16_amx", Q5_1, Bf16, Amx, amx::gemm::any::<quant::BlockQ5_1>;
+        "gemm_q5_1_bf16_amx", Q5_1, Bf16, Amx, amx::gemm::q5_1;
         #[cfg(target_arch = "x86_64")]
-        "gemm_q2_k_bf16_amx", Q2_K, Bf16, Amx, amx::gemm::any::<quant::BlockQ2K>;
+        "gemm_q2_k_bf16_amx", Q2_K, Bf16, Amx, amx::gemm::q2_k;
         #[cfg(target_arch = "x86_64")]
-        "gemm_q3_k_bf16_amx", Q3_K, Bf16, Amx, amx::gemm::any::<quant::BlockQ3K>;
+        "gemm_q3_k_bf16_amx", Q3_K, Bf16, Amx, amx::gemm::q3_k;
         #[cfg(target_arch = "x86_64")]
-        "gemm_iq4_nl_bf16_amx", IQ4_NL, Bf16, Amx, amx::gemm::any::<quant::BlockIQ4NL>;
+        "gemm_iq4_nl_bf16_amx", IQ4_NL, Bf16, Amx, amx::gemm::iq4_nl;
         #[cfg(target_arch = "x86_64")]
-        "gemm_iq4_xs_bf16_amx", IQ4_XS, Bf16, Amx, amx::gemm::any::<quant::BlockIQ4XS>;
+        "gemm_iq4_xs_bf16_amx", IQ4_XS, Bf16, Amx, amx::gemm::iq4_xs;
         #[cfg(target_arch = "x86_64")]
-        "gemm_tq1_0_bf16_amx", TQ1_0, Bf16, Amx, amx::gemm::any::<quant::BlockTQ1_0>;
+        "gemm_tq1_0_bf16_amx", TQ1_0, Bf16, Amx, amx::gemm::tq1_0;
         #[cfg(target_arch = "x86_64")]
-        "gemm_tq2_0_bf16_amx", TQ2_0, Bf16, Amx, amx::gemm::any::<quant::BlockTQ2_0>;
+        "gemm_tq2_0_bf16_amx", TQ2_0, Bf16, Amx, amx::gemm::tq2_0;
         #[cfg(target_arch = "x86_64")]
-        "gemm_mxfp4_bf16_amx", MXFP4, Bf16, Amx, amx::gemm::any::<quant::BlockMXFP4>;
+        "gemm_mxfp4_bf16_amx", MXFP4, Bf16, Amx, amx::gemm::mxfp4;
+    }
+}
+
+gateds! {
+    /// The two matrices of a gated unit, many tokens on a matrix unit.
+    GATED {
+        #[cfg(target_arch = "x86_64")]
+        "gated_q4_0_bf16_amx", Q4_0, Amx, amx::gemm::gated_q4_0;
+        #[cfg(target_arch = "x86_64")]
+        "gated_q4_1_bf16_amx", Q4_1, Amx, amx::gemm::gated_q4_1;
+        #[cfg(target_arch = "x86_64")]
+        "gated_q5_0_bf16_amx", Q5_0, Amx, amx::gemm::gated_q5_0;
+        #[cfg(target_arch = "x86_64")]
+        "gated_q8_0_bf16_amx", Q8_0, Amx, amx::gemm::gated_q8_0;
+        #[cfg(target_arch = "x86_64")]
+        "gated_q4_k_bf16_amx", Q4_K, Amx, amx::gemm::gated_q4_k;
+        #[cfg(target_arch = "x86_64")]
+        "gated_q5_k_bf16_amx", Q5_K, Amx, amx::gemm::gated_q5_k;
+        #[cfg(target_arch = "x86_64")]
+        "gated_q6_k_bf16_amx", Q6_K, Amx, amx::gemm::gated_q6_k;
+        #[cfg(target_arch = "x86_64")]
+        "gated_bf16_bf16_amx", BF16, Amx, amx::gemm::gated_bf16;
+        #[cfg(target_arch = "x86_64")]
+        "gated_q5_1_bf16_amx", Q5_1, Amx, amx::gemm::gated_q5_1;
+        #[cfg(target_arch = "x86_64")]
+        "gated_q2_k_bf16_amx", Q2_K, Amx, amx::gemm::gated_q2_k;
+        #[cfg(target_arch = "x86_64")]
+        "gated_q3_k_bf16_amx", Q3_K, Amx, amx::gemm::gated_q3_k;
+        #[cfg(target_arch = "x86_64")]
+        "gated_iq4_nl_bf16_amx", IQ4_NL, Amx, amx::gemm::gated_iq4_nl;
+        #[cfg(target_arch = "x86_64")]
+        "gated_iq4_xs_bf16_amx", IQ4_XS, Amx, amx::gemm::gated_iq4_xs;
+        #[cfg(target_arch = "x86_64")]
+        "gated_tq1_0_bf16_amx", TQ1_0, Amx, amx::gemm::gated_tq1_0;
+        #[cfg(target_arch = "x86_64")]
+        "gated_tq2_0_bf16_amx", TQ2_0, Amx, amx::gemm::gated_tq2_0;
+        #[cfg(target_arch = "x86_64")]
+        "gated_mxfp4_bf16_amx", MXFP4, Amx, amx::gemm::gated_mxfp4;
     }
 }
 

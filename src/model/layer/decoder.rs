@@ -2,8 +2,8 @@
 
 use super::attention::SelfAttention;
 use super::embedding::Embedding;
-use super::ffn::GatedFfn;
-use crate::backend::{Activation, Backend, KvType, Rope};
+use super::ffn;
+use crate::backend::{Activation, Backend, GatedFfn, KvType, Rope};
 use crate::error::{Error, Result};
 use crate::model::config::Config;
 use crate::model::state::{LayerState, State};
@@ -40,7 +40,7 @@ impl<B: Backend> Decoder<B> {
                 attention_norm: w.vector(&format!("blk.{i}.attn_norm.weight"), config.hidden)?,
                 attention: SelfAttention::load(w, &config, i, rope.pairs, scale, None)?,
                 ffn_norm: w.vector(&format!("blk.{i}.ffn_norm.weight"), config.hidden)?,
-                ffn: GatedFfn::load(w, &config, i, Activation::Silu)?,
+                ffn: ffn::gated(w, &config, i, Activation::Silu)?,
             })
         };
         let layers = (0..config.n_layers).map(layer).collect::<Result<_>>()?;
@@ -80,7 +80,7 @@ impl<B: Backend> Network<B> for Decoder<B> {
                 x = pass.wanted(b, x)?;
             }
             let h = b.rms_norm(&x, &layer.ffn_norm, eps);
-            let h = layer.ffn.forward(b, &h);
+            let h = b.gated_ffn(&h, &layer.ffn);
             b.add(&mut x, &h);
         }
         Some(self.embedding.logits(b, &x))

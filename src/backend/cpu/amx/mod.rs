@@ -311,6 +311,24 @@ fn load<T: Pod>(x: &T) -> __m512i {
     unsafe { _mm512_loadu_si512((x as *const T).cast()) }
 }
 
+/// The 32 bytes of `x`.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
+fn load256<T: Pod>(x: &T) -> __m256i {
+    const { assert!(size_of::<T>() == 32) };
+    // SAFETY: reads the 32 bytes of a borrowed plain value; no alignment is asked.
+    unsafe { _mm256_loadu_si256((x as *const T).cast()) }
+}
+
+/// The 16 bytes of `x`.
+#[inline]
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
+fn load128<T: Pod>(x: &T) -> __m128i {
+    const { assert!(size_of::<T>() == 16) };
+    // SAFETY: reads the 16 bytes of a borrowed plain value; no alignment is asked.
+    unsafe { _mm_loadu_si128((x as *const T).cast()) }
+}
+
 /// Writes the 64 bytes of `x`.
 #[inline]
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]

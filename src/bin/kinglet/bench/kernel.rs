@@ -85,6 +85,7 @@ fn entries() -> Vec<Entry> {
         prepare: matmul,
     });
     let mut entries: Vec<Entry> = matmuls.collect();
+    entries.extend(of(table::GATED, gated));
     entries.extend(of(table::PACK_BF16, pack_bf16));
     entries.extend(of(table::QUANTIZE, quantize));
     entries.extend(of(table::RMS_NORM, rms_norm));
@@ -485,6 +486,42 @@ fn quantize(name: &'static str, case: &Case) -> Prepared {
         for x in x.chunks_exact(k) {
             kernel.run(x, &mut Q8RowMut::new(bytemuck::cast_slice_mut(&mut row), k));
         }
+    })
+}
+
+/// Both matrices have `n` rows, rounded up to a tile.
+fn gated(name: &'static str, case: &Case) -> Prepared {
+    let kernel = ready(table::GATED, name);
+    let row = table::GATED.iter().find(|row| row.name() == name);
+    let dtype = row.expect("a row of its table").weights;
+    let (n, n_tokens) = (case.n.next_multiple_of(BF16_LEN), case.n_tokens);
+    // Super-blocks of 256 are whole too.
+    let k = case.k.next_multiple_of(dtype.block_len());
+    let mut random = random();
+    let (gate, up) = (random.weights(dtype, n * k), random.weights(dtype, n * k));
+    let pack = Operations::best().pack_bf16;
+    let (n_k, n_groups) = (k / BF16_LEN, n_tokens.div_ceil(BF16_TOKENS));
+    let mut bf16 = vec![[Tile::zeroed(); 2]; n_groups * n_k];
+    let x = random.floats(n_tokens * k);
+    for (x, group) in x.chunks(BF16_TOKENS * k).zip(bf16.chunks_exact_mut(n_k)) {
+        pack.run(x, k, group);
+    }
+    let mut out = vec![[Tile::zeroed(); 2]; n_groups * (n / BF16_LEN)];
+    let bytes = gate.len() + up.len();
+    own(bytes / 4, 4 * n * k * n_tokens, move || {
+        kernel.run(&mut GatedRows {
+            gate: &gate,
+            up: &up,
+            x: &Acts {
+                n_tokens,
+                n_in: k,
+                f32: &[],
+                q8: &[],
+                bf16: &bf16,
+            },
+            activation: Activation::Silu,
+            out: OutCols::whole(&mut out, n / BF16_LEN),
+        });
     })
 }
 

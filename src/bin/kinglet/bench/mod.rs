@@ -277,6 +277,7 @@ fn kernels(model: &Model, kv: KvType) -> Vec<&'static str> {
         rows.extend(table::gemv(dtype).map(|row| row.name()));
         let many = table::tiles(dtype).or_else(|| table::gemm(dtype));
         rows.extend(many.map(|row| row.name()));
+        rows.extend(table::gated(dtype).map(|row| row.name()));
     }
     let ops = Operations::best();
     rows.push(ops.quantize.name());
