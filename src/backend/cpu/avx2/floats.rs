@@ -75,8 +75,9 @@ crate::backend::cpu::x86::floats::operations! { "avx2,fma,f16c":
         _mm256_and_ps(normal, scaled)
     };
     /// The sum of each of four vectors.
-    fn sum_of_4(x: [V; 4]) -> [f32; 4] = {
-        let x = fold4(x);
+    fn sum_of_4(x: [V; 4]) -> [f32; 4] = sum_runs(fold4(x));
+    /// The sum of runs of four lanes.
+    fn sum_runs(x: V) -> [f32; 4] = {
         let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
         let mut out = [0.0; 4];
         // SAFETY: writes the 16 bytes of a local array; no alignment is asked.

@@ -1,35 +1,35 @@
-//! Q4_0 by Q8 activations: `d * dx * (dot(q, x) - 8 * sum(x))`, four blocks at a time.
+//! Q4_0 by Q8 activations: `d * (dx * dot(q, x) - 8 * dx * sum(x))`, four blocks of four rows at a time.
 
 use std::arch::x86_64::*;
 
-use super::{Acts4, join2, nibbles};
+use super::{Acts4, fold_rows, halves_of_rows, join2, nibbles};
 use crate::quant::BlockQ4_0;
 
-struct Prepared {
-    acts: Acts4,
-    offset: [__m256i; 2],
+type Prepared = Acts4;
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn prepare(q: &[i8; 128], d: &[f32; 4], s: &[f32; 4]) -> Prepared {
+    let acts = Acts4::new(q, d, s);
+    let s = acts.s.map(|s| _mm256_mul_ps(s, _mm256_set1_ps(8.0)));
+    Prepared { s, ..acts }
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn prepare(q: &[i8; 128], d: &[f32; 4], _: &[f32; 4]) -> Prepared {
-    let acts = Acts4::new(q, d);
-    let offset = acts.offset(8);
-    Prepared { acts, offset }
+fn dot4(w: [&[BlockQ4_0; 4]; 4], x: &Prepared, mut sums: __m256) -> __m256 {
+    for half in 0..2 {
+        let mut dots = [_mm256_setzero_si256(); 4];
+        let mut d = [[0; 2]; 4];
+        for r in 0..4 {
+            let (a, b) = (&w[r][2 * half], &w[r][2 * half + 1]);
+            dots[r] = x.dot(half, nibbles(join2(&a.qs, &b.qs)));
+            d[r] = [a.d, b.d];
+        }
+        let scaled = _mm256_fmsub_ps(fold_rows(dots), x.d[half], x.s[half]);
+        sums = _mm256_fmadd_ps(halves_of_rows(d), scaled, sums);
+    }
+    sums
 }
 
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn dot(w: &[BlockQ4_0; 4], x: &Prepared, sum: __m256) -> __m256 {
-    let dots = [dot2(&w[0], &w[1], x, 0), dot2(&w[2], &w[3], x, 1)];
-    x.acts.add([w[0].d, w[1].d, w[2].d, w[3].d], dots, sum)
-}
-
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn dot2(a: &BlockQ4_0, b: &BlockQ4_0, x: &Prepared, which: usize) -> __m256i {
-    let (low, high) = nibbles(join2(&a.qs, &b.qs));
-    _mm256_sub_epi16(x.acts.dot(which, low, high), x.offset[which])
-}
-
-crate::backend::cpu::x86::gemv::gemv!("avx2,fma,f16c", BlockQ4_0, 4);
+crate::backend::cpu::x86::gemv::gemv!("avx2,fma,f16c", BlockQ4_0, 4, together);

@@ -124,16 +124,23 @@ fn spread<const A: i32, const B: i32>(x: __m256) -> __m256 {
 struct Acts4 {
     low: [__m256i; 2],
     high: [__m256i; 2],
-    d: __m128,
+    /// Scales of each two blocks, four lanes to a block.
+    d: [__m256; 2],
+    /// Scaled sums likewise.
+    s: [__m256; 2],
 }
 
 impl Acts4 {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn new(q: &[i8; 128], d: &[f32; 4]) -> Self {
+    fn new(q: &[i8; 128], d: &[f32; 4], s: &[f32; 4]) -> Self {
         let [a, b, c, e] = bytemuck::cast_ref::<_, [[i8; 32]; 4]>(q)
             .each_ref()
             .map(|q| load(q));
+        let each = |x: &[f32; 4]| {
+            let x = _mm256_castps128_ps256(_mm_castsi128_ps(load128(x)));
+            [spread::<0, 1>(x), spread::<2, 3>(x)]
+        };
         Self {
             low: [
                 _mm256_permute2x128_si256::<0x20>(a, b),
@@ -143,14 +150,15 @@ impl Acts4 {
                 _mm256_permute2x128_si256::<0x31>(a, b),
                 _mm256_permute2x128_si256::<0x31>(c, e),
             ],
-            d: _mm_castsi128_ps(load128(d)),
+            d: each(d),
+            s: each(s),
         }
     }
 
     /// Products of two blocks with unsigned weights in 16 bits, pairs summed.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn dot(&self, which: usize, low: __m256i, high: __m256i) -> __m256i {
+    fn dot(&self, which: usize, (low, high): (__m256i, __m256i)) -> __m256i {
         let low = _mm256_maddubs_epi16(low, self.low[which]);
         _mm256_add_epi16(low, _mm256_maddubs_epi16(high, self.high[which]))
     }
@@ -160,17 +168,31 @@ impl Acts4 {
     #[target_feature(enable = "avx2,fma,f16c")]
     fn offset(&self, offset: i8) -> [__m256i; 2] {
         let offset = _mm256_set1_epi8(offset);
-        [self.dot(0, offset, offset), self.dot(1, offset, offset)]
+        [self.dot(0, (offset, offset)), self.dot(1, (offset, offset))]
     }
+}
 
-    /// Adds the products of two blocks each, in 16 bits, times the blocks' scales.
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    fn add(&self, d: [u16; 4], dots: [__m256i; 2], sum: __m256) -> __m256 {
-        let d = _mm256_castps128_ps256(_mm_mul_ps(halves(d), self.d));
-        let sum = _mm256_fmadd_ps(pairs(dots[0]), spread::<0, 1>(d), sum);
-        _mm256_fmadd_ps(pairs(dots[1]), spread::<2, 3>(d), sum)
-    }
+/// The sums of two blocks' products of four rows, of each block row after row: one conversion and one scale for all of
+/// them. A whole block must fit in 16 bits twice.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn fold_rows(dots: [__m256i; 4]) -> __m256 {
+    let ones = _mm256_set1_epi16(1);
+    let [a, b, c, d] = dots.map(|dot| _mm256_madd_epi16(dot, ones));
+    let ab = _mm256_madd_epi16(_mm256_packs_epi32(a, b), ones);
+    let cd = _mm256_madd_epi16(_mm256_packs_epi32(c, d), ones);
+    _mm256_cvtepi32_ps(_mm256_madd_epi16(_mm256_packs_epi32(ab, cd), ones))
+}
+
+/// Half floats of two blocks of four rows, of each block row after row.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn halves_of_rows(bits: [[u16; 2]; 4]) -> __m256 {
+    let block = |i: usize| {
+        let [a, b, c, d] = bits.map(|bits| u64::from(bits[i]));
+        (a | b << 16 | c << 32 | d << 48) as i64
+    };
+    _mm256_cvtph_ps(_mm_set_epi64x(block(1), block(0)))
 }
 
 /// The 256 activations of a super-block with eight scales of 32 weights.
