@@ -4,16 +4,17 @@
 //! head is contiguous, and a cache grows without moving.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::pool::{Output, Pool};
 use super::scratch::Scratch;
 use super::table::{AttendBatch, AttendSpan, AttendTokens, Operations, Ready, ToF16};
-use crate::backend::{Attention, KvType, Step};
+use crate::backend::{Attention, KV_PAGE, KvType, Step};
 use crate::error::{Error, Result};
 use crate::profile::Work;
 
 /// Positions in a page.
-const PAGE: usize = 256;
+const PAGE: usize = KV_PAGE;
 
 /// Queries that share a pass over the keys: few enough for their sums to stay in the first-level cache.
 const MAX_QUERIES: usize = 64;
@@ -27,14 +28,17 @@ const TILE_TOKENS: usize = 16;
 /// Heads that are whole tiles are multiples of this.
 const TILE_HEAD: usize = 64;
 
-/// Keys and values of one layer.
+/// Keys and values of one layer. Copies share their pages until one of them makes room to write there.
+#[derive(Clone)]
 pub struct KvCache {
-    keys: Vec<Vec<u8>>,
-    values: Vec<Vec<u8>>,
+    keys: Vec<Arc<Page>>,
+    values: Vec<Arc<Page>>,
     kind: KvType,
     n_kv_heads: usize,
     head_dim: usize,
 }
+
+type Page = Vec<u8>;
 
 impl KvType {
     /// The name, as llama.cpp writes it.
@@ -66,19 +70,69 @@ impl KvCache {
         }
     }
 
-    /// Makes room for `n` positions.
-    pub(super) fn reserve(&mut self, n: usize) -> Result<()> {
+    /// Makes room to write at `positions`.
+    pub(super) fn reserve(&mut self, positions: Range<usize>) -> Result<()> {
         let bytes = self.n_kv_heads * PAGE * self.head_dim * self.kind.bytes();
+        let fresh = |from: &[u8]| {
+            let mut page = Page::new();
+            let no_memory = |_| Error::OutOfMemory {
+                what: "keys and values".into(),
+                bytes,
+            };
+            page.try_reserve_exact(bytes).map_err(no_memory)?;
+            page.extend_from_slice(from);
+            page.resize(bytes, 0);
+            Ok(Arc::new(page))
+        };
+        let (first, end) = (positions.start / PAGE, positions.end.div_ceil(PAGE));
         for pages in [&mut self.keys, &mut self.values] {
-            while pages.len() < n.div_ceil(PAGE) {
-                let mut page = Vec::new();
-                let no_memory = |_| Error::OutOfMemory {
-                    what: "keys and values".into(),
-                    bytes,
-                };
-                page.try_reserve_exact(bytes).map_err(no_memory)?;
-                page.resize(bytes, 0);
-                pages.push(page);
+            let held = first.min(pages.len())..end.min(pages.len());
+            for page in &mut pages[held] {
+                if Arc::get_mut(page).is_none() {
+                    *page = fresh(page)?;
+                }
+            }
+            while pages.len() < end {
+                pages.push(fresh(&[])?);
+            }
+        }
+        Ok(())
+    }
+
+    /// See [`crate::backend::Backend::kv_save`]: a page of the file is what a page here holds.
+    pub(super) fn save(&self, n: usize, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        for (i, page) in self
+            .keys
+            .iter()
+            .zip(&self.values)
+            .take(n.div_ceil(PAGE))
+            .enumerate()
+        {
+            let n_in_page = (n - i * PAGE).min(PAGE);
+            for spans in [page.0, page.1] {
+                for span in spans.chunks_exact(spans.len() / self.n_kv_heads) {
+                    sink(&span[..span.len() / PAGE * n_in_page])?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// See [`crate::backend::Backend::kv_load`].
+    pub(super) fn load(
+        &mut self,
+        n: usize,
+        source: &mut dyn FnMut(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        let pages = self.keys.iter_mut().zip(&mut self.values);
+        for (i, page) in pages.take(n.div_ceil(PAGE)).enumerate() {
+            let n_in_page = (n - i * PAGE).min(PAGE);
+            for spans in [page.0, page.1] {
+                let spans = own(spans);
+                let bytes = spans.len() / self.n_kv_heads;
+                for span in spans.chunks_exact_mut(bytes) {
+                    source(&mut span[..bytes / PAGE * n_in_page])?;
+                }
             }
         }
         Ok(())
@@ -86,7 +140,11 @@ impl KvCache {
 
     /// Bytes of all pages.
     pub(super) fn bytes(&self) -> usize {
-        self.keys.iter().chain(&self.values).map(Vec::len).sum()
+        self.keys
+            .iter()
+            .chain(&self.values)
+            .map(|page| page.len())
+            .sum()
     }
 
     /// Stores the keys and values of one position, `(n_kv_heads, head_dim)` each.
@@ -94,8 +152,9 @@ impl KvCache {
         let (page, slot) = (position / PAGE, position % PAGE);
         let row = self.head_dim * self.kind.bytes();
         for (pages, x) in [(&mut self.keys, k), (&mut self.values, v)] {
+            let page = own(&mut pages[page]);
             for (head, x) in x.chunks_exact(self.head_dim).enumerate() {
-                let out = &mut pages[page][(head * PAGE + slot) * row..][..row];
+                let out = &mut page[(head * PAGE + slot) * row..][..row];
                 match self.kind {
                     KvType::F32 => out.copy_from_slice(bytemuck::cast_slice(x)),
                     KvType::F16 => to_f16.run(x, bytemuck::cast_slice_mut(out)),
@@ -104,10 +163,15 @@ impl KvCache {
         }
     }
 
-    fn span<'a>(&self, pages: &'a [Vec<u8>], page: usize, head: usize) -> &'a [u8] {
+    fn span<'a>(&self, pages: &'a [Arc<Page>], page: usize, head: usize) -> &'a [u8] {
         let bytes = PAGE * self.head_dim * self.kind.bytes();
         &pages[page][head * bytes..][..bytes]
     }
+}
+
+/// A page for which room to write was made.
+fn own(page: &mut Arc<Page>) -> &mut Page {
+    Arc::get_mut(page).expect("the cache's own since room was made there")
 }
 
 /// One attention: a batch of queries at positions `start..` against a cache that holds them.
@@ -115,6 +179,8 @@ pub(super) struct Attend<'a> {
     pub(super) cache: &'a KvCache,
     pub(super) shape: &'a Attention,
     pub(super) start: usize,
+    /// Whether the tokens are decoded, one after the other.
+    pub(super) decode: bool,
     pub(super) operations: &'a Operations,
     pub(super) scratch: &'a Scratch,
 }
@@ -194,6 +260,7 @@ impl Attend<'_> {
                 k: self.cache.span(&self.cache.keys, page, kv_head),
                 v: self.cache.span(&self.cache.values, page, kv_head),
                 head_dim: n,
+                decode: self.decode,
                 visible: &visible[..queries.len()],
                 max: &mut sums.max[queries.clone()],
                 sum: &mut sums.sum[queries.clone()],

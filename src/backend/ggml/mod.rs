@@ -8,11 +8,12 @@ mod graph;
 mod memory;
 mod sys;
 
+use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use self::graph::{CacheView, Graph, Node};
 use self::memory::{Memory, Repacked};
-use super::{Activation, Attention, Backend, KvType, Linear, Rope, RopePairs, Step};
+use super::{Activation, Attention, Backend, KV_PAGE, KvType, Linear, Rope, RopePairs, Step};
 use crate::error::{Error, Result};
 use crate::quant::{Bytes, DType, Tensor as FileTensor};
 
@@ -184,7 +185,7 @@ impl Mask {
     }
 
     /// All keys that some query sees.
-    fn keys(&self) -> std::ops::Range<usize> {
+    fn keys(&self) -> Range<usize> {
         self.first_key(self.start)..self.start + self.n_tokens
     }
 }
@@ -216,9 +217,47 @@ impl KvCache {
     fn memory(&self) -> &[Arc<Memory>; 2] {
         self.memory.as_ref().expect("room was made before")
     }
+
+    /// Bytes of a key or value of one head.
+    fn row_bytes(&self) -> usize {
+        self.head_dim * self.kind.bytes()
+    }
+
+    /// What [`Backend::kv_save`] tells of the first `n` positions: where the rows of each head in each page lie.
+    fn spans(
+        &self,
+        n: usize,
+    ) -> impl Iterator<Item = (&Memory, impl ExactSizeIterator<Item = usize>)> {
+        let pages = (0..n).step_by(KV_PAGE);
+        pages.flat_map(move |first| {
+            let heads = move |which: usize| (0..self.n_kv_heads).map(move |head| (which, head));
+            (0..2).flat_map(heads).map(move |(which, head)| {
+                let positions = first..n.min(first + KV_PAGE);
+                let row = move |p: usize| (p * self.n_kv_heads + head) * self.row_bytes();
+                (&*self.memory()[which], positions.map(row))
+            })
+        })
+    }
 }
 
 impl ConvState {
+    /// Each element of `rows`, `(n_rows, n_channels)`, with its place.
+    fn elements<'a>(
+        &'a self,
+        rows: &'a mut [f32],
+    ) -> impl Iterator<Item = (&'a Memory, &'a mut f32, usize)> {
+        let (n_rows, n) = (self.n_rows, self.n_channels);
+        self.memory
+            .iter()
+            .zip(std::iter::once(rows))
+            .flat_map(move |(memory, rows)| {
+                let place = move |i: usize| (i % n * n_rows + i / n) * size_of::<f32>();
+                rows.iter_mut()
+                    .enumerate()
+                    .map(move |(i, x)| (&**memory, x, place(i)))
+            })
+    }
+
     fn view<'a>(&self, memory: &'a Arc<Memory>) -> CacheView<'a> {
         CacheView {
             memory,
@@ -276,8 +315,9 @@ impl Backend for Ggml {
         }
     }
 
-    fn kv_reserve(&self, kv: &mut KvCache, n: usize) -> Result<()> {
+    fn kv_reserve(&self, kv: &mut KvCache, positions: Range<usize>) -> Result<()> {
         self.check(&kv.owner);
+        let n = positions.end;
         assert!(self.graph.is_empty(), "a cache grows between passes");
         if n <= kv.n_positions {
             return Ok(());
@@ -294,6 +334,58 @@ impl Backend for Ggml {
         let old = |which: usize| kv.memory.as_ref().map(|memory| &memory[which]);
         kv.memory = Some([grown(old(0))?, grown(old(1))?]);
         kv.n_positions = n;
+        Ok(())
+    }
+
+    fn kv_copy(&self, kv: &KvCache) -> Result<KvCache> {
+        let copy = |memory: &Arc<Memory>| {
+            let mut copy = Memory::zeroed(memory.bytes(), "keys and values")?;
+            copy.copy_from(memory);
+            Ok(Arc::new(copy))
+        };
+        let memory = match &kv.memory {
+            Some([k, v]) => Some([copy(k)?, copy(v)?]),
+            None => None,
+        };
+        Ok(KvCache {
+            owner: Arc::clone(&self.owner),
+            memory,
+            ..*kv
+        })
+    }
+
+    fn kv_save(
+        &self,
+        kv: &KvCache,
+        n: usize,
+        sink: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let mut span = Vec::new();
+        for (memory, rows) in kv.spans(n) {
+            span.resize(rows.len() * kv.row_bytes(), 0);
+            for (row, at) in span.chunks_exact_mut(kv.row_bytes()).zip(rows) {
+                memory.read(at, row);
+            }
+            sink(&span)?;
+        }
+        Ok(())
+    }
+
+    fn kv_load(
+        &self,
+        kv: &mut KvCache,
+        n: usize,
+        source: &mut dyn FnMut(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        self.check(&kv.owner);
+        let mut span = Vec::new();
+        for (memory, rows) in kv.spans(n) {
+            span.resize(rows.len() * kv.row_bytes(), 0);
+            source(&mut span)?;
+            for (row, at) in span.chunks_exact(kv.row_bytes()).zip(rows) {
+                memory.write(at, row);
+            }
+        }
         Ok(())
     }
 
@@ -320,6 +412,30 @@ impl Backend for Ggml {
     fn conv_reset(&self, conv: &mut ConvState) {
         self.check(&conv.owner);
         conv.memory.iter().for_each(|memory| memory.clear());
+    }
+
+    fn conv_rewind(&self, _: &mut ConvState, n: usize) -> bool {
+        n == 0
+    }
+
+    fn conv_rows(&self, conv: &ConvState, out: &mut Vec<f32>) {
+        let start = out.len();
+        out.resize(start + conv.n_rows * conv.n_channels, 0.0);
+        for (memory, x, at) in conv.elements(&mut out[start..]) {
+            memory.read(at, bytemuck::bytes_of_mut(x));
+        }
+    }
+
+    fn conv_set(&self, conv: &mut ConvState, rows: &[f32]) {
+        self.check(&conv.owner);
+        assert_eq!(
+            rows.len(),
+            conv.n_rows * conv.n_channels,
+            "rows of a convolution"
+        );
+        for (memory, x, at) in conv.elements(&mut rows.to_vec()) {
+            memory.write(at, bytemuck::bytes_of(x));
+        }
     }
 
     fn begin(&mut self, _: Step) {}

@@ -263,6 +263,9 @@ pub struct ChatArgs {
     /// Instructions before the conversation
     #[arg(short, long, value_name = "TEXT")]
     pub system: Option<String>,
+    /// Keep the conversation under this name, and go on where it ended, without reading it again
+    #[arg(long = "session", value_name = "NAME")]
+    pub name: Option<String>,
     /// Neither greeting nor statistics
     #[arg(short, long)]
     pub quiet: bool,
@@ -293,6 +296,9 @@ pub struct RunArgs {
     /// With --raw: control tokens spelled in the text become control tokens
     #[arg(long, requires = "raw")]
     pub special: bool,
+    /// Keep the prompt as it was read in this file, and read no more of the next than is different
+    #[arg(long, value_name = "FILE")]
+    pub prompt_cache: Option<PathBuf>,
     /// One JSON object with text, tokens, end and times
     #[arg(long)]
     pub json: bool,
