@@ -955,7 +955,11 @@ fn a_named_session_goes_on_in_another_process_as_if_it_had_not_ended() {
     let said = ["What is the capital of France?\n", "And of Italy?\n"];
     let whole = kept(&state, &draws, &said.concat());
 
-    let first = kept(&state, &[&draws[..], &["--session", "trip"]].concat(), said[0]);
+    let first = kept(
+        &state,
+        &[&draws[..], &["--session", "trip"]].concat(),
+        said[0],
+    );
     ok(&first);
     // Without a seed: the generator goes on where it was.
     let second = kept(&state, &["--temp", "0.9", "--session", "trip"], said[1]);
@@ -963,10 +967,17 @@ fn a_named_session_goes_on_in_another_process_as_if_it_had_not_ended() {
     assert_eq!(replies, ok(&whole));
     let told = err(&second);
     assert!(told.contains("2 messages from"), "{told}");
-    assert!(told.contains("tokens that need not be read again"), "{told}");
+    assert!(
+        told.contains("tokens that need not be read again"),
+        "{told}"
+    );
     assert!(told.contains("kept"), "{told}");
     // And back again, from what the second process kept.
-    let third = kept(&state, &["--temp", "0", "--session", "trip"], "/undo\n/show messages\n");
+    let third = kept(
+        &state,
+        &["--temp", "0", "--session", "trip"],
+        "/undo\n/show messages\n",
+    );
     ok(&third);
     assert_eq!(err(&third).matches("user: ").count(), 1, "{}", err(&third));
 
@@ -1008,16 +1019,33 @@ fn two_chats_do_not_share_a_session() {
 fn a_conversation_is_saved_with_all_that_was_computed() {
     let file = scratch("conversation.state");
     let said = "What is the capital of France?\n";
-    let both = chat(&[], &format!("{said}/save {}\nAnd of Italy?\n", path(&file)));
-    let again = chat(&[], &format!("/load {}\nAnd of Italy?\n/stats\n", path(&file)));
+    let both = chat(
+        &[],
+        &format!("{said}/save {}\nAnd of Italy?\n", path(&file)),
+    );
+    let again = chat(
+        &[],
+        &format!("/load {}\nAnd of Italy?\n/stats\n", path(&file)),
+    );
     let reply = ok(&again);
-    assert!(!reply.trim().is_empty() && ok(&both).ends_with(reply), "{reply}");
-    assert!(err(&again).contains("need not be read again"), "{}", err(&again));
+    assert!(
+        !reply.trim().is_empty() && ok(&both).ends_with(reply),
+        "{reply}"
+    );
+    assert!(
+        err(&again).contains("need not be read again"),
+        "{}",
+        err(&again)
+    );
     // Another cache type: the messages are of use, the state is not, and that is said.
     let args = ["--cache-type", "f32"];
     let other = chat(&args, &format!("/load {}\nAnd of Italy?\n", path(&file)));
     ok(&other);
-    assert!(err(&other).contains("reads all messages"), "{}", err(&other));
+    assert!(
+        err(&other).contains("reads all messages"),
+        "{}",
+        err(&other)
+    );
 }
 
 #[test]
@@ -1027,14 +1055,21 @@ fn a_prompt_cache_saves_reading_and_changes_nothing() {
     let prompt = "Once upon a time there was a little fox who lived in a wood near the sea.";
     let longer = format!("{prompt} One day");
     let ask = |prompt: &str, cache: bool| -> Value {
-        let mut args = vec!["run", "--raw", "--json", "--temp", "0", "-n", "8", "-p", prompt];
+        let mut args = vec![
+            "run", "--raw", "--json", "--temp", "0", "-n", "8", "-p", prompt,
+        ];
         if cache {
             args.extend(["--prompt-cache", path(&file)]);
         }
         serde_json::from_str(ok(&run(&args))).unwrap()
     };
     let count = |reply: &Value, name: &str| reply["timings"][name].as_u64().unwrap();
-    for (prompt, all) in [(prompt, false), (prompt, true), (&longer, false), (&longer, true)] {
+    for (prompt, all) in [
+        (prompt, false),
+        (prompt, true),
+        (&longer, false),
+        (&longer, true),
+    ] {
         let (with, without) = (ask(prompt, true), ask(prompt, false));
         assert_eq!(with["tokens"], without["tokens"]);
         let (n, reused) = (count(&with, "prompt_tokens"), count(&with, "reused_tokens"));

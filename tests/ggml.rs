@@ -356,7 +356,7 @@ fn attend<B: Backend>(
         shape.n_heads * shape.head_dim,
         shape.n_kv_heads * shape.head_dim,
     );
-    let mut kv = b.kv(shape, kind);
+    let mut kv = b.kv(shape, kind.into());
     let mut out = Vec::new();
     let mut start = 0;
     for n in steps {

@@ -12,3 +12,5 @@ mod cases;
 mod common;
 #[path = "session/files.rs"]
 mod files;
+#[path = "session/speed.rs"]
+mod speed;

@@ -14,7 +14,7 @@ use std::ops::Range;
 
 use crate::error::Result;
 use crate::profile::Work;
-use crate::quant::Tensor;
+use crate::quant::{DType, Tensor};
 
 /// The backends of this build.
 #[non_exhaustive]
@@ -134,6 +134,76 @@ pub enum KvType {
     /// 16-bit float.
     #[default]
     F16,
+    /// 8 bits, one scale per 32 elements of a head.
+    Q8_0,
+    /// 4 bits, one scale per 32 elements of a head.
+    Q4_0,
+}
+
+impl KvType {
+    /// All of them, the largest first.
+    pub const ALL: [KvType; 4] = [KvType::F32, KvType::F16, KvType::Q8_0, KvType::Q4_0];
+
+    /// The name, as llama.cpp writes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            KvType::F32 => "f32",
+            KvType::F16 => "f16",
+            KvType::Q8_0 => "q8_0",
+            KvType::Q4_0 => "q4_0",
+        }
+    }
+
+    /// The layout of a row.
+    pub fn dtype(self) -> DType {
+        match self {
+            KvType::F32 => DType::F32,
+            KvType::F16 => DType::F16,
+            KvType::Q8_0 => DType::Q8_0,
+            KvType::Q4_0 => DType::Q4_0,
+        }
+    }
+
+    /// Whether rows are blocks with a scale, not floats.
+    pub fn is_quantized(self) -> bool {
+        self.dtype().block_len() > 1
+    }
+
+    /// Bytes of `n` elements, whole blocks of them.
+    pub fn row_bytes(self, n: usize) -> usize {
+        n / self.dtype().block_len() * self.dtype().block_bytes()
+    }
+}
+
+/// The types of cached keys and of cached values.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct KvTypes {
+    /// Of keys.
+    pub keys: KvType,
+    /// Of values.
+    pub values: KvType,
+}
+
+impl KvTypes {
+    /// Whether either is quantized.
+    pub fn is_quantized(self) -> bool {
+        self.keys.is_quantized() || self.values.is_quantized()
+    }
+
+    /// Bytes of `n` elements of a key and as many of its value.
+    pub fn row_bytes(self, n: usize) -> usize {
+        self.keys.row_bytes(n) + self.values.row_bytes(n)
+    }
+}
+
+impl From<KvType> for KvTypes {
+    /// Both the same.
+    fn from(kind: KvType) -> Self {
+        Self {
+            keys: kind,
+            values: kind,
+        }
+    }
 }
 
 /// What a pass is a part of. Kernels for many tokens may round otherwise than those for one; what a token leaves in the
@@ -169,7 +239,7 @@ pub trait Backend {
     fn vector(&self, data: Vec<f32>) -> Self::Vector;
 
     /// An empty cache for keys and values of `attention`.
-    fn kv(&self, attention: &Attention, kind: KvType) -> Self::Kv;
+    fn kv(&self, attention: &Attention, kinds: KvTypes) -> Self::Kv;
 
     /// Makes room to write at `positions`: they exist, and belong to this cache alone.
     ///

@@ -257,7 +257,7 @@ impl Chat {
             });
         }
         let file = StateFile::open(path)?;
-        let (session, extra, reread) = match file.fits(self.model(), self.session.kv_type()) {
+        let (session, extra, reread) = match file.fits(self.model(), self.session.kv_types()) {
             Ok(()) => {
                 let (session, extra) = file.load(self.model(), &self.session.options())?;
                 (Some(session), extra, None)

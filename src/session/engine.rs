@@ -11,7 +11,7 @@ use crate::backend::cpu::Cpu;
 use crate::backend::cpu::pool::Pool;
 #[cfg(feature = "ggml")]
 use crate::backend::ggml::Ggml;
-use crate::backend::{Backend, BackendKind, KvType};
+use crate::backend::{Backend, BackendKind, KvTypes};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::model::config::Config;
@@ -25,7 +25,7 @@ pub(super) trait Loaded: Send + Sync {
     fn config(&self) -> &Config;
 
     /// A backend with fresh memory for one sequence.
-    fn engine(&self, kv: KvType) -> Result<Box<dyn Engine>>;
+    fn engine(&self, kv: KvTypes) -> Result<Box<dyn Engine>>;
 }
 
 /// Runs passes of one sequence and remembers what its layers do.
@@ -111,7 +111,7 @@ struct Runner<B: Backend> {
     network: Arc<dyn Network<B>>,
     backend: B,
     state: State<B>,
-    kv: KvType,
+    kv: KvTypes,
 }
 
 impl<B, F> Loaded for Placed<B, F>
@@ -123,7 +123,7 @@ where
         self.network.config()
     }
 
-    fn engine(&self, kv: KvType) -> Result<Box<dyn Engine>> {
+    fn engine(&self, kv: KvTypes) -> Result<Box<dyn Engine>> {
         let backend = (self.backend)()?;
         Ok(Box::new(Runner {
             state: self.network.state(&backend, kv),

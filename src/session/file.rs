@@ -34,7 +34,7 @@ use xxhash_rust::xxh3::Xxh3;
 use super::replace::{self, Os};
 use super::timeline::Timeline;
 use super::{Model, Session, SessionOptions};
-use crate::backend::{KV_PAGE, KvType, Step};
+use crate::backend::{KV_PAGE, KvType, KvTypes, Step};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 
@@ -279,7 +279,7 @@ impl StateFile {
     ///
     /// # Errors
     /// [`Error::Mismatch`], which tells why not.
-    pub fn fits(&self, model: &Model, kv: KvType) -> Result<()> {
+    pub fn fits(&self, model: &Model, kv: KvTypes) -> Result<()> {
         let hashes = model.hashes()?;
         let other = |what: String| {
             Err(Error::Mismatch {
@@ -295,12 +295,18 @@ impl StateFile {
             });
         }
         if self.header.kv != codes(kv) {
-            let name = |code: u8| from_code(code).map_or("unknown", KvType::name);
+            let name = |code: u8| {
+                KvType::ALL
+                    .get(usize::from(code))
+                    .map_or("unknown", |k| k.name())
+            };
+            let [keys, values] = self.header.kv;
             return other(format!(
-                "cache type: expected {}, found {} keys and {} values",
-                kv.name(),
-                name(self.header.kv[0]),
-                name(self.header.kv[1])
+                "cache types: expected {} keys and {} values, found {} and {}",
+                kv.keys.name(),
+                kv.values.name(),
+                name(keys),
+                name(values)
             ));
         }
         Ok(())
@@ -339,7 +345,7 @@ impl StateFile {
             });
         }
         let heads: usize = config.n_kv_heads.iter().sum();
-        let position_bytes = 2 * heads * options.kv.bytes() * config.head_dim;
+        let position_bytes = heads * options.kv.row_bytes(config.head_dim);
         let conv_bytes = size_of_val(&*session.engine.conv_rows());
         self.expect(TOKENS, &[n * size_of::<u32>()])?;
         self.expect(STEPS, &[n])?;
@@ -471,17 +477,9 @@ impl StateFile {
     }
 }
 
-/// How the file names the types of keys and of values.
-fn codes(kv: KvType) -> [u8; 2] {
-    let code = |kind: KvType| match kind {
-        KvType::F32 => 0,
-        KvType::F16 => 1,
-    };
-    [code(kv), code(kv)]
-}
-
-fn from_code(code: u8) -> Option<KvType> {
-    [KvType::F32, KvType::F16].get(code as usize).copied()
+/// How the file names the types of keys and of values: by their place in [`KvType::ALL`].
+fn codes(kv: KvTypes) -> [u8; 2] {
+    [kv.keys, kv.values].map(|kind| kind as u8)
 }
 
 impl Session {
@@ -623,15 +621,9 @@ mod tests {
         }
 
         fn write(&self, file: &mut File, bytes: &[u8]) -> io::Result<usize> {
-            let part = self.step()?;
-            Os.write(
-                file,
-                if part {
-                    &bytes[..bytes.len() / 2]
-                } else {
-                    bytes
-                },
-            )
+            let most = bytes.len().min(16 << 10); // many operations
+            let n = if self.step()? { most / 2 } else { most };
+            Os.write(file, &bytes[..n])
         }
 
         fn sync(&self, file: &File) -> io::Result<()> {

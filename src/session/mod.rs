@@ -21,7 +21,7 @@ use std::sync::{Arc, OnceLock};
 use self::engine::{Engine, Loaded};
 use self::file::Hashes;
 use self::timeline::Timeline;
-use crate::backend::{BackendKind, KvType, Step};
+use crate::backend::{BackendKind, KvTypes, Step};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::model::Pass;
@@ -52,8 +52,8 @@ pub struct LoadOptions {
 pub struct SessionOptions {
     /// Tokens that it can hold; 0: what the model was made for, at most 32768.
     pub n_ctx: usize,
-    /// Type of cached keys and values.
-    pub kv: KvType,
+    /// Types of cached keys and values.
+    pub kv: KvTypes,
     /// Tokens of a prefill step; 0: 512.
     pub batch: usize,
 }
@@ -184,7 +184,7 @@ pub struct Session {
     line: Timeline,
     n_ctx: usize,
     batch: usize,
-    kv: KvType,
+    kv: KvTypes,
     n_replayed: usize,
 }
 
@@ -211,6 +211,25 @@ impl Session {
                 "context: expected at most {} tokens, found {n_ctx}",
                 1 << 24
             )));
+        }
+        let head_dim = model.info().config.head_dim;
+        if options.kv.is_quantized() {
+            let block = 32; // of both formats
+            if !head_dim.is_multiple_of(block) {
+                return Err(Error::Invalid(format!(
+                    "cache type: expected f16 or f32, since heads of {head_dim} are no whole blocks of {block}; found {} \
+                     keys and {} values",
+                    options.kv.keys.name(),
+                    options.kv.values.name()
+                )));
+            }
+            if model.backend() != BackendKind::Cpu {
+                return Err(Error::Unsupported {
+                    kind: "cache type of this backend",
+                    found: format!("{}, {}", options.kv.keys.name(), options.kv.values.name()),
+                    supported: "f16, f32".into(),
+                });
+            }
         }
         Ok(Self {
             model: model.clone(),
@@ -242,8 +261,8 @@ impl Session {
         }
     }
 
-    /// Type of cached keys and values.
-    pub fn kv_type(&self) -> KvType {
+    /// Types of cached keys and values.
+    pub fn kv_types(&self) -> KvTypes {
         self.kv
     }
 

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use super::engine::Memory;
 use super::{Model, Session};
-use crate::backend::{KvType, Step};
+use crate::backend::{KvTypes, Step};
 use crate::error::{Error, Result};
 use crate::model::Pass;
 
@@ -83,7 +83,7 @@ impl Timeline {
 /// where the other has some.
 pub struct Snapshot {
     model: Model,
-    kv: KvType,
+    kv: KvTypes,
     memory: Memory,
     line: Timeline,
 }

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use kinglet::sampler::{Rng, Sampler, Settings, Source};
-use kinglet::{LoadOptions, Model, Session, SessionOptions};
+use kinglet::{KvTypes, LoadOptions, Model, Session, SessionOptions};
 
 /// Tokens that fit into a session of these tests.
 pub const N_CTX: usize = 1024;
@@ -42,11 +42,13 @@ pub fn smollm2() -> Option<Model> {
 
 /// A session that reads `batch` tokens at once.
 pub fn session(model: &Model, batch: usize) -> Session {
-    let options = SessionOptions {
-        n_ctx: N_CTX,
-        batch,
-        ..SessionOptions::default()
-    };
+    session_with(model, batch, KvTypes::default())
+}
+
+/// The same with other cache types.
+pub fn session_with(model: &Model, batch: usize, kv: KvTypes) -> Session {
+    let n_ctx = N_CTX;
+    let options = SessionOptions { n_ctx, kv, batch };
     Session::new(model, &options).expect("a session")
 }
 

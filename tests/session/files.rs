@@ -132,7 +132,7 @@ fn files_of_others_are_refused() {
     let error = refused(&other, &options()).expect("another model");
     assert!(matches!(error, Error::Mismatch { .. }), "{error}");
     let f32 = SessionOptions {
-        kv: KvType::F32,
+        kv: KvType::F32.into(),
         ..options()
     };
     let error = refused(&model, &f32).expect("another cache type");

@@ -29,7 +29,7 @@ use self::attention::KvCache;
 use self::pool::{Output, Pool};
 use self::scratch::{Buffer, Scratch};
 use self::table::{ActFormat, Gated, GatedRows, MatMul, Operations, Ready, ShortConvRows};
-use super::{Activation, Attention, Backend, GatedFfn, KvType, Linear, Rope, RopePairs, Step};
+use super::{Activation, Attention, Backend, GatedFfn, KvTypes, Linear, Rope, RopePairs, Step};
 use crate::error::{Error, Result};
 use crate::profile::Work;
 use crate::quant::{self, Bytes, DType, Tensor as FileTensor};
@@ -293,8 +293,8 @@ impl Backend for Cpu {
         data
     }
 
-    fn kv(&self, attention: &Attention, kind: KvType) -> KvCache {
-        KvCache::new(attention, kind)
+    fn kv(&self, attention: &Attention, kinds: KvTypes) -> KvCache {
+        KvCache::new(attention, kinds)
     }
 
     fn kv_reserve(&self, kv: &mut KvCache, positions: Range<usize>) -> Result<()> {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use kinglet::sampler::{Sampler, Settings, Source};
 use kinglet::session::{Chat, Event, Finish, GenerateOptions, Reply, Stats};
-use kinglet::{KvType, Model};
+use kinglet::{KvTypes, Model};
 use rustyline::completion::{Completer, FilenameCompleter, Pair};
 use rustyline::error::ReadlineError;
 use rustyline::highlight::Highlighter;
@@ -115,7 +115,7 @@ struct Repl {
     options: GenerateOptions,
     /// Whether each reply is followed by a line of statistics.
     stats: bool,
-    kv: KvType,
+    kv: KvTypes,
     /// Text of files that goes before the next message.
     before: String,
     totals: Totals,
