@@ -46,7 +46,7 @@ fn speed() {
     };
     let read = |name: &str| std::fs::read_to_string(root().join(name)).expect("a text");
     let text = read("LICENSE-APACHE") + &read("LICENSE-MIT") + &read("README.md");
-    let text: String = text.chars().take(13_800).collect();
+    let text: String = text.chars().take(17_500).collect();
     let question = "And what does the second paragraph of that mean for me?";
     let new = || Chat::new(Session::new(&model, &options).expect("a session")).expect("a template");
 

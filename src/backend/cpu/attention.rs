@@ -29,6 +29,9 @@ const TILE_TOKENS: usize = 16;
 /// Keys that kernels take together, at most.
 const TILE_KEYS: usize = 64;
 
+/// Rows that are widened at a time: their floats stay in the first-level cache.
+const WIDEN_ROWS: usize = 16;
+
 /// Heads that are whole tiles are multiples of this.
 const TILE_HEAD: usize = 64;
 
@@ -279,20 +282,19 @@ impl Attend<'_> {
     fn widen(&self, kind: KvType, rows: &[u8], seen: Range<usize>, to: KvType, wide: &mut [f32]) {
         let n = self.cache.head_dim;
         let row = kind.row_bytes(n);
-        let rows = rows[seen.start * row..seen.end * row].chunks_exact(row);
+        let rows = &rows[seen.start * row..seen.end * row];
         if to == KvType::F32 {
             let wide = &mut wide[seen.start * n..seen.end * n];
-            for (row, wide) in rows.zip(wide.chunks_exact_mut(n)) {
-                quant::dequantize(kind.dtype(), row, wide);
-            }
-            return;
+            return quant::dequantize(kind.dtype(), rows, wide);
         }
-        let mut floats = self.scratch.take(n);
         let wide: &mut [u16] = bytemuck::cast_slice_mut(wide);
         let wide = &mut wide[seen.start * n..seen.end * n];
-        for (row, wide) in rows.zip(wide.chunks_exact_mut(n)) {
-            quant::dequantize(kind.dtype(), row, &mut floats);
-            self.operations.to_f16.run(&floats, wide);
+        let mut floats = self.scratch.take(WIDEN_ROWS * n);
+        let rows = rows.chunks(WIDEN_ROWS * row);
+        for (rows, wide) in rows.zip(wide.chunks_mut(WIDEN_ROWS * n)) {
+            let floats = &mut floats[..wide.len()];
+            quant::dequantize(kind.dtype(), rows, floats);
+            self.operations.to_f16.run(floats, wide);
         }
     }
 
