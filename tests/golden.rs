@@ -42,7 +42,7 @@ fn session(model: &Model, kv: KvType, batch: usize) -> Session {
         model,
         &SessionOptions {
             n_ctx: 512,
-            kv,
+            kv: kv.into(),
             batch,
         },
     )

@@ -16,6 +16,7 @@ mod locate;
 mod quantize;
 mod run;
 mod show;
+mod store;
 mod tokenize;
 mod ui;
 
