@@ -7,6 +7,8 @@ mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
+mod avx512vbmi;
+#[cfg(target_arch = "x86_64")]
 mod avx512vnni;
 pub mod isa;
 #[cfg(target_arch = "aarch64")]
@@ -26,6 +28,7 @@ use std::sync::Arc;
 
 use self::acts::{Acts, BF16_LEN, BF16_TOKENS, Q8Row, Q8RowMut, Tile};
 use self::attention::KvCache;
+use self::isa::Isa;
 use self::pool::{Output, Pool};
 use self::scratch::{Buffer, Scratch};
 use self::table::{ActFormat, Gated, GatedRows, MatMul, Operations, Ready, ShortConvRows};
@@ -280,9 +283,9 @@ impl Backend for Cpu {
             n_out: tensor.n_out(),
             row_bytes,
             gemv,
-            // A GEMV of a higher level beats a GEMM of a lower one.
+            // A GEMV with vectors beats a GEMM without.
             gemm: table::gemm(dtype)
-                .filter(|gemm| gemm.isa() >= gemv.isa())
+                .filter(|gemm| gemm.isa() > Isa::Scalar)
                 .unwrap_or(gemv),
             tiles: table::tiles(dtype).filter(|_| tensor.n_in().is_multiple_of(BF16_LEN)),
             gated: table::gated(dtype).filter(|_| tensor.n_out().is_multiple_of(BF16_LEN)),
