@@ -23,13 +23,12 @@ pub struct BlockQ3K {
 }
 
 impl BlockQ3K {
-    /// The scales of the sixteen groups of 16 weights, -32 to 31.
-    pub fn scales(&self) -> [i8; 16] {
-        std::array::from_fn(|i| {
-            let low = self.scales[i % 8] >> (i / 8 * 4) & 15;
-            let high = self.scales[8 + i % 4] >> (i / 4 * 2) & 3;
-            (low | high << 4) as i8 - 32
-        })
+    /// The scale of group `i` of 16 weights, -32 to 31.
+    #[inline]
+    pub fn scale(&self, i: usize) -> i8 {
+        let low = self.scales[i % 8] >> (i / 8 % 2 * 4) & 15;
+        let high = self.scales[8 + i % 4] >> (i / 4 % 4 * 2) & 3;
+        (low | high << 4) as i8 - 32
     }
 }
 
@@ -39,9 +38,8 @@ impl Block for BlockQ3K {
 
     fn dequantize(&self, out: &mut [f32]) {
         let d = super::f16_to_f32(self.d);
-        let scales = self.scales();
         for (i, out) in out.chunks_exact_mut(16).enumerate() {
-            let scale = d * f32::from(scales[i]);
+            let scale = d * f32::from(self.scale(i));
             let (qs, shift) = (group_bytes(&self.qs, i), group_shift(i));
             let hmask = &self.hmask[i % 2 * 16..][..16];
             for ((out, q), h) in out.iter_mut().zip(qs).zip(hmask) {
@@ -73,7 +71,8 @@ impl Quantize for BlockQ3K {
             d: f32_to_f16(if top == 0.0 { 0.0 } else { 1.0 / inverse }),
         };
         let d = f16_to_f32(block.d);
-        for ((codes, x), scale) in codes.iter_mut().zip(groups).zip(block.scales()) {
+        let scales = (0..16).map(|i| block.scale(i));
+        for ((codes, x), scale) in codes.iter_mut().zip(groups).zip(scales) {
             let scale = d * f32::from(scale);
             if scale != 0.0 {
                 *codes = x.map(|x| (search::nearest(x / scale).clamp(-4, 3) + 4) as u8);

@@ -583,13 +583,27 @@ matmuls! {
         #[cfg(target_arch = "aarch64")]
         "gemv_q6_k_q8_neon", Q6_K, Q8, Neon, neon::gemv::q6_k;
         "gemv_q6_k_q8_scalar", Q6_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ6K>;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_q5_1_q8_avx2", Q5_1, Q8, Avx2, avx2::gemv_unpacked::q5_1::gemv;
         "gemv_q5_1_q8_scalar", Q5_1, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ5_1>;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_q2_k_q8_avx2", Q2_K, Q8, Avx2, avx2::gemv_unpacked::q2_k::gemv;
         "gemv_q2_k_q8_scalar", Q2_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ2K>;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_q3_k_q8_avx2", Q3_K, Q8, Avx2, avx2::gemv_unpacked::q3_k::gemv;
         "gemv_q3_k_q8_scalar", Q3_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ3K>;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_iq4_nl_q8_avx2", IQ4_NL, Q8, Avx2, avx2::gemv_unpacked::iq4_nl::gemv;
         "gemv_iq4_nl_q8_scalar", IQ4_NL, Q8, Scalar, scalar::gemv::q8::<quant::BlockIQ4NL>;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_iq4_xs_q8_avx2", IQ4_XS, Q8, Avx2, avx2::gemv_unpacked::iq4_xs::gemv;
         "gemv_iq4_xs_q8_scalar", IQ4_XS, Q8, Scalar, scalar::gemv::q8::<quant::BlockIQ4XS>;
         "gemv_tq1_0_q8_scalar", TQ1_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockTQ1_0>;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_tq2_0_q8_avx2", TQ2_0, Q8, Avx2, avx2::gemv_unpacked::tq2_0::gemv;
         "gemv_tq2_0_q8_scalar", TQ2_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockTQ2_0>;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_mxfp4_q8_avx2", MXFP4, Q8, Avx2, avx2::gemv_unpacked::mxfp4::gemv;
         "gemv_mxfp4_q8_scalar", MXFP4, Q8, Scalar, scalar::gemv::q8::<quant::BlockMXFP4>;
     }
 }
@@ -661,13 +675,37 @@ matmuls! {
         #[cfg(target_arch = "aarch64")]
         "gemm_q6_k_q8_neon_dotprod", Q6_K, Q8, NeonDotprod, neon_dotprod::gemm::q6_k;
         "gemm_q6_k_q8_scalar", Q6_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ6K>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q5_1_q8_avx512vnni", Q5_1, Q8, Avx512Vnni, avx512vnni::gemm::q5_1;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q5_1_q8_avx2", Q5_1, Q8, Avx2, avx2::gemm::q5_1;
         "gemm_q5_1_q8_scalar", Q5_1, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ5_1>;
         "gemm_q2_k_q8_scalar", Q2_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ2K>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q3_k_q8_avx512vnni", Q3_K, Q8, Avx512Vnni, avx512vnni::gemm::q3_k;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_q3_k_q8_avx2", Q3_K, Q8, Avx2, avx2::gemm::q3_k;
         "gemm_q3_k_q8_scalar", Q3_K, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ3K>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_iq4_nl_q8_avx512vnni", IQ4_NL, Q8, Avx512Vnni, avx512vnni::gemm::iq4_nl;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_iq4_nl_q8_avx2", IQ4_NL, Q8, Avx2, avx2::gemm::iq4_nl;
         "gemm_iq4_nl_q8_scalar", IQ4_NL, Q8, Scalar, scalar::gemv::q8::<quant::BlockIQ4NL>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_iq4_xs_q8_avx512vnni", IQ4_XS, Q8, Avx512Vnni, avx512vnni::gemm::iq4_xs;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_iq4_xs_q8_avx2", IQ4_XS, Q8, Avx2, avx2::gemm::iq4_xs;
         "gemm_iq4_xs_q8_scalar", IQ4_XS, Q8, Scalar, scalar::gemv::q8::<quant::BlockIQ4XS>;
         "gemm_tq1_0_q8_scalar", TQ1_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockTQ1_0>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_tq2_0_q8_avx512vnni", TQ2_0, Q8, Avx512Vnni, avx512vnni::gemm::tq2_0;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_tq2_0_q8_avx2", TQ2_0, Q8, Avx2, avx2::gemm::tq2_0;
         "gemm_tq2_0_q8_scalar", TQ2_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockTQ2_0>;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_mxfp4_q8_avx512vnni", MXFP4, Q8, Avx512Vnni, avx512vnni::gemm::mxfp4;
+        #[cfg(target_arch = "x86_64")]
+        "gemm_mxfp4_q8_avx2", MXFP4, Q8, Avx2, avx2::gemm::mxfp4;
         "gemm_mxfp4_q8_scalar", MXFP4, Q8, Scalar, scalar::gemv::q8::<quant::BlockMXFP4>;
     }
 }

@@ -12,7 +12,7 @@ use std::hint::black_box;
 use super::{floats, load};
 use crate::backend::cpu::acts::{Acts, Q8_LEN};
 use crate::backend::cpu::pool::OutCols;
-use crate::quant::{Block, blocks};
+use crate::quant::{self, Block, blocks};
 
 /// Rows of two panels.
 const ROWS: usize = 16;
@@ -47,9 +47,9 @@ thread_local! {
 }
 
 /// Scale and minimum of each row of a unit, before they are put in place.
-pub(super) struct Scales {
-    pub(super) d: [f32; 2],
-    pub(super) m: f32,
+pub(in crate::backend::cpu) struct Scales {
+    pub(in crate::backend::cpu) d: [f32; 2],
+    pub(in crate::backend::cpu) m: f32,
 }
 
 /// The loops of a GEMM. `unpack` gives 32 weights and their scales; `HALVES` is 2 where 16 weights share a scale.
@@ -282,4 +282,26 @@ pub(super) fn nibbles_of(qs: &[u8; 128], group: usize) -> __m256i {
     let shift = _mm_cvtsi32_si128(4 * (group as i32 % 2));
     let x = _mm256_srl_epi16(load(&bytes[group / 2 % 4]), shift);
     _mm256_and_si256(x, _mm256_set1_epi8(15))
+}
+
+/// Defines GEMMs of formats that are unpacked by [`unpack`](super::unpack).
+macro_rules! unpacked {
+    ($($format:ident: $block:ident, $halves:literal, $min:literal, $chain:literal;)*) => {$(
+        /// `y[t, r] = sum_k w[r, k] x[t, k]`.
+        #[target_feature(enable = "avx2,fma,f16c")]
+        pub(crate) fn $format(w: &[u8], x: &Acts, y: &mut OutCols) {
+            gemm::<quant::$block, $halves, $min, $chain>(w, x, y, |w, group| {
+                super::unpack::$format(w, group)
+            });
+        }
+    )*};
+}
+
+unpacked! {
+    q5_1: BlockQ5_1, 1, true, 2;
+    q3_k: BlockQ3K, 2, false, 4;
+    iq4_nl: BlockIQ4NL, 1, false, 0;
+    iq4_xs: BlockIQ4XS, 1, false, 0;
+    mxfp4: BlockMXFP4, 1, false, 4;
+    tq2_0: BlockTQ2_0, 1, false, 4;
 }

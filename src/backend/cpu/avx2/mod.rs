@@ -12,7 +12,7 @@ use bytemuck::Pod;
 pub(crate) mod attend;
 pub(crate) mod elementwise;
 mod floats;
-mod gemm;
+pub(in crate::backend::cpu) mod gemm;
 pub(crate) mod gemm_float;
 pub(crate) mod gemm_q4_0;
 pub(crate) mod gemm_q4_1;
@@ -29,7 +29,9 @@ pub(crate) mod gemv_q5_0;
 pub(crate) mod gemv_q5_k;
 pub(crate) mod gemv_q6_k;
 pub(crate) mod gemv_q8_0;
+pub(crate) mod gemv_unpacked;
 pub(crate) mod roofline;
+pub(in crate::backend::cpu) mod unpack;
 
 /// The 32 bytes of `x`.
 #[inline]

@@ -9,8 +9,10 @@ use std::cell::RefCell;
 
 use super::{load, load256};
 use crate::backend::cpu::acts::{Acts, Q8_LEN};
+pub(in crate::backend::cpu) use crate::backend::cpu::avx2::gemm::Scales;
+use crate::backend::cpu::avx2::unpack;
 use crate::backend::cpu::pool::OutCols;
-use crate::quant::{Block, blocks};
+use crate::quant::{self, Block, blocks};
 
 /// Rows of two panels.
 pub(super) const ROWS: usize = 32;
@@ -42,12 +44,6 @@ const EMPTY: Unit = Unit {
 thread_local! {
     /// The unpacked rows: kept from call to call, so that steady work allocates nothing.
     static UNITS: RefCell<Vec<Unit>> = const { RefCell::new(Vec::new()) };
-}
-
-/// Scale and minimum of each row of a unit, before they are put in place.
-pub(in crate::backend::cpu) struct Scales {
-    pub(in crate::backend::cpu) d: [f32; 2],
-    pub(in crate::backend::cpu) m: f32,
 }
 
 /// The loops of a GEMM. `unpack` gives 32 weights and their scales; `HALVES` is 2 where 16 weights share a scale.
@@ -242,4 +238,24 @@ pub(super) fn nibbles_of(qs: &[u8; 128], group: usize) -> __m256i {
     let shift = _mm_cvtsi32_si128(4 * (group as i32 % 2));
     let x = _mm256_srl_epi16(load256(&bytes[group / 2 % 4]), shift);
     _mm256_and_si256(x, _mm256_set1_epi8(15))
+}
+
+/// Defines GEMMs of formats that AVX2 unpacks.
+macro_rules! unpacked {
+    ($($format:ident: $block:ident, $halves:literal, $min:literal;)*) => {$(
+        /// `y[t, r] = sum_k w[r, k] x[t, k]`.
+        #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
+        pub(crate) fn $format(w: &[u8], x: &Acts, y: &mut OutCols) {
+            gemm::<quant::$block, $halves, $min>(w, x, y, |w, group| unpack::$format(w, group));
+        }
+    )*};
+}
+
+unpacked! {
+    q5_1: BlockQ5_1, 1, true;
+    q3_k: BlockQ3K, 2, false;
+    iq4_nl: BlockIQ4NL, 1, false;
+    iq4_xs: BlockIQ4XS, 1, false;
+    mxfp4: BlockMXFP4, 1, false;
+    tq2_0: BlockTQ2_0, 1, false;
 }

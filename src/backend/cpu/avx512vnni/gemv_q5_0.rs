@@ -59,8 +59,8 @@ pub(in crate::backend::cpu) fn scales(w: [&[BlockQ5_0; 4]; 4]) -> __m512 {
     // The fourth scale is word 33; `last` starts at word 12.
     let places = _mm256_setr_epi16(0, 0, 0, 0, 11, 11, 11, 11, 22, 22, 22, 22, 53, 53, 53, 53);
     let mut d = _mm512_setzero_si512();
-    for r in 0..4 {
-        let bytes: &[u8; 88] = bytemuck::cast_ref(w[r]);
+    for (r, w) in w.into_iter().enumerate() {
+        let bytes: &[u8; 88] = bytemuck::cast_ref(w);
         let (first, last) = (bytes.first_chunk::<64>(), bytes.last_chunk::<64>());
         let first = load(first.expect("88 bytes"));
         let last = load(last.expect("88 bytes"));
