@@ -128,6 +128,7 @@ fn wrong_arguments_exit_with_2() {
         &["nonesuch"][..],
         &[],
         &["run", model, "-p", "a", "-f", "b"],
+        &["run", model, "-p", "a", "-tb", "0"],
         &["run", model, "-p", "a", "--temp", "hot"],
         &["run", model, "-p", "a", "--top-p", "2"],
         &["run", model, "-p", "a", "-n", "-2"],
@@ -301,6 +302,32 @@ fn run_takes_its_prompt_from_argument_file_and_pipe() {
     fails(
         &run(&["run", path(&model), "-f", path(&scratch("no-prompt.txt"))]),
         5,
+    );
+}
+
+#[test]
+fn prompts_are_read_by_threads_of_their_own() {
+    let model = tiny();
+    let with = |more: &[&str]| {
+        let args = [
+            "run",
+            path(&model),
+            "--raw",
+            "-q",
+            "-p",
+            "the",
+            "--temp",
+            "0",
+            "-n",
+            "9",
+        ];
+        ok(&run(&[&args[..], more].concat())).to_owned()
+    };
+    let alone = with(&["-t", "1"]);
+    assert_eq!(with(&["-t", "1", "-tb", "3"]), alone);
+    assert_eq!(
+        with(&["-t", "2", "--threads-batch", "1", "--no-warmup"]),
+        alone
     );
 }
 
@@ -805,7 +832,8 @@ fn doctor_names_a_kernel_for_every_operation() {
             .starts_with("gemv_q4_0"),
         "{report}"
     );
-    assert!(report["cores"].as_u64().unwrap() >= 1);
+    let (cores, threads) = (&report["cores"], &report["threads"]);
+    assert!(threads.as_u64().unwrap() >= 1 && threads.as_u64() <= cores.as_u64());
     let scalar = kinglet(&["doctor", "--no-measure", "--json"])
         .env("KINGLET_ISA", "scalar")
         .output()

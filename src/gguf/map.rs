@@ -21,6 +21,9 @@ pub enum Advice {
     Random,
     /// Read soon: start now.
     WillNeed,
+    /// Read at once: returns when the pages are in memory and mapped, so that nobody faults on them. Where the system
+    /// has no such call, as [`Advice::WillNeed`].
+    Populate,
     /// Not read for a while: the pages may go, and come from the file again when they are read.
     DontNeed,
 }
@@ -93,6 +96,10 @@ impl Source {
                     Advice::Sequential => Safe::Sequential,
                     Advice::Random => Safe::Random,
                     Advice::WillNeed => Safe::WillNeed,
+                    #[cfg(target_os = "linux")]
+                    Advice::Populate => Safe::PopulateRead,
+                    #[cfg(not(target_os = "linux"))]
+                    Advice::Populate => Safe::WillNeed,
                     Advice::DontNeed => {
                         // SAFETY: the map is read-only and backed by the file, so a dropped page comes back with the
                         // same contents; the range lies in the map, as the slice above has checked.

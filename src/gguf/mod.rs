@@ -434,6 +434,31 @@ impl Gguf {
         Ok(())
     }
 
+    /// Reads the tensors called `names` into memory, in this order, on a thread of its own. What is not in the file is
+    /// left out, and so is what the system refuses: reading ahead is a favour.
+    pub fn read_ahead<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> ReadAhead {
+        let tensors = names.into_iter().filter_map(|name| self.tensor(name));
+        let place = |t: &TensorInfo| (t.part, t.offset as usize..t.offset as usize + t.bytes);
+        let places: Vec<_> = tensors.map(place).collect();
+        let sources: Vec<_> = self.parts.iter().map(|p| p.source.clone()).collect();
+        let wanted = Arc::new(());
+        let still = Arc::downgrade(&wanted);
+        let read = move || {
+            for (part, bytes) in places {
+                for start in bytes.clone().step_by(READ_AHEAD) {
+                    if still.strong_count() == 0 {
+                        return;
+                    }
+                    let piece = start..bytes.end.min(start + READ_AHEAD);
+                    let _ = sources[part].advise(piece, Advice::Populate);
+                }
+            }
+        };
+        let builder = std::thread::Builder::new().name("kinglet-read".into());
+        let _ = builder.spawn(read); // without a thread pages come when they are used
+        ReadAhead { _wanted: wanted }
+    }
+
     /// The value of `general.architecture`: `lfm2`, `llama`.
     ///
     /// # Errors
@@ -492,6 +517,14 @@ impl Gguf {
         out
     }
 }
+
+/// Tensors that are being read into memory. The reading ends with this.
+pub struct ReadAhead {
+    _wanted: Arc<()>,
+}
+
+/// Bytes read before a look whether they are still wanted.
+const READ_AHEAD: usize = 4 << 20;
 
 /// Lines of [`Gguf::problems`], which a file could otherwise make as long as it likes.
 const MAX_PROBLEMS: usize = 100;

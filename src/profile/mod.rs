@@ -2,6 +2,7 @@
 
 pub mod machine;
 pub mod roofline;
+pub mod topology;
 
 pub use self::roofline::Roofline;
 

@@ -6,7 +6,7 @@ use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::LoadOptions;
+use super::Threads;
 use crate::backend::cpu::Cpu;
 use crate::backend::cpu::pool::Pool;
 #[cfg(feature = "ggml")]
@@ -73,22 +73,29 @@ pub(super) trait Engine: Send {
 /// What the layers of a timeline remember, apart from an engine.
 pub(super) struct Memory(Box<dyn Any + Send>);
 
-/// Builds the network of a file on the backend that `options` name, which runs `n_threads`.
-pub(super) fn load(
-    gguf: &Gguf,
-    options: &LoadOptions,
-    n_threads: usize,
-) -> Result<Box<dyn Loaded>> {
-    match options.backend {
+/// Builds the network of a file on a backend of `kind`, which runs `threads`.
+pub(super) fn load(gguf: &Gguf, kind: BackendKind, threads: Threads) -> Result<Box<dyn Loaded>> {
+    let Threads { decode, prefill } = threads;
+    match kind {
         BackendKind::Cpu => {
-            let no_thread = |e| Error::Invalid(format!("{n_threads} threads: {e}"));
-            let pool = Arc::new(Pool::new(n_threads).map_err(no_thread)?);
-            placed(gguf, move || Ok(Cpu::new(Arc::clone(&pool))))
+            let pool = |n| match Pool::new(n) {
+                Ok(pool) => Ok(Arc::new(pool)),
+                Err(e) => Err(Error::Invalid(format!("{n} threads: {e}"))),
+            };
+            let for_decode = pool(decode)?;
+            // Of two pools one sleeps; a pool that let some of its workers out would wake them for nothing.
+            let for_prefill = match prefill == decode {
+                true => Arc::clone(&for_decode),
+                false => pool(prefill)?,
+            };
+            placed(gguf, move || {
+                Ok(Cpu::with_pools(for_decode.clone(), for_prefill.clone()))
+            })
         }
         #[cfg(feature = "ggml")]
-        BackendKind::Ggml => placed(gguf, move || Ggml::new(n_threads)),
+        BackendKind::Ggml => placed(gguf, move || Ggml::new(decode)),
         #[cfg(feature = "ggml")]
-        BackendKind::GgmlRepack => placed(gguf, move || Ggml::repacking(n_threads)),
+        BackendKind::GgmlRepack => placed(gguf, move || Ggml::repacking(decode)),
     }
 }
 

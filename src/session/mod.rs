@@ -23,10 +23,11 @@ use self::file::Hashes;
 use self::timeline::Timeline;
 use crate::backend::{BackendKind, KvTypes, Step};
 use crate::error::{Error, Result};
-use crate::gguf::Gguf;
+use crate::gguf::{Gguf, ReadAhead, TensorInfo};
 use crate::model::Pass;
 use crate::model::config::Config;
-use crate::profile::Work;
+use crate::profile::topology::Topology;
+use crate::profile::{Work, machine};
 use crate::tokenizer::Tokenizer;
 
 /// Context where neither caller nor file gives a smaller one: metadata often states more than models were trained on.
@@ -41,8 +42,10 @@ const SCORE_FLOATS: usize = 8 << 20;
 /// How a model is loaded.
 #[derive(Clone, Debug, Default)]
 pub struct LoadOptions {
-    /// Threads of the token loop; 0: as many as this process may use.
+    /// Threads of the token loop; 0: what [`Topology::threads`](crate::profile::topology::Topology::threads) says.
     pub threads: usize,
+    /// Threads that read a prompt; 0: as `threads`.
+    pub threads_batch: usize,
     /// Who runs the operations.
     pub backend: BackendKind,
 }
@@ -68,7 +71,8 @@ struct Inner {
     tokenizer: Result<Tokenizer>,
     network: Box<dyn Loaded>,
     backend: BackendKind,
-    n_threads: usize,
+    threads: Threads,
+    _ahead: Option<ReadAhead>,
     info: ModelInfo,
     /// For state files: computed when the first is written or read.
     hashes: OnceLock<Hashes>,
@@ -105,13 +109,21 @@ impl Model {
     /// If the file cannot be read, is no GGUF file, or holds a model that is not supported.
     pub fn load(path: &Path, options: &LoadOptions) -> Result<Self> {
         let gguf = Gguf::open(path)?;
-        let allowed = std::thread::available_parallelism().map_or(1, usize::from);
-        let n_threads = if options.threads == 0 {
-            allowed
-        } else {
-            options.threads
+        let ahead = read_ahead(&gguf);
+        let decode = match options.threads {
+            0 => Topology::of_this_machine().threads(),
+            n => n,
         };
-        let network = engine::load(&gguf, options, n_threads)?;
+        let prefill = match options.threads_batch {
+            0 => decode,
+            n => n,
+        };
+        let threads = Threads { decode, prefill };
+        let (tokenizer, network) = rayon::join(
+            || Tokenizer::from_gguf(&gguf),
+            || engine::load(&gguf, options.backend, threads),
+        );
+        let network = network?;
         let file_name = || {
             path.file_name()
                 .map_or_else(String::new, |name| name.to_string_lossy().into_owned())
@@ -125,13 +137,13 @@ impl Model {
             weight_bytes: gguf.tensors().map(|t| t.bytes as u64).sum(),
             config: network.config().clone(),
         };
-        let tokenizer = Tokenizer::from_gguf(&gguf);
         Ok(Self(Arc::new(Inner {
             gguf,
             tokenizer,
             network,
             backend: options.backend,
-            n_threads,
+            threads,
+            _ahead: ahead,
             info,
             hashes: OnceLock::new(),
         })))
@@ -173,8 +185,35 @@ impl Model {
 
     /// Threads of the token loop.
     pub fn n_threads(&self) -> usize {
-        self.0.n_threads
+        self.0.threads.decode
     }
+
+    /// Threads that read a prompt.
+    pub fn n_threads_batch(&self) -> usize {
+        self.0.threads.prefill
+    }
+}
+
+/// How many threads run a pass, by its step.
+#[derive(Clone, Copy)]
+struct Threads {
+    decode: usize,
+    prefill: usize,
+}
+
+/// Begins to read what every token needs, the layers first, while the vocabulary is being built. Not if that is much
+/// of the memory there is: pages that come when they are used do not push each other out.
+fn read_ahead(gguf: &Gguf) -> Option<ReadAhead> {
+    let is_expert = |t: &&TensorInfo| t.name.contains("_exps.");
+    let needed: Vec<_> = gguf.tensors().filter(|t| !is_expert(t)).collect();
+    let bytes: u64 = needed.iter().map(|t| t.bytes as u64).sum();
+    if machine::memory_available().is_none_or(|free| bytes > free / 2) {
+        return None;
+    }
+    let is_layer = |t: &&TensorInfo| t.name.starts_with("blk.");
+    let (layers, rest): (Vec<_>, Vec<_>) = needed.into_iter().partition(is_layer);
+    let names = layers.into_iter().chain(rest).map(|t| t.name.as_str());
+    Some(gguf.read_ahead(names))
 }
 
 /// One timeline of tokens on a model.

@@ -10,6 +10,7 @@ use super::pretokenize::Pretokenizer;
 use super::vocab::bad;
 use crate::Result;
 use crate::gguf::StringArray;
+use rayon::prelude::*;
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 
@@ -29,13 +30,23 @@ pub(super) fn byte_of_char(c: char) -> Option<u8> {
     }
 }
 
-/// The bytes that a spelling stands for; `None` if a character is outside GPT-2's table.
-pub(super) fn decode_spelling(text: &[u8]) -> Option<Vec<u8>> {
-    std::str::from_utf8(text)
-        .ok()?
-        .chars()
-        .map(byte_of_char)
-        .collect()
+/// Appends the bytes that a spelling stands for; false if a character is outside GPT-2's table.
+pub(super) fn decode_to(text: &[u8], out: &mut Vec<u8>) -> bool {
+    let Ok(text) = std::str::from_utf8(text) else {
+        return false;
+    };
+    text.chars()
+        .all(|c| byte_of_char(c).map(|byte| out.push(byte)).is_some())
+}
+
+/// The pieces of a merge.
+enum Pieces {
+    /// They cannot occur.
+    Never,
+    /// Left, right, merged: all of them tokens.
+    Tokens(u32, u32, u32),
+    /// One at least is no token: what both spell, cut here.
+    Inner(usize, Vec<u8>),
 }
 
 /// The encoder of a byte-level vocabulary.
@@ -103,8 +114,10 @@ impl Bpe {
         for (byte, piece) in (0..=255).zip(&mut byte_pieces) {
             *piece = piece_of(&[byte])?;
         }
-        let mut merges = MergeIndex::with_room_for(pairs.len());
-        for (rank, merge) in (0u32..).zip(pairs.iter()) {
+        // Looking the pieces up is most of the work, and can be done on all cores; nearly all of them are tokens.
+        let halves = (0..pairs.len()).into_par_iter();
+        let known = halves.map_init(Vec::new, |merged: &mut Vec<u8>, rank| {
+            let merge = pairs.get(rank).expect("a rank is an index");
             // A space that separates is not the first character.
             let Some(at) = merge.iter().skip(1).position(|&b| b == b' ') else {
                 return bad(format!(
@@ -112,18 +125,31 @@ impl Bpe {
                     String::from_utf8_lossy(merge)
                 ));
             };
-            let (left, right) = (&merge[..at + 1], &merge[at + 2..]);
+            merged.clear();
+            let is_spelled = decode_to(&merge[..at + 1], merged);
+            let middle = merged.len();
             // A piece outside the alphabet, or an empty one, never occurs in a word.
-            let (Some(mut left), Some(right)) = (decode_spelling(left), decode_spelling(right))
-            else {
-                continue;
-            };
-            if right.is_empty() {
-                continue;
+            if !is_spelled || !decode_to(&merge[at + 2..], merged) || middle == merged.len() {
+                return Ok(Pieces::Never);
             }
-            let (l, r) = (piece_of(&left)?, piece_of(&right)?);
-            left.extend_from_slice(&right);
-            merges.insert(l, r, rank, piece_of(&left)?);
+            let ids = [&merged[..middle], &merged[middle..], &merged[..]].map(|p| tokens.get(bytes, p));
+            Ok(match ids {
+                [Some(left), Some(right), Some(merged)] => Pieces::Tokens(left, right, merged),
+                _ => Pieces::Inner(middle, merged.clone()),
+            })
+        });
+        let known: Vec<Pieces> = known.collect::<Result<_>>()?;
+        let mut merges = MergeIndex::with_room_for(pairs.len());
+        for (rank, pieces) in (0u32..).zip(known) {
+            match pieces {
+                Pieces::Never => {}
+                Pieces::Tokens(left, right, merged) => merges.insert(left, right, rank, merged),
+                Pieces::Inner(middle, merged) => {
+                    let (left, right) =
+                        (piece_of(&merged[..middle])?, piece_of(&merged[middle..])?);
+                    merges.insert(left, right, rank, piece_of(&merged)?);
+                }
+            }
         }
         Ok(Bpe {
             pretokenizer,

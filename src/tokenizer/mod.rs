@@ -140,8 +140,16 @@ impl Tokenizer {
             }
         };
         vocab.validate()?;
+        // A model is not loaded before its vocabulary is: two cores do what is most of that time.
+        let (distinct, tokenizer) = rayon::join(
+            || check_distinct(&vocab.tokens),
+            || Self::build(&vocab, is_bpe),
+        );
+        distinct.and(tokenizer)
+    }
+
+    fn build(vocab: &Vocab, is_bpe: bool) -> Result<Self> {
         let n_tokens = vocab.tokens.len();
-        check_distinct(&vocab.tokens)?;
         let types: Vec<TokenType> = (0..n_tokens).map(|id| vocab.type_of(id)).collect();
         for (id, text) in vocab.tokens.iter().enumerate() {
             if types[id] == TokenType::Byte && byte_spelled(text).is_none() {
@@ -161,7 +169,11 @@ impl Tokenizer {
             Specials::new(with_text)
         };
         // Tokens whose spelling says that they end a reply are parsed like control tokens.
-        let parsed = |id: u32| type_of(id).is_special() || is_end(spelled(id));
+        let parsed: Vec<bool> = ids
+            .clone()
+            .map(|id| type_of(id).is_special() || is_end(spelled(id)))
+            .collect();
+        let parsed = |id: u32| parsed[id as usize];
         let is_user_defined = |id: u32| type_of(id) == TokenType::UserDefined;
         let user_defined = named(&mut ids.clone().filter(|&id| is_user_defined(id) && !parsed(id)));
         let specials = named(&mut ids.clone().filter(|&id| is_user_defined(id) || parsed(id)));
@@ -184,15 +196,16 @@ impl Tokenizer {
             let (pretokenizer, whole_words) = Pretokenizer::from_name(&vocab.pre)?;
             let mut bytes = StringArray::default();
             let mut spellable = vec![false; n_tokens];
+            let mut decoded = Vec::new();
             for (id, text) in vocab.tokens.iter().enumerate() {
                 let as_spelled = parsed(id as u32)
                     || matches!(types[id], TokenType::UserDefined | TokenType::Byte);
-                match bpe::decode_spelling(text).filter(|_| !as_spelled) {
-                    Some(decoded) => {
-                        bytes.push(&decoded)?;
-                        spellable[id] = !decoded.is_empty();
-                    }
-                    None => bytes.push(text)?,
+                decoded.clear();
+                if !as_spelled && bpe::decode_to(text, &mut decoded) {
+                    bytes.push(&decoded)?;
+                    spellable[id] = !decoded.is_empty();
+                } else {
+                    bytes.push(text)?;
                 }
             }
             let bpe = Bpe::new(
@@ -206,7 +219,7 @@ impl Tokenizer {
         } else {
             let byte_of = |id| byte_spelled(spelled(id)).filter(|_| type_of(id) == TokenType::Byte);
             let spm = Spm::new(&vocab.tokens, &vocab.scores, is_text, byte_of);
-            (Encoder::Spm(spm), vocab.tokens, true)
+            (Encoder::Spm(spm), vocab.tokens.clone(), true)
         };
         Ok(Tokenizer {
             encoder,
@@ -221,7 +234,7 @@ impl Tokenizer {
             add_bos: vocab.add_bos.unwrap_or(add_bos),
             add_eos: vocab.add_eos.unwrap_or(false),
             add_space_prefix: vocab.add_space_prefix.unwrap_or(true) && !is_bpe,
-            chat_template: vocab.chat_template,
+            chat_template: vocab.chat_template.clone(),
         })
     }
 

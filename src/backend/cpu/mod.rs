@@ -15,6 +15,7 @@ pub mod isa;
 mod neon;
 #[cfg(target_arch = "aarch64")]
 mod neon_dotprod;
+mod pace;
 pub mod pool;
 pub mod roofline;
 mod scalar;
@@ -39,7 +40,10 @@ use crate::quant::{self, Bytes, DType, Tensor as FileTensor};
 
 /// The CPU: a pool of threads, the kernels of this machine, scratch memory.
 pub struct Cpu {
+    /// Of the pass that runs.
     pool: Arc<Pool>,
+    decode_pool: Arc<Pool>,
+    prefill_pool: Arc<Pool>,
     operations: Operations,
     scratch: Scratch,
     work: Work,
@@ -90,8 +94,15 @@ const PARALLEL_ROWS: usize = 8;
 impl Cpu {
     /// A backend on `pool` with the best kernels of this machine.
     pub fn new(pool: Arc<Pool>) -> Self {
+        Self::with_pools(Arc::clone(&pool), pool)
+    }
+
+    /// The same with a pool for the passes of each step.
+    pub fn with_pools(decode_pool: Arc<Pool>, prefill_pool: Arc<Pool>) -> Self {
         Self {
-            pool,
+            pool: Arc::clone(&prefill_pool),
+            decode_pool,
+            prefill_pool,
             operations: Operations::best(),
             scratch: Scratch::default(),
             work: Work::default(),
@@ -374,6 +385,10 @@ impl Backend for Cpu {
 
     fn begin(&mut self, step: Step) {
         self.step = step;
+        self.pool = Arc::clone(match step {
+            Step::Decode => &self.decode_pool,
+            Step::Prefill => &self.prefill_pool,
+        });
     }
 
     fn embed(&mut self, table: &Matrix, tokens: &[u32], scale: f32) -> Tensor {
@@ -593,10 +608,14 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    /// Regions are those of the pool, whoever entered them.
+    /// Regions are those of the pools, whoever entered them.
     fn work(&self) -> Work {
+        let mut regions = self.decode_pool.n_regions();
+        if !Arc::ptr_eq(&self.decode_pool, &self.prefill_pool) {
+            regions += self.prefill_pool.n_regions();
+        }
         Work {
-            regions: self.pool.n_regions(),
+            regions,
             ..self.work
         }
     }

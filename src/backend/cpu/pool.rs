@@ -17,6 +17,8 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::pace::{self, Pace};
+
 /// How long a worker spins for the next region before it parks. The gap between two regions of a token is shorter.
 const SPIN: Duration = Duration::from_micros(50);
 
@@ -45,6 +47,10 @@ struct Shared {
     shares: Box<[Share]>,
     panicked: AtomicBool,
     stop: AtomicBool,
+    /// Workers whose cores others want.
+    n_crowded: AtomicUsize,
+    /// The core of the caller, while there are such workers.
+    caller_core: AtomicUsize,
     sleepers: AtomicUsize,
     gate: Mutex<()>,
     wake: Condvar,
@@ -89,6 +95,8 @@ impl Pool {
             shares: (0..n_threads.max(1)).map(|_| Share::default()).collect(),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
+            n_crowded: AtomicUsize::new(0),
+            caller_core: AtomicUsize::new(usize::MAX),
             sleepers: AtomicUsize::new(0),
             gate: Mutex::new(()),
             wake: Condvar::new(),
@@ -145,6 +153,10 @@ impl Pool {
             share
                 .next
                 .store(shared.first(i, n_tasks), Ordering::Relaxed);
+        }
+        if shared.n_crowded.load(Ordering::Relaxed) > 0 {
+            let core = pace::core().unwrap_or(usize::MAX);
+            shared.caller_core.store(core, Ordering::Relaxed);
         }
         // SeqCst here and in `enter`: either the sleeper sees the open region, or this thread sees the sleeper.
         shared
@@ -286,7 +298,8 @@ impl Shared {
 
     fn work(&self, own: usize) {
         let mut seen = 0;
-        while let Some(region) = self.enter(seen) {
+        let mut pace = Pace::new();
+        while let Some(region) = self.enter(seen, &mut pace) {
             seen = region;
             // SAFETY: this thread is inside the region, which keeps the caller from writing the next body.
             let body = unsafe { *self.body.get() };
@@ -300,9 +313,21 @@ impl Shared {
         }
     }
 
+    /// Lets a worker take account of others on its core; returns the time after that.
+    fn between_regions(&self, pace: &mut Pace) -> Instant {
+        let was_crowded = pace.is_crowded();
+        let now = pace.between_regions();
+        match (was_crowded, pace.is_crowded()) {
+            (false, true) => self.n_crowded.fetch_add(1, Ordering::Relaxed),
+            (true, false) => self.n_crowded.fetch_sub(1, Ordering::Relaxed),
+            _ => 0,
+        };
+        now
+    }
+
     /// Waits for an open region after number `seen`, enters it and returns its number; `None` at the end of the pool.
-    fn enter(&self, mut seen: u64) -> Option<u64> {
-        let since = Instant::now();
+    fn enter(&self, mut seen: u64, pace: &mut Pace) -> Option<u64> {
+        let since = self.between_regions(pace);
         let mut spins = 0u32;
         loop {
             if self.stop.load(Ordering::Relaxed) {
@@ -311,6 +336,13 @@ impl Shared {
             let state = self.state.load(Ordering::SeqCst);
             let region = State::region(state);
             if region != seen && state & State::OPEN != 0 {
+                if pace.is_crowded()
+                    && pace::core() == Some(self.caller_core.load(Ordering::Relaxed))
+                {
+                    pace.leave();
+                    seen = region;
+                    continue;
+                }
                 let entered = self.state.compare_exchange_weak(
                     state,
                     state + 1,
@@ -335,6 +367,7 @@ impl Shared {
                     drop(self.wake.wait(gate));
                 }
                 self.sleepers.fetch_sub(1, Ordering::SeqCst);
+                pace.slept();
                 spins = 0;
             } else {
                 std::hint::spin_loop();

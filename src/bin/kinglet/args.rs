@@ -66,9 +66,15 @@ pub struct ModelArgs {
         conflicts_with = "model"
     )]
     model_flag: Option<String>,
-    /// Threads [default: as many as there are cores for this process]
+    /// Threads [default: as many as there are fast cores for this process]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    /// Threads that read the prompt; also `-tb` [default: as --threads]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads_batch: Option<u16>,
+    /// Taken for llama.cpp's sake: nothing is run before the first token
+    #[arg(long, hide = true)]
+    no_warmup: bool,
     /// Who computes
     #[arg(long, value_name = "NAME", default_value = BackendKind::default().name(), value_parser = backends())]
     backend: BackendKind,
@@ -97,9 +103,14 @@ impl ModelArgs {
         self.model.as_deref().or(self.model_flag.as_deref())
     }
 
-    /// Threads; 0: as many as there are cores.
+    /// Threads; 0: as many as there are fast cores.
     pub fn n_threads(&self) -> usize {
         self.threads.unwrap_or(0).into()
+    }
+
+    /// Threads that read the prompt; 0: as many as decode.
+    pub fn n_threads_batch(&self) -> usize {
+        self.threads_batch.unwrap_or(0).into()
     }
 
     /// Who computes.
@@ -542,9 +553,12 @@ pub struct BenchArgs {
     /// Tokens of a step of those; also `-ub` [default: 512]
     #[arg(long, value_name = "N")]
     ubatch_size: Vec<Numbers>,
-    /// Threads [default: as many as there are cores for this process]
+    /// Threads [default: as many as there are fast cores for this process]
     #[arg(short, long, value_name = "N")]
     threads: Vec<Numbers>,
+    /// Threads that read prompts; also `-tb` [default: as --threads]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads_batch: Option<u16>,
     /// Type of cached keys; also `-ctk` [default: f16]
     #[arg(long, value_name = "TYPE", value_delimiter = ',', value_parser = cache_types())]
     pub cache_type_k: Vec<KvType>,
@@ -598,6 +612,11 @@ Flags, tests and columns are llama-bench's. Numbers can be lists and ranges (1,2
 several times; every combination is run. Rows: pp512 reads a prompt, tg128 decodes, `@ d4096` after so many tokens.";
 
 impl BenchArgs {
+    /// Threads that read prompts, if they are not those that decode.
+    pub fn n_threads_batch(&self) -> Option<usize> {
+        self.threads_batch.map(usize::from)
+    }
+
     /// Processes that spin.
     pub fn n_busy(&self) -> usize {
         self.busy.into()
@@ -633,15 +652,18 @@ macro_rules! number_lists {
 
 number_lists! { n_prompt n_gen n_depth batch_size ubatch_size threads tokens }
 
-/// llama-bench's flags of several letters after one dash, which this parser would read letter by letter.
+/// llama.cpp's flags of several letters after one dash, which this parser would read letter by letter.
 pub fn spelled_out(mut arguments: Vec<OsString>) -> Vec<OsString> {
-    if arguments.get(1).is_some_and(|verb| verb == "bench") {
+    let verb = arguments.get(1).and_then(|verb| verb.to_str());
+    let is_bench = verb == Some("bench");
+    if is_bench || matches!(verb, Some("chat" | "run")) {
         for argument in &mut arguments[2..] {
             let long = match argument.to_str() {
-                Some("-pg") => "--pg",
-                Some("-ub") => "--ubatch-size",
-                Some("-ctk") => "--cache-type-k",
-                Some("-ctv") => "--cache-type-v",
+                Some("-tb") => "--threads-batch",
+                Some("-pg") if is_bench => "--pg",
+                Some("-ub") if is_bench => "--ubatch-size",
+                Some("-ctk") if is_bench => "--cache-type-k",
+                Some("-ctv") if is_bench => "--cache-type-v",
                 _ => continue,
             };
             *argument = long.into();

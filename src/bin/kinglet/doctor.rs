@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use kinglet::BackendKind;
 use kinglet::backend::cpu::isa::Isa;
 use kinglet::backend::cpu::table::{self, Operations};
+use kinglet::profile::topology::Topology;
 use kinglet::profile::{Roofline, machine};
 use kinglet::quant::DType;
 use serde_json::json;
@@ -29,6 +30,7 @@ pub fn run(args: &DoctorArgs) -> Outcome {
 struct Report {
     cpu: Option<String>,
     cores: usize,
+    topology: Topology,
     levels: Vec<(&'static str, bool)>,
     /// Backends that are built for some instruction sets, and which.
     backends: Vec<(&'static str, Vec<&'static str>)>,
@@ -76,6 +78,7 @@ impl Report {
         Ok(Self {
             cpu: machine::cpu_name(),
             cores,
+            topology: Topology::of_this_machine(),
             backends: BackendKind::ALL
                 .iter()
                 .map(|kind| (kind.name(), kind.built_for()))
@@ -115,6 +118,11 @@ impl Report {
             self.cpu.clone().unwrap_or_else(unknown)
         )?;
         writeln!(out, "  cores allowed   {}", self.cores)?;
+        match (self.topology.cores(), self.topology.fast_cores()) {
+            (0, _) => writeln!(out, "  physical cores  unknown")?,
+            (all, fast) => writeln!(out, "  physical cores  {all}, {fast} of them fast")?,
+        }
+        writeln!(out, "  threads         {}", self.topology.threads())?;
         for (name, has) in &self.levels {
             writeln!(out, "  {name:<15} {}", if *has { "yes" } else { "no" })?;
         }
@@ -179,6 +187,9 @@ impl Report {
         json!({
             "cpu": self.cpu,
             "cores": self.cores,
+            "physical_cores": self.topology.cores(),
+            "fast_cores": self.topology.fast_cores(),
+            "threads": self.topology.threads(),
             "backends": backends.collect::<serde_json::Map<_, _>>(),
             "levels": levels.collect::<serde_json::Map<_, _>>(),
             "formats": formats.collect::<serde_json::Map<_, _>>(),

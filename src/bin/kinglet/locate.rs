@@ -17,6 +17,7 @@ pub fn load(args: &ModelArgs) -> Outcome<Model> {
     let path = locate(args.name())?;
     let options = LoadOptions {
         threads: args.n_threads(),
+        threads_batch: args.n_threads_batch(),
         backend: args.backend(),
     };
     Ok(Model::load(&path, &options)?)

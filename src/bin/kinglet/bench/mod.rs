@@ -79,14 +79,19 @@ fn run_group(group: &Group, args: &BenchArgs, shown: &Shown, printer: &mut Print
         .tests
         .iter()
         .map(|test| test.n_depth + test.n_tokens());
-    let options = SessionOptions {
+    let session = SessionOptions {
         n_ctx: n_ctx.max().unwrap_or(0),
         kv: group.kv,
         batch: group.n_ubatch,
     };
     let open = |backend| -> Outcome<Session> {
-        let model = Model::load(&group.model, &LoadOptions { threads, backend })?;
-        Ok(Session::new(&model, &options)?)
+        let options = LoadOptions {
+            threads,
+            threads_batch: group.n_threads_batch,
+            backend,
+        };
+        let model = Model::load(&group.model, &options)?;
+        Ok(Session::new(&model, &session)?)
     };
     let engines = plan::engines(args);
     let mut sessions = engines
@@ -142,7 +147,7 @@ fn run_starts(groups: &[Group], n_prompt: usize, args: &BenchArgs) -> Outcome {
             if interrupt::hit() {
                 return Err(Failure::Interrupted);
             }
-            start::first_token(&group.model, group.n_threads, &prompt)
+            start::first_token(group, &prompt)
         };
         if !args.no_warmup {
             once()?; // the file may not be in memory yet

@@ -4,6 +4,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use kinglet::profile::topology::Topology;
 use kinglet::{BackendKind, KvType, KvTypes};
 
 use crate::args::BenchArgs;
@@ -60,14 +61,15 @@ pub struct Group {
     pub n_ubatch: usize,
     pub kv: KvTypes,
     pub n_threads: usize,
+    /// Of a prompt.
+    pub n_threads_batch: usize,
     pub tests: Vec<Test>,
 }
 
 /// Everything, in order.
 pub fn groups(args: &BenchArgs) -> Outcome<Vec<Group>> {
     let or = |given: Option<Vec<usize>>, default: usize| given.unwrap_or_else(|| vec![default]);
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let n_threads = or(args.threads(), cores);
+    let n_threads = or(args.threads(), Topology::of_this_machine().threads());
     let tests = tests(args, &or(args.n_depth(), 0));
     let (n_batch, n_ubatch) = (or(args.batch_size(), 2048), or(args.ubatch_size(), 512));
     for (flag, numbers, max) in [
@@ -99,6 +101,7 @@ pub fn groups(args: &BenchArgs) -> Outcome<Vec<Group>> {
                             n_ubatch: n_ubatch.min(n_batch),
                             kv,
                             n_threads,
+                            n_threads_batch: args.n_threads_batch().unwrap_or(n_threads),
                             tests: tests.clone(),
                         });
                     }

@@ -287,6 +287,7 @@ impl Row<'_> {
             ("n_batch", json!(group.n_batch)),
             ("n_ubatch", json!(group.n_ubatch)),
             ("n_threads", json!(group.n_threads)),
+            ("n_threads_batch", json!(group.n_threads_batch)),
             ("type_k", json!(group.kv.keys.name())),
             ("type_v", json!(group.kv.values.name())),
             ("n_prompt", json!(self.test.n_prompt)),

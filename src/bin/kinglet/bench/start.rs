@@ -2,7 +2,6 @@
 //! the first byte that it prints.
 
 use std::io::Read;
-use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -59,6 +58,7 @@ pub fn record(
             ("model_size", json!(model.bytes)),
             ("model_n_params", json!(model.n_params)),
             ("n_threads", json!(group.n_threads)),
+            ("n_threads_batch", json!(group.n_threads_batch)),
             ("n_prompt", json!(n_prompt)),
             ("n_gen", json!(1)),
             ("test_time", json!(test_time)),
@@ -104,13 +104,16 @@ pub fn prompt(model: &Model, n: usize) -> Outcome<String> {
 }
 
 /// One start.
-pub fn first_token(model: &Path, n_threads: usize, prompt: &str) -> Outcome<Duration> {
+pub fn first_token(group: &Group, prompt: &str) -> Outcome<Duration> {
+    let model = &group.model;
     let mut command = Command::new(std::env::current_exe()?);
     command
         .arg("run")
         .arg(model)
         .args(["--raw", "--quiet", "--ignore-eos", "--temp", "0", "-n", "1"])
-        .args(["-t", &n_threads.to_string(), "-p", prompt])
+        .args(["-t", &group.n_threads.to_string()])
+        .args(["--threads-batch", &group.n_threads_batch.to_string()])
+        .args(["-p", prompt])
         .stdin(Stdio::null())
         .stdout(Stdio::piped());
     let start = Instant::now();
