@@ -512,7 +512,7 @@ mod command {
             );
         }
         for row in [
-            "| tokenizer ",
+            "| network, tokenizer ",
             "| gate+up ",
             "| head ",
             "| sample ",
