@@ -1,4 +1,4 @@
-//! What a machine can do at most, and what a run did: plain data, for every layer.
+//! What a machine can do at most, what a run did, and where its time went: plain data, for every layer.
 
 mod chrome;
 pub mod counters;

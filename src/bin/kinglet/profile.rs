@@ -20,7 +20,7 @@ use crate::failure::{Failure, Outcome};
 use crate::limits::{self, Measure};
 use crate::{bench, interrupt, locate, ui};
 
-/// Tokens after which the trace is emptied: its room is for twice as many passes of a model with a hundred layers.
+/// Tokens after which the trace is emptied: there is room for twice as many passes of a model with a hundred layers.
 const TOKENS_A_TRACE: usize = 8;
 
 pub fn run(args: &ProfileArgs) -> Outcome {
