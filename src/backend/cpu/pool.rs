@@ -56,6 +56,7 @@ struct Shared {
     sleepers: AtomicUsize,
     /// Whether waits and work are timed: two looks at the clock for each thread and region.
     timed: AtomicBool,
+    worked: Box<[Worked]>,
     gate: Mutex<()>,
     wake: Condvar,
 }
@@ -69,16 +70,18 @@ unsafe impl Sync for Shared {}
 #[repr(align(128))]
 struct Share {
     next: AtomicUsize,
-    /// Nanoseconds that the worker was inside of regions.
-    worked: AtomicU64,
 }
 
-/// Adds the time since then to nanoseconds that no other thread adds to meanwhile.
-fn count(to: &AtomicU64, since: Option<Instant>) {
-    if let Some(since) = since {
+/// Nanoseconds that a worker was inside of regions, away from what others write when the next one opens.
+#[derive(Default)]
+#[repr(align(128))]
+struct Worked(AtomicU64);
+
+/// Adds to nanoseconds to which no other thread adds meanwhile.
+fn count(to: &AtomicU64, time: Option<Duration>) {
+    if let Some(time) = time {
         let before = to.load(Ordering::Relaxed);
-        let now = before + since.elapsed().as_nanos() as u64;
-        to.store(now, Ordering::Relaxed);
+        to.store(before + time.as_nanos() as u64, Ordering::Relaxed);
     }
 }
 
@@ -118,6 +121,7 @@ impl Pool {
             caller_core: AtomicUsize::new(usize::MAX),
             sleepers: AtomicUsize::new(0),
             timed: AtomicBool::new(false),
+            worked: (0..n_threads.max(1)).map(|_| Worked::default()).collect(),
             gate: Mutex::new(()),
             wake: Condvar::new(),
         });
@@ -159,8 +163,8 @@ impl Pool {
 
     /// How long workers were inside of regions, all together.
     pub fn worked(&self) -> Duration {
-        let workers = self.shared.shares[1..].iter();
-        workers.map(|share| nanos(&share.worked)).sum()
+        let workers = self.shared.worked.iter();
+        workers.map(|worked| nanos(&worked.0)).sum()
     }
 
     /// Calls `body` once for each of `0..n_tasks`, spread over the threads, and returns when all are done.
@@ -226,7 +230,7 @@ impl Pool {
                     std::hint::spin_loop()
                 }
             }
-            count(&self.waited, clock);
+            count(&self.waited, clock.map(|clock| clock.elapsed()));
         }
         let panicked = shared.panicked.swap(false, Ordering::Relaxed);
         match own {
@@ -344,22 +348,26 @@ impl Shared {
     }
 
     fn work(&self, own: usize) {
-        let mut seen = 0;
+        let (mut seen, mut entered) = (0, None::<Instant>);
         let mut pace = Pace::new();
-        while let Some(region) = self.enter(seen, &mut pace) {
+        loop {
+            // After leaving: the caller does not wait for it.
+            let worked = entered.map(|entered| entered.elapsed());
+            count(&self.worked[own].0, worked);
+            let Some(region) = self.enter(seen, &mut pace) else {
+                break;
+            };
             seen = region;
             // SAFETY: this thread is inside the region, which keeps the caller from writing the next body.
             let body = unsafe { *self.body.get() };
             let body = body.expect("stored before the region opened");
             // SAFETY: `Pool::run` keeps the closure alive until this thread has left the region, below.
             let body = unsafe { &*body.0 };
-            let clock = self.clock();
+            entered = self.clock();
             if catch_unwind(AssertUnwindSafe(|| self.claim(own, body))).is_err() {
                 self.panicked.store(true, Ordering::Relaxed);
             }
             self.state.fetch_sub(1, Ordering::Release);
-            // After leaving: the caller does not wait for it.
-            count(&self.shares[own].worked, clock);
         }
     }
 

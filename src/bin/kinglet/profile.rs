@@ -115,6 +115,7 @@ fn profile(args: &ProfileArgs) -> Outcome<Profile> {
 fn load(args: &ProfileArgs, path: &Path, recorder: &mut Recorder) -> Outcome<Session> {
     let options = LoadOptions {
         threads: args.model.n_threads(),
+        threads_batch: args.model.n_threads_batch(),
         backend: args.model.backend(),
         trace: true,
     };
