@@ -166,8 +166,10 @@ impl KvCache {
 
     /// The kernel that stores half floats; empty where there are none.
     pub(super) fn write_kernel(&self, operations: &Operations) -> &'static str {
-        let half = [self.kinds.keys, self.kinds.values].contains(&KvType::F16);
-        half.then(|| operations.to_f16.name()).unwrap_or_default()
+        match [self.kinds.keys, self.kinds.values].contains(&KvType::F16) {
+            true => operations.to_f16.name(),
+            false => "",
+        }
     }
 }
 
