@@ -9,7 +9,7 @@
 //! - [`backend`]: the operations of a forward pass, and the CPU that runs them;
 //! - [`session`]: one timeline of tokens on a model;
 //! - [`sampler`]: logits to a token;
-//! - [`profile`]: what the machine can do at most, and what was done;
+//! - [`profile`]: what the machine can do at most, what was done, and where the time went;
 //! - [`error`]: the one error type.
 
 pub mod backend;

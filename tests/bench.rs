@@ -355,6 +355,43 @@ fn the_first_token_of_new_processes() {
 }
 
 #[test]
+fn speed_over_time() {
+    let model = tiny();
+    let model = model.to_str().unwrap();
+    let rows = table(&ok(&bench(&[
+        model,
+        "-n",
+        "4",
+        "-t",
+        "1",
+        "--sustained",
+        "2s",
+    ])));
+    assert_eq!(rows[0][2..6], ["test", "until s", "t/s", "% first"]);
+    let until: Vec<&str> = rows[1..].iter().map(|row| row[3].as_str()).collect();
+    assert_eq!(until, ["1.0", "2.0"]);
+    assert_eq!(rows[1][5], "100.0");
+    let text = ok(&bench(&[
+        model,
+        "-n",
+        "4",
+        "--sustained",
+        "1s",
+        "-o",
+        "jsonl",
+    ]));
+    let row: Value = serde_json::from_str(&text).unwrap();
+    assert!(row["n_tokens"].as_u64() > Some(3) && row["avg_ts"].as_f64() > Some(0.0));
+    for args in [
+        ["-n", "0", "--sustained", "1s"],
+        ["-n", "4", "--sustained", "soon"],
+    ] {
+        let all: Vec<&str> = std::iter::once(model).chain(args).collect();
+        assert_eq!(bench(&all).status.code(), Some(2), "{args:?}");
+    }
+}
+
+#[test]
 fn rows_of_the_kernel_table() {
     let listed = ok(&bench(&["--list-kernels"]));
     assert_eq!(ok(&bench(&["--kernel", "list"])), listed);

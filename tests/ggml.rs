@@ -18,7 +18,7 @@ use kinglet::backend::cpu::acts::Q8_LEN;
 use kinglet::backend::cpu::pool::Pool;
 use kinglet::backend::cpu::table::{self, ActFormat};
 use kinglet::backend::ggml::Ggml;
-use kinglet::backend::{Activation, Attention, Backend, Linear, Rope, RopePairs, Step};
+use kinglet::backend::{Activation, Attention, Backend, LinearOf, Rope, RopePairs, Step};
 use kinglet::quant::{self, Bytes, DType, Tensor};
 use kinglet::tokenizer::Special;
 use kinglet::{BackendKind, Error, KvType, LoadOptions, Model, Session, SessionOptions};
@@ -182,11 +182,13 @@ fn linear_layers(name: &str, mut backend: Ggml) {
 }
 
 fn linear<B: Backend>(b: &mut B, weight: &Tensor, bias: &[f32], x: &[f32]) -> Vec<f32> {
-    let layer = Linear {
+    let layer = LinearOf {
+        name: "with bias".into(),
         weight: b.matrix(weight).expect("a known format"),
         bias: Some(b.vector(bias.to_vec())),
     };
-    let other = Linear {
+    let other = LinearOf {
+        name: "without".into(),
         weight: b.matrix(weight).expect("a known format"),
         bias: None,
     };

@@ -9,11 +9,14 @@
 pub mod cpu;
 #[cfg(feature = "ggml")]
 pub mod ggml;
+pub mod tracer;
 
 use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
 
 use crate::error::Result;
-use crate::profile::Work;
+use crate::profile::{Trace, Work};
 use crate::quant::{DType, Tensor};
 
 /// The backends of this build.
@@ -392,24 +395,77 @@ pub trait Backend {
     fn work(&self) -> Work {
         Work::default()
     }
+
+    /// The kernel that an operation would run now; empty where a backend does not say.
+    fn kernel(&self, _of: Runs<Self>) -> &'static str {
+        ""
+    }
+
+    /// From now on measures how long threads wait for each other.
+    fn time_waits(&self) {}
+
+    /// How long the caller has waited for other threads; nothing where that is not measured.
+    fn waited(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    /// How long the other threads have worked, all together; nothing where that is not measured.
+    fn worked(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    /// What was traced since the last call, where that is done: see [`tracer`].
+    fn take_trace(&mut self) -> Option<Trace> {
+        None
+    }
 }
 
-/// A linear layer.
-pub struct Linear<B: Backend + ?Sized> {
+/// An operation, with what its kernel depends on.
+pub enum Runs<'a, B: Backend + ?Sized> {
+    /// [`Backend::rms_norm`].
+    RmsNorm,
+    /// [`Backend::linear`].
+    Linear(&'a B::Matrix),
+    /// [`Backend::gated_ffn`], if one kernel runs more than a matrix of it.
+    GatedFfn(&'a GatedFfn<B>),
+    /// [`Backend::rope`].
+    Rope(RopePairs),
+    /// [`Backend::kv_write`].
+    KvWrite(&'a B::Kv),
+    /// [`Backend::attention`].
+    Attention(&'a B::Kv),
+    /// [`Backend::short_conv`].
+    ShortConv,
+    /// [`Backend::glu`].
+    Glu,
+    /// [`Backend::add`].
+    Add,
+}
+
+/// A linear layer of a backend. One that wraps another and takes its weights passes its layers on as they are.
+pub type Linear<B> = LinearOf<<B as Backend>::Matrix, <B as Backend>::Vector>;
+
+/// A linear layer with weights of these types.
+pub struct LinearOf<M, V> {
+    /// The name of its tensors, without `.weight`: `blk.3.attn_q`.
+    pub name: Arc<str>,
     /// `(n_out, n_in)`.
-    pub weight: B::Matrix,
+    pub weight: M,
     /// `(n_out)`.
-    pub bias: Option<B::Vector>,
+    pub bias: Option<V>,
 }
 
-/// A gated feed-forward layer.
-pub struct GatedFfn<B: Backend + ?Sized> {
+/// A gated feed-forward layer of a backend.
+pub type GatedFfn<B> = GatedFfnOf<<B as Backend>::Matrix, <B as Backend>::Vector>;
+
+/// A gated feed-forward layer with weights of these types.
+pub struct GatedFfnOf<M, V> {
     /// `(n_ffn, hidden)`.
-    pub gate: Linear<B>,
+    pub gate: LinearOf<M, V>,
     /// `(n_ffn, hidden)`.
-    pub up: Linear<B>,
+    pub up: LinearOf<M, V>,
     /// `(hidden, n_ffn)`.
-    pub down: Linear<B>,
+    pub down: LinearOf<M, V>,
     /// Applied to the gate.
     pub activation: Activation,
 }

@@ -1,6 +1,6 @@
 //! Tensors of a file, checked for their shape and given to a backend.
 
-use crate::backend::{Backend, Linear};
+use crate::backend::{Backend, Linear, LinearOf};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::quant::Tensor;
@@ -77,7 +77,8 @@ impl<B: Backend> Weights<'_, B> {
     /// # Errors
     /// As [`Weights::matrix`] and [`Weights::vector`].
     pub fn linear(&self, name: &str, n_in: usize, n_out: usize) -> Result<Linear<B>> {
-        Ok(Linear {
+        Ok(LinearOf {
+            name: name.into(),
             weight: self.matrix(&format!("{name}.weight"), n_in, n_out)?,
             bias: self.opt_vector(&format!("{name}.bias"), n_out)?,
         })

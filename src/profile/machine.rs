@@ -113,6 +113,15 @@ impl Resident {
         Self::parse(&fs::read_to_string("/proc/self/status").ok()?)
     }
 
+    /// The larger of each.
+    pub fn most(self, other: Self) -> Self {
+        Self {
+            anonymous: self.anonymous.max(other.anonymous),
+            file: self.file.max(other.file),
+            peak: self.peak.max(other.peak),
+        }
+    }
+
     fn parse(status: &str) -> Option<Self> {
         Some(Self {
             anonymous: kib(status, "RssAnon:")?,

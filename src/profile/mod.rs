@@ -1,13 +1,24 @@
-//! What a machine can do at most, and what a run did: plain data, for every layer.
+//! What a machine can do at most, what a run did, and where its time went: plain data, for every layer.
 
+mod chrome;
+pub mod counters;
 pub mod machine;
+mod page;
+pub mod record;
+pub mod report;
 pub mod roofline;
+pub mod span;
 pub mod topology;
 
+pub use self::record::Recorder;
+pub use self::report::{Limits, Profile, Report};
 pub use self::roofline::Roofline;
+pub use self::span::{Label, Operation, PassKind, PassRecord, Span, Trace};
+
+use serde::{Deserialize, Serialize};
 
 /// What a backend has done since it was made, counted where it is done.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Work {
     /// Bytes of weight matrices, once for each step that used them.
     pub weight_bytes: u64,

@@ -6,18 +6,19 @@ use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::Threads;
+use super::{LoadOptions, Threads};
 use crate::backend::cpu::Cpu;
 use crate::backend::cpu::pool::Pool;
 #[cfg(feature = "ggml")]
 use crate::backend::ggml::Ggml;
+use crate::backend::tracer::Tracer;
 use crate::backend::{Backend, BackendKind, KvTypes};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::model::config::Config;
 use crate::model::state::State;
 use crate::model::{self, Network, Pass};
-use crate::profile::Work;
+use crate::profile::{Trace, Work};
 
 /// A network whose weights a backend has taken; makes an engine for each session.
 pub(super) trait Loaded: Send + Sync {
@@ -68,15 +69,22 @@ pub(super) trait Engine: Send {
 
     /// What the backend has done.
     fn work(&self) -> Work;
+
+    /// What was traced since the last call, if the model was loaded for that.
+    fn take_trace(&mut self) -> Option<Trace>;
 }
 
 /// What the layers of a timeline remember, apart from an engine.
 pub(super) struct Memory(Box<dyn Any + Send>);
 
-/// Builds the network of a file on a backend of `kind`, which runs `threads`.
-pub(super) fn load(gguf: &Gguf, kind: BackendKind, threads: Threads) -> Result<Box<dyn Loaded>> {
+/// Builds the network of a file on the backend that `options` name, which runs `threads`.
+pub(super) fn load(
+    gguf: &Gguf,
+    options: &LoadOptions,
+    threads: Threads,
+) -> Result<Box<dyn Loaded>> {
     let Threads { decode, prefill } = threads;
-    match kind {
+    match options.backend {
         BackendKind::Cpu => {
             let pool = |n| match Pool::new(n) {
                 Ok(pool) => Ok(Arc::new(pool)),
@@ -88,18 +96,30 @@ pub(super) fn load(gguf: &Gguf, kind: BackendKind, threads: Threads) -> Result<B
                 true => Arc::clone(&for_decode),
                 false => pool(prefill)?,
             };
-            placed(gguf, move || {
+            placed(gguf, options, move || {
                 Ok(Cpu::with_pools(for_decode.clone(), for_prefill.clone()))
             })
         }
         #[cfg(feature = "ggml")]
-        BackendKind::Ggml => placed(gguf, move || Ggml::new(decode)),
+        BackendKind::Ggml => placed(gguf, options, move || Ggml::new(decode)),
         #[cfg(feature = "ggml")]
-        BackendKind::GgmlRepack => placed(gguf, move || Ggml::repacking(decode)),
+        BackendKind::GgmlRepack => placed(gguf, options, move || Ggml::repacking(decode)),
     }
 }
 
-fn placed<B, F>(gguf: &Gguf, backend: F) -> Result<Box<dyn Loaded>>
+fn placed<B, F>(gguf: &Gguf, options: &LoadOptions, backend: F) -> Result<Box<dyn Loaded>>
+where
+    B: Backend + Send + 'static,
+    F: Fn() -> Result<B> + Send + Sync + 'static,
+{
+    if options.trace {
+        on_backend(gguf, move || Ok(Tracer::new(backend()?)))
+    } else {
+        on_backend(gguf, backend)
+    }
+}
+
+fn on_backend<B, F>(gguf: &Gguf, backend: F) -> Result<Box<dyn Loaded>>
 where
     B: Backend + Send + 'static,
     F: Fn() -> Result<B> + Send + Sync + 'static,
@@ -207,5 +227,9 @@ impl<B: Backend + Send + 'static> Engine for Runner<B> {
 
     fn work(&self) -> Work {
         self.backend.work()
+    }
+
+    fn take_trace(&mut self) -> Option<Trace> {
+        self.backend.take_trace()
     }
 }

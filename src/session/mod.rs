@@ -14,7 +14,7 @@ pub use self::file::{Extra, MAX_NOTE_BYTES, StateFile};
 pub use self::generate::{Event, Finish, GenerateOptions, Reply, Stats, generate};
 pub use self::timeline::Snapshot;
 
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
@@ -26,8 +26,9 @@ use crate::error::{Error, Result};
 use crate::gguf::{Gguf, ReadAhead, TensorInfo};
 use crate::model::Pass;
 use crate::model::config::Config;
+use crate::profile::span::now;
 use crate::profile::topology::Topology;
-use crate::profile::{Work, machine};
+use crate::profile::{Trace, Work, machine};
 use crate::tokenizer::Tokenizer;
 
 /// Context where neither caller nor file gives a smaller one: metadata often states more than models were trained on.
@@ -48,6 +49,8 @@ pub struct LoadOptions {
     pub threads_batch: usize,
     /// Who runs the operations.
     pub backend: BackendKind,
+    /// Whether sessions keep an account of their time: see [`Session::take_trace`].
+    pub trace: bool,
 }
 
 /// How a session is made.
@@ -76,6 +79,7 @@ struct Inner {
     info: ModelInfo,
     /// For state files: computed when the first is written or read.
     hashes: OnceLock<Hashes>,
+    loading: [(&'static str, Range<u64>); 2],
 }
 
 /// What a model is.
@@ -108,7 +112,9 @@ impl Model {
     /// # Errors
     /// If the file cannot be read, is no GGUF file, or holds a model that is not supported.
     pub fn load(path: &Path, options: &LoadOptions) -> Result<Self> {
+        let start = now();
         let gguf = Gguf::open(path)?;
+        let mapped = now();
         let ahead = read_ahead(&gguf);
         let decode = match options.threads {
             0 => Topology::of_this_machine().threads(),
@@ -121,7 +127,7 @@ impl Model {
         let threads = Threads { decode, prefill };
         let (tokenizer, network) = rayon::join(
             || Tokenizer::from_gguf(&gguf),
-            || engine::load(&gguf, options.backend, threads),
+            || engine::load(&gguf, options, threads),
         );
         let network = network?;
         let file_name = || {
@@ -137,6 +143,11 @@ impl Model {
             weight_bytes: gguf.tensors().map(|t| t.bytes as u64).sum(),
             config: network.config().clone(),
         };
+        // Both at once.
+        let loading = [
+            ("file", start..mapped),
+            ("network, tokenizer", mapped..now()),
+        ];
         Ok(Self(Arc::new(Inner {
             gguf,
             tokenizer,
@@ -146,6 +157,7 @@ impl Model {
             _ahead: ahead,
             info,
             hashes: OnceLock::new(),
+            loading,
         })))
     }
 
@@ -191,6 +203,11 @@ impl Model {
     /// Threads that read a prompt.
     pub fn n_threads_batch(&self) -> usize {
         self.0.threads.prefill
+    }
+
+    /// The parts of loading, and when they ran on the clock of [`profile::span::now`](crate::profile::span::now).
+    pub fn loading(&self) -> &[(&'static str, Range<u64>)] {
+        &self.0.loading
     }
 }
 
@@ -391,6 +408,12 @@ impl Session {
     /// What the backend has done for this session so far.
     pub fn work(&self) -> Work {
         self.engine.work()
+    }
+
+    /// Every operation since the last call, where the model was loaded with [`LoadOptions::trace`]. There is room for some
+    /// tens of passes; a trace that lost some says so.
+    pub fn take_trace(&mut self) -> Option<Trace> {
+        self.engine.take_trace()
     }
 
     fn check(&self, tokens: &[u32]) -> Result<()> {

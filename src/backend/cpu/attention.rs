@@ -163,6 +163,14 @@ impl KvCache {
             false => KvType::F16,
         }
     }
+
+    /// The kernel that stores half floats; empty where there are none.
+    pub(super) fn write_kernel(&self, operations: &Operations) -> &'static str {
+        match [self.kinds.keys, self.kinds.values].contains(&KvType::F16) {
+            true => operations.to_f16.name(),
+            false => "",
+        }
+    }
 }
 
 /// A page for which room to write was made.
@@ -225,6 +233,22 @@ fn seen_from(shape: &Attention, position: usize) -> Range<usize> {
         .window
         .map_or(0, |window| (position + 1).saturating_sub(window));
     first..position + 1
+}
+
+fn tiles(cache: &KvCache, step: Step, operations: &Operations) -> Option<Ready<AttendTokens>> {
+    let fits = step == Step::Prefill
+        && cache.read_as() == KvType::F16
+        && cache.head_dim.is_multiple_of(TILE_HEAD);
+    operations.attend_tiles.filter(|_| fits)
+}
+
+/// The kernel that attends to `cache`.
+pub(super) fn kernel(cache: &KvCache, step: Step, operations: &Operations) -> &'static str {
+    match (tiles(cache, step, operations), cache.read_as()) {
+        (Some(tiles), _) => tiles.name(),
+        (None, KvType::F32) => operations.attend_f32.name(),
+        (None, _) => operations.attend_f16.name(),
+    }
 }
 
 /// What queries at `positions` do: each cached key and value that any of them sees is read, and each query multiplies
@@ -414,10 +438,7 @@ impl Attend<'_> {
 
     /// The kernel that works in tiles, if this step and this cache have one.
     pub(super) fn tiles(&self, step: Step) -> Option<Ready<AttendTokens>> {
-        let fits = step == Step::Prefill
-            && self.cache.read_as() == KvType::F16
-            && self.shape.head_dim.is_multiple_of(TILE_HEAD);
-        self.operations.attend_tiles.filter(|_| fits)
+        tiles(self.cache, step, self.operations)
     }
 
     /// As `many`, by a kernel that walks the pages itself and turns each into tiles once for a task.

@@ -26,6 +26,7 @@ mod x86;
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use self::acts::{Acts, BF16_LEN, BF16_TOKENS, Q8Row, Q8RowMut, Tile};
 use self::attention::KvCache;
@@ -33,7 +34,9 @@ use self::isa::Isa;
 use self::pool::{Output, Pool};
 use self::scratch::{Buffer, Scratch};
 use self::table::{ActFormat, Gated, GatedRows, MatMul, Operations, Ready, ShortConvRows};
-use super::{Activation, Attention, Backend, GatedFfn, KvTypes, Linear, Rope, RopePairs, Step};
+use super::{
+    Activation, Attention, Backend, GatedFfn, KvTypes, Linear, Rope, RopePairs, Runs, Step,
+};
 use crate::error::{Error, Result};
 use crate::profile::Work;
 use crate::quant::{self, Bytes, DType, Tensor as FileTensor};
@@ -622,6 +625,35 @@ impl Backend for Cpu {
 
     fn scratch_bytes(&self) -> usize {
         self.scratch.bytes()
+    }
+
+    fn kernel(&self, of: Runs<Self>) -> &'static str {
+        let operations = &self.operations;
+        match of {
+            Runs::RmsNorm => operations.rms_norm.name(),
+            Runs::Linear(matrix) => matrix.kernel(self.step).name(),
+            Runs::GatedFfn(ffn) => self.gated(ffn).map_or("", |kernel| kernel.name()),
+            Runs::Rope(RopePairs::Halves) => operations.rope_halves.name(),
+            Runs::Rope(RopePairs::Neighbours) => operations.rope_neighbours.name(),
+            Runs::KvWrite(kv) => kv.write_kernel(operations),
+            Runs::Attention(kv) => attention::kernel(kv, self.step, operations),
+            Runs::ShortConv => operations.short_conv.name(),
+            Runs::Glu => operations.glu.name(),
+            Runs::Add => operations.add.name(),
+        }
+    }
+
+    fn time_waits(&self) {
+        self.decode_pool.time_waits();
+        self.prefill_pool.time_waits();
+    }
+
+    fn waited(&self) -> Duration {
+        self.pool.waited()
+    }
+
+    fn worked(&self) -> Duration {
+        self.pool.worked()
     }
 }
 

@@ -28,6 +28,8 @@ pub struct Pool {
     workers: Vec<JoinHandle<()>>,
     /// One region at a time; sessions on several threads take turns.
     region: Mutex<()>,
+    /// Nanoseconds that callers waited for the last worker.
+    waited: AtomicU64,
 }
 
 /// The body of the running region: a borrowed closure, its lifetime erased.
@@ -52,6 +54,9 @@ struct Shared {
     /// The core of the caller, while there are such workers.
     caller_core: AtomicUsize,
     sleepers: AtomicUsize,
+    /// Whether waits and work are timed: two looks at the clock for each thread and region.
+    timed: AtomicBool,
+    worked: Box<[Worked]>,
     gate: Mutex<()>,
     wake: Condvar,
 }
@@ -65,6 +70,23 @@ unsafe impl Sync for Shared {}
 #[repr(align(128))]
 struct Share {
     next: AtomicUsize,
+}
+
+/// Nanoseconds that a worker was inside of regions, away from what others write when the next one opens.
+#[derive(Default)]
+#[repr(align(128))]
+struct Worked(AtomicU64);
+
+/// Adds to nanoseconds to which no other thread adds meanwhile.
+fn count(to: &AtomicU64, time: Option<Duration>) {
+    if let Some(time) = time {
+        let before = to.load(Ordering::Relaxed);
+        to.store(before + time.as_nanos() as u64, Ordering::Relaxed);
+    }
+}
+
+fn nanos(of: &AtomicU64) -> Duration {
+    Duration::from_nanos(of.load(Ordering::Relaxed))
 }
 
 /// The word that opens and closes a region. A worker enters by adding one while the region is open; the caller closes
@@ -98,6 +120,8 @@ impl Pool {
             n_crowded: AtomicUsize::new(0),
             caller_core: AtomicUsize::new(usize::MAX),
             sleepers: AtomicUsize::new(0),
+            timed: AtomicBool::new(false),
+            worked: (0..n_threads.max(1)).map(|_| Worked::default()).collect(),
             gate: Mutex::new(()),
             wake: Condvar::new(),
         });
@@ -105,6 +129,7 @@ impl Pool {
             shared,
             workers: Vec::new(),
             region: Mutex::new(()),
+            waited: AtomicU64::new(0),
         };
         for i in 1..n_threads.max(1) {
             let shared = Arc::clone(&pool.shared);
@@ -124,6 +149,22 @@ impl Pool {
     /// Regions that were entered by more than one thread so far, modulo `2^32`: barriers.
     pub fn n_regions(&self) -> u64 {
         State::region(self.shared.state.load(Ordering::Relaxed))
+    }
+
+    /// From now on measures how long threads wait for each other.
+    pub fn time_waits(&self) {
+        self.shared.timed.store(true, Ordering::Relaxed);
+    }
+
+    /// How long callers have waited for workers to leave a region, since [`Pool::time_waits`].
+    pub fn waited(&self) -> Duration {
+        nanos(&self.waited)
+    }
+
+    /// How long workers were inside of regions, all together.
+    pub fn worked(&self) -> Duration {
+        let workers = self.shared.worked.iter();
+        workers.map(|worked| nanos(&worked.0)).sum()
     }
 
     /// Calls `body` once for each of `0..n_tasks`, spread over the threads, and returns when all are done.
@@ -176,15 +217,20 @@ impl Pool {
             shares.for_each(|share| share.next.store(n_tasks, Ordering::Relaxed));
         }
         shared.state.fetch_and(!State::OPEN, Ordering::AcqRel);
-        let mut spins = 0u32;
-        while shared.state.load(Ordering::Acquire) & State::INSIDE > 0 {
-            spins = spins.wrapping_add(1);
-            // On a crowded machine the last worker may have lost its core: give it ours.
-            if spins.is_multiple_of(1 << 12) {
-                std::thread::yield_now()
-            } else {
-                std::hint::spin_loop()
+        let inside = || shared.state.load(Ordering::Acquire) & State::INSIDE > 0;
+        if inside() {
+            let clock = shared.clock();
+            let mut spins = 0u32;
+            while inside() {
+                spins = spins.wrapping_add(1);
+                // On a crowded machine the last worker may have lost its core: give it ours.
+                if spins.is_multiple_of(1 << 12) {
+                    std::thread::yield_now()
+                } else {
+                    std::hint::spin_loop()
+                }
             }
+            count(&self.waited, clock.map(|clock| clock.elapsed()));
         }
         let panicked = shared.panicked.swap(false, Ordering::Relaxed);
         match own {
@@ -296,16 +342,28 @@ impl Shared {
         }
     }
 
+    /// The time, if it is wanted.
+    fn clock(&self) -> Option<Instant> {
+        self.timed.load(Ordering::Relaxed).then(Instant::now)
+    }
+
     fn work(&self, own: usize) {
-        let mut seen = 0;
+        let (mut seen, mut entered) = (0, None::<Instant>);
         let mut pace = Pace::new();
-        while let Some(region) = self.enter(seen, &mut pace) {
+        loop {
+            // After leaving: the caller does not wait for it.
+            let worked = entered.map(|entered| entered.elapsed());
+            count(&self.worked[own].0, worked);
+            let Some(region) = self.enter(seen, &mut pace) else {
+                break;
+            };
             seen = region;
             // SAFETY: this thread is inside the region, which keeps the caller from writing the next body.
             let body = unsafe { *self.body.get() };
             let body = body.expect("stored before the region opened");
             // SAFETY: `Pool::run` keeps the closure alive until this thread has left the region, below.
             let body = unsafe { &*body.0 };
+            entered = self.clock();
             if catch_unwind(AssertUnwindSafe(|| self.claim(own, body))).is_err() {
                 self.panicked.store(true, Ordering::Relaxed);
             }
@@ -543,6 +601,30 @@ mod tests {
                 .enumerate()
                 .all(|(i, y)| *y == (100 * (i / 37) + i % 37) as f32)
         );
+    }
+
+    #[test]
+    fn waits_are_timed_when_asked_for() {
+        let pool = Pool::new(2).expect("threads");
+        let caller = std::thread::current().id();
+        // The worker takes longer, so the caller waits, unless it had to do all itself.
+        let region = || {
+            pool.run(2, &|_| {
+                let own = std::thread::current().id() == caller;
+                std::thread::sleep(Duration::from_micros(if own { 300 } else { 2000 }));
+            });
+        };
+        region();
+        assert_eq!(
+            (pool.waited(), pool.worked()),
+            (Duration::ZERO, Duration::ZERO)
+        );
+        pool.time_waits();
+        let timed = (0..1000).any(|_| {
+            region();
+            pool.waited() > Duration::ZERO && pool.worked() > Duration::ZERO
+        });
+        assert!(timed);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -46,6 +47,8 @@ pub enum Command {
     /// Keep a core busy until stdin ends: the other processes of `bench --busy`.
     #[command(hide = true)]
     Spin,
+    /// Show where the time of each token goes.
+    Profile(ProfileArgs),
     /// Show this machine as Kinglet sees it: CPU, kernels, memory.
     Doctor(DoctorArgs),
     /// Write a completion script for a shell.
@@ -162,6 +165,20 @@ pub struct SessionArgs {
     batch: usize,
     #[command(flatten)]
     cache: CacheArgs,
+}
+
+fn time(text: &str) -> Result<Duration, String> {
+    let digits = text.trim_end_matches(['s', 'm', 'h']);
+    let unit = match &text[digits.len()..] {
+        "" | "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        _ => return Err("expected a number with s, m or h".into()),
+    };
+    match digits.parse::<u64>() {
+        Ok(n @ 1..=86_400) => Ok(Duration::from_secs(n * unit)),
+        _ => Err("expected a whole number from 1 with s, m or h".into()),
+    }
 }
 
 fn positive(text: &str) -> Result<usize, String> {
@@ -580,6 +597,10 @@ pub struct BenchArgs {
     /// Instead of the tests: the time from the start of a new process to its first token after a prompt of N tokens
     #[arg(long, value_name = "N", value_parser = positive, conflicts_with_all = ["n_prompt", "n_gen", "pg", "n_depth"])]
     pub first_token: Option<usize>,
+    /// Instead of the tests: decode for so long (`90s`, `10m`, `1h`) and tell the speed of each twentieth of that, with clock
+    /// and temperature: shows throttling
+    #[arg(long, value_name = "TIME", value_parser = time, conflicts_with_all = ["n_prompt", "pg", "first_token", "vs", "kernel"])]
+    pub sustained: Option<Duration>,
     /// Instead of models: rows of the kernel table, by name
     #[arg(long, value_name = "NAME", value_delimiter = ',', conflicts_with_all = ["models", "model", "n_prompt", "n_gen", "pg", "n_depth"])]
     pub kernel: Vec<String>,
@@ -671,6 +692,38 @@ pub fn spelled_out(mut arguments: Vec<OsString>) -> Vec<OsString> {
     }
     arguments
 }
+
+#[derive(Args)]
+#[command(after_help = PROFILE_HELP)]
+pub struct ProfileArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Tokens of the prompt, without a meaning
+    #[arg(short = 'p', long, value_name = "N", default_value = "512", value_parser = positive)]
+    pub n_prompt: usize,
+    /// Tokens of the reply, chosen with the model's own sampling values; 0: the prompt alone
+    #[arg(short = 'n', long, value_name = "N", default_value = "64", value_parser = clap::value_parser!(u32).range(..=1 << 20))]
+    pub n_gen: u32,
+    #[command(flatten)]
+    pub session: SessionArgs,
+    /// Write every operation to a file that Perfetto (ui.perfetto.dev) and Chrome open
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
+    /// Write one page with plots of tokens, layers, memory and the roofline
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+    /// One JSON object
+    #[arg(long)]
+    pub json: bool,
+    /// Do not measure the limits of the machine and of the file, though they are not known
+    #[arg(long)]
+    pub no_measure: bool,
+}
+
+const PROFILE_HELP: &str = "\
+Phases: load, prefill (the prompt), first token (its choice, and the first decoding pass), decode (all tokens after it). \
+`% roof` is the least time that the machine's limits allow for the bytes and operations of a line, by the time it took; \
+models that lie in a cache are compared with the rate at which their own file is read.";
 
 #[derive(Args)]
 pub struct DoctorArgs {

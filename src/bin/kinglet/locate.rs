@@ -19,6 +19,7 @@ pub fn load(args: &ModelArgs) -> Outcome<Model> {
         threads: args.n_threads(),
         threads_batch: args.n_threads_batch(),
         backend: args.backend(),
+        ..LoadOptions::default()
     };
     Ok(Model::load(&path, &options)?)
 }

@@ -13,6 +13,7 @@ mod inspect;
 mod interrupt;
 mod limits;
 mod locate;
+mod profile;
 mod quantize;
 mod run;
 mod show;
@@ -58,6 +59,7 @@ fn dispatch(command: Command) -> Outcome {
         Command::Eval(args) => eval::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Spin => bench::spin(),
+        Command::Profile(args) => profile::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Completions(args) => completions::run(&args),
     }

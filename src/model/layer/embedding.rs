@@ -1,6 +1,6 @@
 //! Both ends of a decoder: tokens to rows, and the final norm and head.
 
-use crate::backend::{Backend, Linear};
+use crate::backend::{Backend, Linear, LinearOf};
 use crate::error::Result;
 use crate::model::config::Config;
 use crate::model::weights::Weights;
@@ -20,7 +20,8 @@ impl<B: Backend> Embedding<B> {
         let head = if w.has("output.weight") {
             w.linear("output", config.hidden, config.n_vocab)?
         } else {
-            Linear {
+            LinearOf {
+                name: "token_embd".into(),
                 weight: table()?,
                 bias: None,
             }

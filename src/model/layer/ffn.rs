@@ -1,6 +1,6 @@
 //! Gated feed-forward layer: `down(activation(gate(x)) * up(x))`.
 
-use crate::backend::{Activation, Backend, GatedFfn};
+use crate::backend::{Activation, Backend, GatedFfn, GatedFfnOf};
 use crate::error::Result;
 use crate::model::config::Config;
 use crate::model::weights::Weights;
@@ -13,7 +13,7 @@ pub(crate) fn gated<B: Backend>(
     activation: Activation,
 ) -> Result<GatedFfn<B>> {
     let name = |part: &str| format!("blk.{i}.ffn_{part}");
-    Ok(GatedFfn {
+    Ok(GatedFfnOf {
         gate: w.linear(&name("gate"), config.hidden, config.ffn)?,
         up: w.linear(&name("up"), config.hidden, config.ffn)?,
         down: w.linear(&name("down"), config.ffn, config.hidden)?,

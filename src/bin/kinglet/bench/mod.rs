@@ -5,12 +5,13 @@
 
 mod busy;
 mod kernel;
-mod output;
+pub mod output;
 mod plan;
 mod report;
 mod start;
 mod stats;
-mod timeline;
+mod sustained;
+pub mod timeline;
 
 pub use self::busy::spin;
 
@@ -23,7 +24,7 @@ use kinglet::backend::cpu::table::{self, Operations};
 use kinglet::model::quantize::Mix;
 use kinglet::profile::machine::{self, Resident};
 use kinglet::profile::roofline::Resource;
-use kinglet::{KvType, KvTypes, LoadOptions, Model, Session, SessionOptions};
+use kinglet::{BackendKind, KvType, KvTypes, LoadOptions, Model, Session, SessionOptions};
 
 use crate::args::BenchArgs;
 use crate::failure::{Failure, Outcome};
@@ -47,6 +48,9 @@ pub fn run(args: &BenchArgs) -> Outcome {
     let _watched = interrupt::busy();
     if let Some(n_prompt) = args.first_token {
         return run_starts(&groups, n_prompt, args);
+    }
+    if let Some(total) = args.sustained {
+        return run_sustained(&groups, total, args);
     }
     let details = if args.details {
         report::details()
@@ -74,29 +78,10 @@ pub fn run(args: &BenchArgs) -> Outcome {
 }
 
 fn run_group(group: &Group, args: &BenchArgs, shown: &Shown, printer: &mut Printer) -> Outcome {
-    let threads = group.n_threads;
-    let n_ctx = group
-        .tests
-        .iter()
-        .map(|test| test.n_depth + test.n_tokens());
-    let session = SessionOptions {
-        n_ctx: n_ctx.max().unwrap_or(0),
-        kv: group.kv,
-        batch: group.n_ubatch,
-    };
-    let open = |backend| -> Outcome<Session> {
-        let options = LoadOptions {
-            threads,
-            threads_batch: group.n_threads_batch,
-            backend,
-        };
-        let model = Model::load(&group.model, &options)?;
-        Ok(Session::new(&model, &session)?)
-    };
     let engines = plan::engines(args);
     let mut sessions = engines
         .iter()
-        .map(|engine| open(*engine))
+        .map(|engine| open(group, *engine))
         .collect::<Outcome<Vec<_>>>()?;
     let model = sessions[0].model().clone();
     let card = card(&model, group.kv);
@@ -111,9 +96,8 @@ fn run_group(group: &Group, args: &BenchArgs, shown: &Shown, printer: &mut Print
         let time = rfc3339(SystemTime::now());
         Resident::reset_peak(); // else the peak is that of all tests so far
         let start = Instant::now();
-        let samples = samples(&mut runners, test, args, &card.kind)?;
+        let (samples, memory) = samples(&mut runners, test, args, &card.kind)?;
         let wall = start.elapsed();
-        let memory = Resident::now();
         for (engine, samples) in engines.iter().zip(samples) {
             let row = Row {
                 group,
@@ -131,6 +115,61 @@ fn run_group(group: &Group, args: &BenchArgs, shown: &Shown, printer: &mut Print
         }
     }
     Ok(())
+}
+
+/// A session with room for all tests of a group.
+fn open(group: &Group, backend: BackendKind) -> Outcome<Session> {
+    let load = LoadOptions {
+        threads: group.n_threads,
+        threads_batch: group.n_threads_batch,
+        backend,
+        ..LoadOptions::default()
+    };
+    let n_ctx = group
+        .tests
+        .iter()
+        .map(|test| test.n_depth + test.n_tokens());
+    let options = SessionOptions {
+        n_ctx: n_ctx.max().unwrap_or(0),
+        kv: group.kv,
+        batch: group.n_ubatch,
+    };
+    let model = Model::load(&group.model, &load)?;
+    Ok(Session::new(&model, &options)?)
+}
+
+/// Decoding for a long time, instead of the tests.
+fn run_sustained(groups: &[Group], total: Duration, args: &BenchArgs) -> Outcome {
+    let mut printer = Printer::new(args.output, sustained::columns(), Vec::new());
+    let mut measured = groups.iter().try_for_each(|group| -> Outcome {
+        let mut session = open(group, BackendKind::Cpu)?;
+        let model = session.model().clone();
+        let card = card(&model, group.kv);
+        let mut runner = Runner::new(&mut session, &model, group.n_batch);
+        let _busy = Busy::start(args.n_busy())?;
+        for test in group.tests.iter().filter(|test| test.n_prompt == 0) {
+            wait(args.delay)?;
+            let time = rfc3339(SystemTime::now());
+            if !args.no_warmup {
+                runner.warm_up(test)?;
+            }
+            let stretches = sustained::run(&mut runner, test, total)?;
+            for i in 0..stretches.len() {
+                let row = sustained::record(group, &card, test, &time, total, &stretches, i);
+                printer.row(row)?;
+            }
+        }
+        Ok(())
+    });
+    if measured.is_ok()
+        && !groups
+            .iter()
+            .any(|g| g.tests.iter().any(|t| t.n_prompt == 0))
+    {
+        measured = Err(Failure::usage("--sustained: expected a -n above 0"));
+    }
+    printer.end()?;
+    measured
 }
 
 /// New processes up to their first token, instead of the tests.
@@ -167,16 +206,17 @@ fn run_starts(groups: &[Group], n_prompt: usize, args: &BenchArgs) -> Outcome {
     measured
 }
 
-/// All repetitions of each runner; they take turns.
+/// All repetitions of each runner, which take turns, and the most memory that was held after one.
 fn samples(
     runners: &mut [Runner],
     test: &Test,
     args: &BenchArgs,
     what: &str,
-) -> Outcome<Vec<Vec<Sample>>> {
+) -> Outcome<(Vec<Vec<Sample>>, Option<Resident>)> {
     let bar = ui::progress("measuring", args.repetitions as u64, "{pos}/{len} {prefix}");
     bar.set_prefix(format!("{test} {}", ui::one_line(what)));
     let mut samples = vec![Vec::new(); runners.len()];
+    let mut memory: Option<Resident> = None;
     let mut run = || -> Outcome {
         if !args.no_warmup {
             runners
@@ -186,6 +226,8 @@ fn samples(
         for _ in 0..args.repetitions {
             for (runner, samples) in runners.iter_mut().zip(&mut samples) {
                 samples.push(runner.repeat(test)?);
+                let now = Resident::now();
+                memory = memory.into_iter().chain(now).reduce(Resident::most);
             }
             bar.inc(1);
         }
@@ -193,7 +235,7 @@ fn samples(
     };
     let measured = run();
     bar.finish_and_clear();
-    measured.map(|()| samples)
+    measured.map(|()| (samples, memory))
 }
 
 /// The roofline, and how fast this very file is read by the same loops: small models lie in a cache.
@@ -221,7 +263,8 @@ fn limits(model: &Model, group: &Group, args: &BenchArgs) -> Outcome<Limits> {
     })
 }
 
-fn read_model(model: &Model, n_threads: usize) -> Outcome<Option<f64>> {
+/// How fast the file of a model is read by the loops of the roofline.
+pub fn read_model(model: &Model, n_threads: usize) -> Outcome<Option<f64>> {
     let gguf = model.gguf();
     let tensors = gguf.tensors().map(|tensor| gguf.raw(&tensor.name));
     let tensors = tensors.collect::<Result<Vec<_>, _>>()?;

@@ -60,7 +60,8 @@ impl Table {
         }
     }
 
-    fn head(&self) -> String {
+    /// Names of columns.
+    pub fn head(&self) -> String {
         let names = self.columns.iter().map(|c| c.cell(c.name));
         let rules = self.columns.iter().map(Column::rule);
         format!(
@@ -70,7 +71,8 @@ impl Table {
         )
     }
 
-    fn line(&self, cells: &[String]) -> String {
+    /// A line of cells.
+    pub fn line(&self, cells: &[String]) -> String {
         let cells = self.columns.iter().zip(cells);
         let cells = cells.map(|(column, cell)| column.cell(&ui::one_line(cell)));
         format!("|{}\n", cells.collect::<String>())

@@ -168,7 +168,7 @@ pub fn details() -> Vec<Table> {
             ]),
         ),
         Table::new(
-            "Memory: of this process, of mapped files, the most of both together",
+            "Memory: the most that was this process's own, that was of mapped files, and of both together",
             with(&[
                 Column::number("own", 11),
                 Column::number("files", 11),

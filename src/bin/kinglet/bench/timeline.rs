@@ -50,7 +50,7 @@ fn flow() -> ControlFlow<()> {
 
 /// Tokens without a meaning: the first is BOS where the model wants it, the others come from a generator with a fixed
 /// seed (Knuth's linear congruential one, upper bits), so that every run reads the same.
-struct Tokens {
+pub struct Tokens {
     bos: Option<u32>,
     n_vocab: u64,
     state: u64,
@@ -63,6 +63,13 @@ impl Tokens {
             n_vocab: n_vocab as u64,
             state: 42,
         }
+    }
+
+    /// Those of the vocabulary of `model`.
+    pub fn of(model: &Model) -> Self {
+        let tokenizer = model.tokenizer().ok();
+        let bos = tokenizer.and_then(|t| t.bos().filter(|_| t.add_bos()));
+        Self::new(bos, model.info().config.n_vocab)
     }
 
     fn next(&mut self) -> u32 {
@@ -80,7 +87,7 @@ impl Tokens {
     }
 
     /// `n` tokens, the first as that of a run.
-    fn run(&mut self, n: usize) -> Vec<u32> {
+    pub fn run(&mut self, n: usize) -> Vec<u32> {
         let first = self.first();
         let rest = (1..n).map(|_| self.next());
         std::iter::once(first).chain(rest).take(n).collect()
@@ -114,11 +121,9 @@ pub struct Runner<'a> {
 impl<'a> Runner<'a> {
     /// Runs tests of `model` on `timeline`, which is empty.
     pub fn new(timeline: &'a mut dyn Timeline, model: &Model, n_batch: usize) -> Self {
-        let tokenizer = model.tokenizer().ok();
-        let bos = tokenizer.and_then(|t| t.bos().filter(|_| t.add_bos()));
         Self {
             timeline,
-            tokens: Tokens::new(bos, model.info().config.n_vocab),
+            tokens: Tokens::of(model),
             n_batch,
             depth: 0,
         }
