@@ -470,6 +470,7 @@ fn load(path: &str, backend: BackendKind) -> Model {
     let options = LoadOptions {
         threads: 1, // ggml's wait by spinning, and crawl beside other processes
         backend,
+        ..LoadOptions::default()
     };
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
     Model::load(&path, &options).expect("the model loads")

@@ -15,6 +15,7 @@ fn load(path: &str) -> Vec<Model> {
             // ggml's threads wait by spinning: with another process beside them two take ten times as long as one.
             threads: if *backend == BackendKind::Cpu { 2 } else { 1 },
             backend: *backend,
+            ..LoadOptions::default()
         };
         Model::load(&path, &options).expect("the model loads")
     };

@@ -9,6 +9,7 @@
 pub mod cpu;
 #[cfg(feature = "ggml")]
 pub mod ggml;
+pub mod planner;
 
 use crate::error::Result;
 use crate::profile::Work;
@@ -131,6 +132,11 @@ pub enum KvType {
     F16,
 }
 
+impl KvType {
+    /// Every type.
+    pub const ALL: &[KvType] = &[KvType::F32, KvType::F16];
+}
+
 /// What a pass is a part of. Kernels for many tokens may round otherwise than those for one; what a token leaves in the
 /// cache depends on its step alone, not on how many were computed with it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -159,6 +165,11 @@ pub trait Backend {
     /// # Errors
     /// If this backend has no kernel for the format.
     fn matrix(&self, tensor: &Tensor) -> Result<Self::Matrix>;
+
+    /// The numbers of a tensor that the model itself looks at or rearranges.
+    fn floats(&self, tensor: &Tensor) -> Vec<f32> {
+        tensor.to_f32()
+    }
 
     /// Takes a vector, in the order of the file, or of `data` where the model has rearranged it.
     fn vector(&self, data: Vec<f32>) -> Self::Vector;
@@ -276,6 +287,11 @@ pub trait Backend {
     /// What was done so far; nothing where a backend does not count.
     fn work(&self) -> Work {
         Work::default()
+    }
+
+    /// The same for each operation; nothing where a backend does not tell them apart.
+    fn tallies(&self) -> Vec<planner::Tally> {
+        Vec::new()
     }
 }
 

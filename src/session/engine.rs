@@ -7,8 +7,10 @@ use std::sync::Arc;
 use super::LoadOptions;
 use crate::backend::cpu::Cpu;
 use crate::backend::cpu::pool::Pool;
+use crate::backend::cpu::residency::Residency;
 #[cfg(feature = "ggml")]
 use crate::backend::ggml::Ggml;
+use crate::backend::planner::{Planner, Tally};
 use crate::backend::{Backend, BackendKind, KvType};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
@@ -45,6 +47,9 @@ pub(super) trait Engine: Send {
 
     /// What the backend has done.
     fn work(&self) -> Work;
+
+    /// The same for each operation, where the backend tells them apart.
+    fn tallies(&self) -> Vec<Tally>;
 }
 
 /// Builds the network of a file on the backend that `options` name, which runs `n_threads`.
@@ -52,18 +57,27 @@ pub(super) fn load(
     gguf: &Gguf,
     options: &LoadOptions,
     n_threads: usize,
+    residency: &Arc<Residency>,
 ) -> Result<Box<dyn Loaded>> {
     match options.backend {
         BackendKind::Cpu => {
             let no_thread = |e| Error::Invalid(format!("{n_threads} threads: {e}"));
             let pool = Arc::new(Pool::new(n_threads).map_err(no_thread)?);
-            placed(gguf, move || Ok(Cpu::new(Arc::clone(&pool))))
+            let residency = Arc::clone(residency);
+            placed(gguf, move || {
+                Ok(Cpu::within(Arc::clone(&pool), Arc::clone(&residency)))
+            })
         }
         #[cfg(feature = "ggml")]
         BackendKind::Ggml => placed(gguf, move || Ggml::new(n_threads)),
         #[cfg(feature = "ggml")]
         BackendKind::GgmlRepack => placed(gguf, move || Ggml::repacking(n_threads)),
     }
+}
+
+/// Builds the network of a header for sessions that count and do not compute.
+pub(super) fn outline(gguf: &Gguf, n_threads: usize) -> Result<Box<dyn Loaded>> {
+    placed(gguf, move || Ok(Planner::new(n_threads)))
 }
 
 fn placed<B, F>(gguf: &Gguf, backend: F) -> Result<Box<dyn Loaded>>
@@ -139,5 +153,9 @@ impl<B: Backend + Send> Engine for Runner<B> {
 
     fn work(&self) -> Work {
         self.backend.work()
+    }
+
+    fn tallies(&self) -> Vec<Tally> {
+        self.backend.tallies()
     }
 }

@@ -2,18 +2,25 @@
 //!
 //! The one place where file, tokenizer, network and backend are put together.
 
+mod budget;
 mod chat;
 mod engine;
 mod generate;
+mod plan;
 
+pub use self::budget::{Concession, OnExceed};
 pub use self::chat::Chat;
 pub use self::generate::{Event, Finish, GenerateOptions, Reply, Stats, generate};
+pub use self::plan::{Footprint, Plan, Rates, Speed, UNCERTAINTY};
 
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
+use self::budget::{Claim, Ledger};
 use self::engine::{Engine, Loaded};
+use crate::backend::cpu::residency::Residency;
+use crate::backend::planner::Tally;
 use crate::backend::{BackendKind, KvType, Step};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
@@ -38,6 +45,11 @@ pub struct LoadOptions {
     pub threads: usize,
     /// Who runs the operations.
     pub backend: BackendKind,
+    /// Bytes that the process may have in memory, all together: the model, its sessions, the program and what else the
+    /// process holds. `None`: as many as the system gives.
+    pub memory: Option<u64>,
+    /// What to do where they do not suffice for a session.
+    pub on_exceed: OnExceed,
 }
 
 /// How a session is made.
@@ -62,6 +74,9 @@ struct Inner {
     network: Box<dyn Loaded>,
     backend: BackendKind,
     n_threads: usize,
+    is_outline: bool,
+    /// Where a budget is kept.
+    ledger: Option<Arc<Ledger>>,
     info: ModelInfo,
 }
 
@@ -96,13 +111,56 @@ impl Model {
     /// If the file cannot be read, is no GGUF file, or holds a model that is not supported.
     pub fn load(path: &Path, options: &LoadOptions) -> Result<Self> {
         let gguf = Gguf::open(path)?;
-        let allowed = std::thread::available_parallelism().map_or(1, usize::from);
-        let n_threads = if options.threads == 0 {
-            allowed
-        } else {
-            options.threads
+        let n_threads = n_threads(options);
+        let residency = Arc::new(Residency::unlimited());
+        let network = engine::load(&gguf, options, n_threads, &residency)?;
+        let tokenizer = Tokenizer::from_gguf(&gguf);
+        let ledger = Ledger::open(&gguf, options, n_threads, residency)?;
+        let mut model = Self::assemble(gguf, tokenizer, network, options, n_threads)?;
+        model.inner().ledger = ledger;
+        Ok(model)
+    }
+
+    /// The model as the header of the file at `path` describes it; the weights may be missing. A session on it counts
+    /// what the CPU would do, read and hold, and computes nothing.
+    ///
+    /// # Errors
+    /// As [`Model::load`].
+    pub fn outline(path: &Path, options: &LoadOptions) -> Result<Self> {
+        let gguf = Gguf::open_header(path)?;
+        let n_threads = n_threads(options);
+        let network = engine::outline(&gguf, n_threads)?;
+        let tokenizer = Err(Error::BadModel("an outline has no vocabulary".into()));
+        let mut outline = Self::assemble(gguf, tokenizer, network, options, n_threads)?;
+        outline.inner().is_outline = true;
+        Ok(outline)
+    }
+
+    /// The parts of a model that was just made.
+    fn inner(&mut self) -> &mut Inner {
+        Arc::get_mut(&mut self.0).expect("nobody else has it yet")
+    }
+
+    /// The outline of the same file.
+    fn outlined(&self) -> Result<Self> {
+        if self.0.is_outline {
+            return Ok(self.clone());
+        }
+        let options = LoadOptions {
+            threads: self.n_threads(),
+            ..LoadOptions::default()
         };
-        let network = engine::load(&gguf, options, n_threads)?;
+        Self::outline(self.gguf().path(), &options)
+    }
+
+    fn assemble(
+        gguf: Gguf,
+        tokenizer: Result<Tokenizer>,
+        network: Box<dyn Loaded>,
+        options: &LoadOptions,
+        n_threads: usize,
+    ) -> Result<Self> {
+        let path = gguf.path();
         let file_name = || {
             path.file_name()
                 .map_or_else(String::new, |name| name.to_string_lossy().into_owned())
@@ -116,13 +174,14 @@ impl Model {
             weight_bytes: gguf.tensors().map(|t| t.bytes as u64).sum(),
             config: network.config().clone(),
         };
-        let tokenizer = Tokenizer::from_gguf(&gguf);
         Ok(Self(Arc::new(Inner {
             gguf,
             tokenizer,
             network,
             backend: options.backend,
             n_threads,
+            is_outline: false,
+            ledger: None,
             info,
         })))
     }
@@ -159,6 +218,15 @@ impl Model {
     }
 }
 
+/// Threads that `options` ask for.
+fn n_threads(options: &LoadOptions) -> usize {
+    let allowed = std::thread::available_parallelism().map_or(1, usize::from);
+    match options.threads {
+        0 => allowed,
+        n => n,
+    }
+}
+
 /// One timeline of tokens on a model.
 pub struct Session {
     model: Model,
@@ -169,14 +237,23 @@ pub struct Session {
     logits: Vec<f32>,
     n_ctx: usize,
     batch: usize,
+    kv: KvType,
+    /// Its part of the model's budget.
+    claim: Option<Claim>,
 }
 
 impl Session {
     /// An empty timeline.
     ///
     /// # Errors
-    /// If the options are out of range, or the backend cannot be had.
+    /// If the options are out of range, the backend cannot be had, or the model's budget does not suffice.
     pub fn new(model: &Model, options: &SessionOptions) -> Result<Self> {
+        let admitted = model.0.ledger.as_ref();
+        let admitted = admitted.map(|ledger| ledger.admit(model, options));
+        let (options, claim) = match admitted.transpose()? {
+            Some((options, claim)) => (&options.clone(), Some(claim)),
+            None => (options, None),
+        };
         let n_ctx_train = model.info().config.n_ctx_train;
         let n_ctx = if options.n_ctx == 0 {
             n_ctx_train.min(MAX_DEFAULT_CTX)
@@ -203,6 +280,8 @@ impl Session {
             logits: Vec::new(),
             n_ctx,
             batch,
+            kv: options.kv,
+            claim,
         })
     }
 
@@ -219,6 +298,21 @@ impl Session {
     /// Tokens that the session can hold.
     pub fn n_ctx(&self) -> usize {
         self.n_ctx
+    }
+
+    /// What was given up for the model's budget.
+    pub fn concessions(&self) -> &[Concession] {
+        self.claim.as_ref().map_or(&[], |claim| &claim.concessions)
+    }
+
+    /// How often more than the model's budget was in memory after a step, so that weights were dropped.
+    pub fn overruns(&self) -> u64 {
+        self.claim.as_ref().map_or(0, Claim::overruns)
+    }
+
+    /// Type of cached keys and values.
+    pub fn kv(&self) -> KvType {
+        self.kv
     }
 
     /// The logits after the last token, `(n_vocab)`; empty if there is none, or after [`Session::truncate`]
@@ -353,6 +447,11 @@ impl Session {
         self.engine.work()
     }
 
+    /// What the operations have done so far, where the backend tells them apart: on an outline.
+    pub fn tallies(&self) -> Vec<Tally> {
+        self.engine.tallies()
+    }
+
     fn check(&self, tokens: &[u32]) -> Result<()> {
         let n_vocab = self.model.info().config.n_vocab;
         if let Some(token) = tokens.iter().find(|t| **t as usize >= n_vocab) {
@@ -383,6 +482,9 @@ impl Session {
         self.engine.forward(&pass, &mut self.logits)?;
         self.tokens.extend_from_slice(tokens);
         self.steps.resize(self.tokens.len(), step);
+        if let Some(claim) = &self.claim {
+            claim.enforce();
+        }
         Ok(())
     }
 

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::profile::Work;
 
 /// Positions in a page.
-const PAGE: usize = 256;
+pub(in crate::backend) const PAGE: usize = 256;
 
 /// Queries that share a pass over the keys: few enough for their sums to stay in the first-level cache.
 const MAX_QUERIES: usize = 64;
@@ -54,6 +54,11 @@ impl KvType {
     }
 }
 
+/// Bytes of a page of keys, and of one of values.
+pub(in crate::backend) fn page_bytes(n_kv_heads: usize, head_dim: usize, kind: KvType) -> usize {
+    n_kv_heads * PAGE * head_dim * kind.bytes()
+}
+
 impl KvCache {
     pub(super) fn new(attention: &Attention, kind: KvType) -> Self {
         let (n_kv_heads, head_dim) = (attention.n_kv_heads, attention.head_dim);
@@ -68,7 +73,7 @@ impl KvCache {
 
     /// Makes room for `n` positions.
     pub(super) fn reserve(&mut self, n: usize) -> Result<()> {
-        let bytes = self.n_kv_heads * PAGE * self.head_dim * self.kind.bytes();
+        let bytes = page_bytes(self.n_kv_heads, self.head_dim, self.kind);
         for pages in [&mut self.keys, &mut self.values] {
             while pages.len() < n.div_ceil(PAGE) {
                 let mut page = Vec::new();
@@ -82,6 +87,11 @@ impl KvCache {
             }
         }
         Ok(())
+    }
+
+    /// Type of the elements.
+    pub(super) fn kind(&self) -> KvType {
+        self.kind
     }
 
     /// Bytes of all pages.
@@ -150,14 +160,69 @@ fn seen_from(shape: &Attention, position: usize) -> Range<usize> {
 
 /// What queries at `positions` do: each cached key and value that any of them sees is read, and each query multiplies
 /// and adds those that it sees.
-pub(super) fn work(cache: &KvCache, shape: &Attention, positions: Range<usize>) -> Work {
+pub(in crate::backend) fn work(shape: &Attention, kind: KvType, positions: Range<usize>) -> Work {
     let read = positions.end - seen_from(shape, positions.start).start;
     let seen: usize = positions.map(|p| seen_from(shape, p).len()).sum();
     Work {
-        kv_bytes: 2 * (read * cache.n_kv_heads * cache.head_dim * cache.kind.bytes()) as u64,
+        kv_bytes: 2 * (read * shape.n_kv_heads * shape.head_dim * kind.bytes()) as u64,
         attention_ops: 4 * (seen * shape.n_heads * shape.head_dim) as u64,
         ..Work::default()
     }
+}
+
+/// Pages that queries at `positions` see.
+fn pages(shape: &Attention, positions: Range<usize>) -> Range<usize> {
+    seen_from(shape, positions.start).start / PAGE..positions.end.div_ceil(PAGE)
+}
+
+/// Tokens of a task of `many`.
+fn task_tokens(group: usize) -> usize {
+    (MAX_QUERIES / group).max(1)
+}
+
+/// The floats of the buffers that queries at `positions` take on `n_threads`, those that are held together side by side.
+/// How many tasks run at once is the system's business; the most that can are counted.
+pub(in crate::backend) fn scratch(
+    operations: &Operations,
+    shape: &Attention,
+    kind: KvType,
+    step: Step,
+    positions: Range<usize>,
+    n_threads: usize,
+) -> Vec<Vec<usize>> {
+    let (n, group) = (shape.head_dim, shape.n_heads / shape.n_kv_heads);
+    if tiles(operations, shape, kind, step).is_some() {
+        return Vec::new();
+    }
+    if step == Step::Decode {
+        let one = |p: usize| {
+            let partial = shape.n_kv_heads * pages(shape, p..p + 1).len() * Sums::floats(group, n);
+            vec![shape.n_heads * n, partial]
+        };
+        return positions.map(one).collect();
+    }
+    let tokens = task_tokens(group);
+    let tasks = |n_tokens: usize, n_tasks: usize| {
+        let queries = n_tokens * group;
+        [queries * n, Sums::floats(queries, n)].repeat(n_tasks.min(n_threads))
+    };
+    // The last tokens come first.
+    let (whole, rest) = (positions.len() / tokens, positions.len() % tokens);
+    let rest = (rest > 0).then(|| tasks(rest, shape.n_kv_heads));
+    let whole = (whole > 0).then(|| tasks(tokens, whole * shape.n_kv_heads));
+    rest.into_iter().chain(whole).collect()
+}
+
+/// The kernel that works in tiles, if there is one for this step and this cache.
+fn tiles(
+    operations: &Operations,
+    shape: &Attention,
+    kind: KvType,
+    step: Step,
+) -> Option<Ready<AttendTokens>> {
+    let fits =
+        step == Step::Prefill && kind == KvType::F16 && shape.head_dim.is_multiple_of(TILE_HEAD);
+    operations.attend_tiles.filter(|_| fits)
 }
 
 impl Attend<'_> {
@@ -171,7 +236,7 @@ impl Attend<'_> {
 
     /// Pages that the queries at `positions` see.
     fn pages(&self, positions: Range<usize>) -> Range<usize> {
-        self.visible(positions.start).start / PAGE..positions.end.div_ceil(PAGE)
+        pages(self.shape, positions)
     }
 
     /// Adds one page to the sums of queries `q`, of which the first is at `position` and each position has a group.
@@ -253,7 +318,7 @@ impl Attend<'_> {
     pub(super) fn many(&self, pool: &Pool, q: &[f32], out: &mut [f32]) {
         let (n, group) = (self.shape.head_dim, self.group());
         let n_cols = self.shape.n_heads * n;
-        let n_tokens = (MAX_QUERIES / group).max(1);
+        let n_tokens = task_tokens(group);
         let mut outputs = [Output::new(out, n_cols)];
         pool.run_tiles(&mut outputs, (n_tokens, group * n), &|mut tile| {
             let kv_head = tile.first_col / (group * n);
@@ -287,10 +352,7 @@ impl Attend<'_> {
 
     /// The kernel that works in tiles, if this step and this cache have one.
     pub(super) fn tiles(&self, step: Step) -> Option<Ready<AttendTokens>> {
-        let fits = step == Step::Prefill
-            && self.cache.kind == KvType::F16
-            && self.shape.head_dim.is_multiple_of(TILE_HEAD);
-        self.operations.attend_tiles.filter(|_| fits)
+        tiles(self.operations, self.shape, self.cache.kind, step)
     }
 
     /// As `many`, by a kernel that walks the pages itself and turns each into tiles once for a task.

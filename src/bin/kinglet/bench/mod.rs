@@ -85,8 +85,17 @@ fn run_group(group: &Group, args: &BenchArgs, shown: &Shown, printer: &mut Print
         batch: group.n_ubatch,
     };
     let open = |backend| -> Outcome<Session> {
-        let model = Model::load(&group.model, &LoadOptions { threads, backend })?;
-        Ok(Session::new(&model, &options)?)
+        let load = LoadOptions {
+            threads,
+            backend,
+            memory: args.budget.memory(),
+            on_exceed: args.budget.on_exceed(),
+        };
+        let session = Session::new(&Model::load(&group.model, &load)?, &options)?;
+        for concession in session.concessions() {
+            ui::note(&format!("{}: {concession}", backend.name()));
+        }
+        Ok(session)
     };
     let engines = plan::engines(args);
     let mut sessions = engines
