@@ -48,8 +48,7 @@ fn less_and_less_is_asked_for() {
     let total = whole.footprint.total();
     let mut seen = Vec::new();
     let mut before = whole.clone();
-    // The kernel's counters move a little between two plans.
-    for memory in (0..40).map(|i| total + (2 << 20) - i * (total / 40)) {
+    for memory in (0..40).map(|i| total - i * (total / 40)) {
         match within(&model, memory, OnExceed::Degrade) {
             Ok(plan) => {
                 assert!(plan.footprint.total() <= memory, "{plan:?}");
@@ -58,7 +57,6 @@ fn less_and_less_is_asked_for() {
                 // A step further down the ladder, or streaming with the best that fits then.
                 if streamed(&plan) == streamed(&before) {
                     assert!(now.batch <= then.batch && now.n_ctx <= then.n_ctx);
-                    assert!(plan.kept_weights <= before.kept_weights);
                 }
                 if now.n_ctx < 8192 {
                     let least = KvType::ALL.iter().map(|kv| {
@@ -90,12 +88,10 @@ fn less_and_less_is_asked_for() {
         assert!(seen.contains(&kind), "never: {concession}");
     }
     // Nothing is given up where it fits, or where that was not allowed.
-    let plan = within(&model, total + (2 << 20), OnExceed::Refuse).unwrap();
+    let plan = within(&model, total, OnExceed::Refuse).unwrap();
     assert_eq!((plan.concessions.len(), plan.options.batch), (0, 512));
-    let refused = within(&model, total - (2 << 20), OnExceed::Refuse);
-    assert!(
-        matches!(refused, Err(Error::OverBudget { needed, .. }) if needed.abs_diff(total) < 2 << 20)
-    );
+    let refused = within(&model, total - 1, OnExceed::Refuse);
+    assert!(matches!(refused, Err(Error::OverBudget { needed, .. }) if needed == total));
 }
 
 #[test]
@@ -176,7 +172,7 @@ fn run(memory: &str, more: &[&str]) -> Result<Value, (Option<i32>, String)> {
             "-t",
             "2",
         ])
-        .args(["-m", root(SMALL).to_str().unwrap(), "-c", "1024"])
+        .args(["-m", root(SMALL).to_str().unwrap(), "-c", "640"])
         .args(["-p", &"once upon a time ".repeat(150), "--memory", memory])
         .args(more)
         .output()

@@ -15,7 +15,7 @@ pub use self::plan::{Footprint, Plan, Rates, Speed, UNCERTAINTY};
 
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use self::budget::{Claim, Ledger};
 use self::engine::{Engine, Loaded};
@@ -75,6 +75,8 @@ struct Inner {
     backend: BackendKind,
     n_threads: usize,
     is_outline: bool,
+    /// Of an outline, where a plan starts from.
+    base: OnceLock<Footprint>,
     /// Where a budget is kept.
     ledger: Option<Arc<Ledger>>,
     info: ModelInfo,
@@ -181,6 +183,7 @@ impl Model {
             backend: options.backend,
             n_threads,
             is_outline: false,
+            base: OnceLock::new(),
             ledger: None,
             info,
         })))

@@ -143,7 +143,7 @@ impl Plan {
             scratch: memory.scratch as u64,
             ..Footprint::default()
         };
-        footprint.add_base(&Footprint::of_planning_process(outline.gguf()));
+        footprint.add_base(outline.base());
         Ok(Self {
             options,
             concessions: Vec::new(),
@@ -170,8 +170,7 @@ impl Plan {
     ) -> Result<Self> {
         let outline = model.outlined()?;
         let gguf = outline.gguf();
-        let base = Footprint::of_planning_process(gguf);
-        let room = Room::new(gguf, load, outline.n_threads(), base);
+        let room = Room::new(gguf, load, outline.n_threads(), *outline.base());
         budget::fit(&outline, options, n_prompt, &room)
     }
 
@@ -182,7 +181,8 @@ impl Plan {
         Speed {
             load: self.load_seconds,
             prefill: rates.seconds(&self.prefill, PREFILL)
-                + self.kept_weights as f64 / FIRST_TOUCH_PER_SECOND
+                + self.kept_weights as f64 / MAPPED_PER_SECOND
+                + self.footprint.scratch as f64 / ALLOCATED_PER_SECOND
                 + n_steps * streamed,
             decode: rates.seconds(&self.decode, DECODE) + streamed,
         }
@@ -228,7 +228,10 @@ const PREFILL: Efficiency = Efficiency {
 };
 
 /// Bytes of a file in the system's cache that are mapped, page fault by page fault, when they are read first.
-const FIRST_TOUCH_PER_SECOND: f64 = 8e9;
+const MAPPED_PER_SECOND: f64 = 5e9;
+
+/// Bytes of memory that the system gives, page fault by page fault.
+const ALLOCATED_PER_SECOND: f64 = 1.3e9;
 
 /// The same where they are dropped after each use.
 const STREAMED_PER_SECOND: f64 = 4e9;
@@ -277,6 +280,14 @@ fn load_seconds(gguf: &Gguf) -> f64 {
     gguf.header_bytes() as f64 / 250e6
         + n("tokenizer.ggml.merges") * 0.65e-6
         + n("tokenizer.ggml.tokens") * 0.14e-6
+}
+
+impl Model {
+    /// What a process like this one holds beside sessions, looked at once, so that plans can be compared.
+    fn base(&self) -> &Footprint {
+        let base = &self.0.base;
+        base.get_or_init(|| Footprint::of_planning_process(self.gguf()))
+    }
 }
 
 impl Session {

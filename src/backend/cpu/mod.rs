@@ -585,6 +585,11 @@ impl Backend for Cpu {
 
     fn read(&mut self, x: &Tensor, out: &mut Vec<f32>) -> Result<()> {
         out.clear();
+        out.try_reserve_exact(x.data.len())
+            .map_err(|_| Error::OutOfMemory {
+                what: "logits".into(),
+                bytes: size_of_val(&*x.data),
+            })?;
         out.extend_from_slice(&x.data);
         Ok(())
     }
