@@ -206,7 +206,7 @@ fn peaks_stay_within_the_budget() {
             "plan",
             root(SMALL).to_str().unwrap(),
             "-c",
-            "1024",
+            "640",
             "-t",
             "2",
             "--json",
@@ -229,4 +229,27 @@ fn a_budget_that_cannot_be_kept_has_its_exit_code() {
     assert_eq!(code, Some(4));
     let (code, _) = run("60Q", &[]).unwrap_err();
     assert_eq!(code, Some(2));
+}
+
+/// Where the system gives less than a pass needs, that is an error, and the program tells it.
+#[cfg(target_os = "linux")]
+#[test]
+fn missing_memory_is_an_error() {
+    let output = Command::new("sh")
+        .args(["-c", "ulimit -v 110000; exec \"$@\"", "sh"])
+        .arg(env!("CARGO_BIN_EXE_kinglet"))
+        .args([
+            "run", "--raw", "-t", "1", "-n", "1", "-b", "65536", "-c", "65536",
+        ])
+        .args([
+            "-m",
+            root(TINY).to_str().unwrap(),
+            "-p",
+            &"word ".repeat(10_000),
+        ])
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(4), "{text}");
+    assert!(text.contains("out of memory"), "{text}");
 }

@@ -74,7 +74,7 @@ fn the_planner_counts_what_the_cpu_does() {
 }
 
 #[test]
-fn several_threads_hold_at_most_what_is_planned() {
+fn several_threads_hold_what_is_planned() {
     let options = SessionOptions {
         n_ctx: 300,
         kv: KvType::F32,
@@ -87,13 +87,7 @@ fn several_threads_hold_at_most_what_is_planned() {
         let mut planned = Session::new(&outline, &options).unwrap();
         drive(&mut real).unwrap();
         drive(&mut planned).unwrap();
-        let (planned, real) = (planned.memory(), real.memory());
-        assert_eq!((planned.kv, planned.conv), (real.kv, real.conv));
-        assert!(planned.scratch >= real.scratch, "{planned:?} {real:?}");
-        assert!(
-            planned.scratch <= real.scratch + (1 << 16),
-            "{planned:?} {real:?}"
-        );
+        assert_eq!(planned.memory(), real.memory());
     }
 }
 

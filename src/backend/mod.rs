@@ -147,6 +147,13 @@ pub enum Step {
     Decode,
 }
 
+/// What unwinds out of a pass for whose activations there is no memory: operations return tensors and no errors, and who
+/// runs passes turns this into one.
+pub(crate) struct NoMemory {
+    /// Bytes of the buffer that could not be had.
+    pub(crate) bytes: usize,
+}
+
 /// The operations of a forward pass. Tensors are `(n_tokens, n)`; `n` is the row length.
 pub trait Backend {
     /// A weight matrix `(n_out, n_in)` in the format of the file.

@@ -1,8 +1,7 @@
 //! The planner: a forward pass on shapes alone. No weight is read and no number computed; what each operation would do,
 //! read and hold on the CPU is counted, so a plan is the forward pass and cannot drift from it.
 //!
-//! Scratch is the CPU's own free list, run on sizes. With several threads the most is counted that tasks can hold at
-//! once.
+//! Scratch is the CPU's own free list, run on sizes.
 
 use super::cpu::acts::{bf16_floats, q8_floats};
 use super::cpu::attention;

@@ -2,6 +2,7 @@
 //!
 //! One call through it is a whole pass, so it costs a token nothing.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 
 use super::LoadOptions;
@@ -11,7 +12,7 @@ use crate::backend::cpu::residency::Residency;
 #[cfg(feature = "ggml")]
 use crate::backend::ggml::Ggml;
 use crate::backend::planner::{Planner, Tally};
-use crate::backend::{Backend, BackendKind, KvType};
+use crate::backend::{Backend, BackendKind, KvType, NoMemory};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::model::config::Config;
@@ -127,10 +128,21 @@ impl<B: Backend + Send> Engine for Runner<B> {
 
     fn forward(&mut self, pass: &Pass, logits: &mut Vec<f32>) -> Result<()> {
         self.backend.begin(pass.step);
-        let wanted = self
-            .network
-            .forward(&mut self.backend, &mut self.state, pass);
-        match wanted {
+        let run = || {
+            self.network
+                .forward(&mut self.backend, &mut self.state, pass)
+        };
+        // Whatever unwinds, buffers have gone back to their list, and a session forgets a pass that failed.
+        let wanted = catch_unwind(AssertUnwindSafe(run)).map_err(|payload| {
+            match payload.downcast::<NoMemory>() {
+                Ok(no_memory) => Error::OutOfMemory {
+                    what: "activations".into(),
+                    bytes: no_memory.bytes,
+                },
+                Err(payload) => resume_unwind(payload),
+            }
+        });
+        match wanted? {
             Some(wanted) => self.backend.read(&wanted, logits),
             None => {
                 logits.clear();

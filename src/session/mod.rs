@@ -328,7 +328,8 @@ impl Session {
     /// step; if it breaks, the session holds what was done.
     ///
     /// # Errors
-    /// If the tokens do not fit, are none of the vocabulary, memory is missing, or `progress` breaks.
+    /// If the tokens do not fit, are none of the vocabulary, memory is missing, or `progress` breaks. If memory was
+    /// missing in the middle of a step, or the backend failed, the session is empty then.
     pub fn prefill(
         &mut self,
         tokens: &[u32],
@@ -482,7 +483,14 @@ impl Session {
             step,
             write_kv: true,
         };
-        self.engine.forward(&pass, &mut self.logits)?;
+        if let Err(error) = self.engine.forward(&pass, &mut self.logits) {
+            // Some layers have gone on and some have not: what is left to be sure of is nothing.
+            self.tokens.clear();
+            self.steps.clear();
+            self.logits.clear();
+            self.engine.reset_convs();
+            return Err(error);
+        }
         self.tokens.extend_from_slice(tokens);
         self.steps.resize(self.tokens.len(), step);
         if let Some(claim) = &self.claim {

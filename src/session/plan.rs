@@ -15,7 +15,8 @@ use crate::tokenizer::Tokenizer;
 /// Bytes in memory by kind, when a context is full.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Footprint {
-    /// Weights: pages of the file.
+    /// Weights: pages of the file. Of a table whose rows are looked up, and that is no head, as many as texts need; with
+    /// a budget all.
     pub weights: u64,
     /// Keys and values.
     pub kv: u64,
@@ -31,11 +32,24 @@ pub struct Footprint {
     pub program: u64,
 }
 
-/// What a process gets that runs a model beside what one has that plans: threads and their stacks, buffers of kernels,
-/// what the allocator keeps; measured on models of 89 M to 630 M.
-const RUN_ANONYMOUS: u64 = 640 << 10;
+/// What a process gets that runs a model beside what one has that plans: stacks of threads, buffers of kernels, what the
+/// allocator keeps; measured on models of 89 M to 630 M.
+const RUN_ANONYMOUS: u64 = 128 << 10;
+
 /// And code that it has not run yet.
 const RUN_PROGRAM: u64 = 640 << 10;
+
+/// The same where a budget must be kept: more than was ever seen.
+const RESERVE: u64 = 640 << 10;
+
+/// What a row of a table brings into memory that no product reads, so that most of it stays in the file: the pages around
+/// it that the system maps with one fault.
+const ROW_WINDOW: f64 = 65_536.0;
+
+/// Windows that the rows of a text of `n` tokens lie in: some words come often, and have their rows side by side.
+fn row_windows(n: usize) -> f64 {
+    6.0 * (n as f64).sqrt()
+}
 
 impl Footprint {
     /// All of it.
@@ -53,12 +67,12 @@ impl Footprint {
         self.weights + self.program
     }
 
-    fn of_process(gguf: &Gguf, tokenizer: u64) -> Self {
+    fn of_process(gguf: &Gguf, tokenizer: u64, more: u64) -> Self {
         let (anonymous, file) = budget::resident();
         Self {
             weights: gguf.tensors().map(|t| t.bytes as u64).sum(),
             tokenizer,
-            runtime: anonymous + RUN_ANONYMOUS,
+            runtime: anonymous + more,
             program: file + RUN_PROGRAM,
             ..Self::default()
         }
@@ -69,14 +83,14 @@ impl Footprint {
         let vectors = gguf.tensors().filter(|t| t.n_dims == 1);
         let vectors: usize = vectors.map(|t| t.n_elements() * size_of::<f32>()).sum();
         let tokenizer = Tokenizer::planned_bytes(gguf.metadata());
-        let mut base = Self::of_process(gguf, tokenizer as u64);
+        let mut base = Self::of_process(gguf, tokenizer as u64, RUN_ANONYMOUS);
         base.runtime += vectors as u64;
         base
     }
 
     /// Of this process, in which the model of `gguf` has been loaded and none of its weights is in memory.
     pub(super) fn of_loaded_process(gguf: &Gguf) -> Self {
-        Self::of_process(gguf, 0)
+        Self::of_process(gguf, 0, RESERVE)
     }
 
     pub(super) fn add_base(&mut self, base: &Self) {
@@ -144,17 +158,22 @@ impl Plan {
             ..Footprint::default()
         };
         footprint.add_base(outline.base());
+        let (weights, decode) = (footprint.weights, next.tallies());
+        let multiplied: u64 = decode.iter().map(|t| t.work.weight_bytes).sum();
+        let looked_up = weights.saturating_sub(multiplied);
+        let rows = (row_windows(options.n_ctx) * ROW_WINDOW) as u64;
+        footprint.weights = weights - looked_up + looked_up.min(rows);
         Ok(Self {
             options,
             concessions: Vec::new(),
             memory,
             footprint,
-            weights: footprint.weights,
-            kept_weights: footprint.weights,
+            weights,
+            kept_weights: weights,
             load_seconds: load_seconds(outline.gguf()),
             n_prompt,
             prefill: prompt.tallies(),
-            decode: next.tallies(),
+            decode,
         })
     }
 
@@ -234,7 +253,7 @@ const MAPPED_PER_SECOND: f64 = 5e9;
 const ALLOCATED_PER_SECOND: f64 = 1.3e9;
 
 /// The same where they are dropped after each use.
-const STREAMED_PER_SECOND: f64 = 4e9;
+const STREAMED_PER_SECOND: f64 = 4.8e9;
 
 /// What an estimate may be wrong by, as a factor.
 pub const UNCERTAINTY: f64 = 1.2;

@@ -180,8 +180,8 @@ fn task_tokens(group: usize) -> usize {
     (MAX_QUERIES / group).max(1)
 }
 
-/// The floats of the buffers that queries at `positions` take on `n_threads`, those that are held together side by side.
-/// How many tasks run at once is the system's business; the most that can are counted.
+/// The floats of the buffers that queries at `positions` take on `n_threads`, those that may be held together side by
+/// side.
 pub(in crate::backend) fn scratch(
     operations: &Operations,
     shape: &Attention,
@@ -319,6 +319,23 @@ impl Attend<'_> {
         let (n, group) = (self.shape.head_dim, self.group());
         let n_cols = self.shape.n_heads * n;
         let n_tokens = task_tokens(group);
+        let n_rows = out.len() / n_cols;
+        let positions = self.start..self.start + n_rows;
+        let kind = self.cache.kind;
+        let n_threads = pool.n_threads();
+        // Taken here first, so that as many are there as tasks can take at once, whoever is faster, and so that a worker
+        // never meets missing memory.
+        for together in scratch(
+            self.operations,
+            self.shape,
+            kind,
+            Step::Prefill,
+            positions,
+            n_threads,
+        ) {
+            let taken = together.into_iter().map(|len| self.scratch.take(len));
+            drop(taken.collect::<Vec<_>>());
+        }
         let mut outputs = [Output::new(out, n_cols)];
         pool.run_tiles(&mut outputs, (n_tokens, group * n), &|mut tile| {
             let kv_head = tile.first_col / (group * n);

@@ -4,9 +4,12 @@
 //! runs the same list on sizes.
 
 use std::ops::{Deref, DerefMut};
+use std::panic::resume_unwind;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytemuck::{Pod, Zeroable};
+
+use crate::backend::NoMemory;
 
 /// A cache line of floats: buffers start on one.
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -15,16 +18,19 @@ pub(crate) struct Line([f32; 16]);
 
 /// What a buffer is made of.
 pub(crate) trait Lines: Default {
-    /// `n` lines of zeros.
-    fn zeroed(n: usize) -> Self;
+    /// `n` lines of zeros, if there is memory for them.
+    fn zeroed(n: usize) -> Option<Self>;
 
     /// How many there are.
     fn count(&self) -> usize;
 }
 
 impl Lines for Vec<Line> {
-    fn zeroed(n: usize) -> Self {
-        vec![Line::zeroed(); n]
+    fn zeroed(n: usize) -> Option<Self> {
+        let mut lines = Vec::new();
+        lines.try_reserve_exact(n).ok()?;
+        lines.resize(n, Line::zeroed());
+        Some(lines)
     }
 
     fn count(&self) -> usize {
@@ -34,8 +40,8 @@ impl Lines for Vec<Line> {
 
 /// Lines that are only counted.
 impl Lines for usize {
-    fn zeroed(n: usize) -> Self {
-        n
+    fn zeroed(n: usize) -> Option<Self> {
+        Some(n)
     }
 
     fn count(&self) -> usize {
@@ -91,9 +97,15 @@ impl<L: Lines> Scratch<L> {
             None => {
                 let largest = sizes().max_by_key(|(_, n)| *n);
                 let dropped = largest.map(|(i, _)| account.free.swap_remove(i));
-                account.held += n_lines - dropped.as_ref().map_or(0, L::count);
+                account.held -= dropped.as_ref().map_or(0, L::count);
                 drop(dropped);
-                L::zeroed(n_lines)
+                let lines = L::zeroed(n_lines);
+                let lines = lines.unwrap_or_else(|| {
+                    let bytes = n_lines * size_of::<Line>();
+                    resume_unwind(Box::new(NoMemory { bytes }))
+                });
+                account.held += n_lines;
+                lines
             }
         };
         Buffer {
@@ -128,5 +140,43 @@ impl<L: Lines> Drop for Buffer<L> {
     fn drop(&mut self) {
         let lines = std::mem::take(&mut self.lines);
         lock(&self.home).free.push(lines);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use super::*;
+
+    #[test]
+    fn buffers_are_taken_again_and_counted() {
+        let scratch = Scratch::<Vec<Line>>::default();
+        drop((scratch.take(100), scratch.take(30)));
+        let held = scratch.bytes();
+        assert_eq!(held, (7 + 2) * 64);
+        // The smallest that fits; the largest grows where none does.
+        assert_eq!(scratch.take(32).lines.len(), 2);
+        assert_eq!(scratch.take(33).lines.len(), 7);
+        drop(scratch.take(1000));
+        assert_eq!(scratch.bytes(), (63 + 2) * 64);
+        // On sizes alone it is the same list.
+        let planned = Scratch::<usize>::default();
+        drop((planned.take(100), planned.take(30)));
+        drop(planned.take(1000));
+        assert_eq!(planned.bytes(), scratch.bytes());
+    }
+
+    #[test]
+    fn what_cannot_be_had_unwinds_and_the_list_lives_on() {
+        let scratch = Scratch::<Vec<Line>>::default();
+        drop(scratch.take(100));
+        let asked = AssertUnwindSafe(|| drop(scratch.take(usize::MAX / 128 * 16)));
+        let payload = catch_unwind(asked).expect_err("more than there are addresses");
+        let no_memory = payload.downcast::<NoMemory>().ok();
+        assert!(no_memory.is_some_and(|no_memory| no_memory.bytes > 1 << 50));
+        assert_eq!(scratch.bytes(), 0);
+        drop(scratch.take(16));
+        assert_eq!(scratch.bytes(), 64);
     }
 }

@@ -24,11 +24,16 @@ pub fn run(args: &PlanArgs) -> Outcome {
     let report = Report {
         // What is told is what would run; where nothing would, what was asked for.
         plan: match &fitted {
+            Ok(_) if args.budget.memory().is_none() => &whole,
             Ok(plan) => plan,
             Err(Error::OverBudget { .. }) => &whole,
             Err(_) => return Err(fitted.map(drop).expect_err("just seen").into()),
         },
-        needed: whole.footprint.total(),
+        // A budget has room for every row of a table.
+        needed: match args.budget.memory() {
+            None => whole.footprint.total(),
+            Some(_) => whole.footprint.total() - whole.footprint.weights + whole.weights,
+        },
         memory: args.budget.memory(),
         available: machine::memory_available(),
         rates: rates(&model)?,
