@@ -7,8 +7,8 @@ use super::cpu::acts::{bf16_floats, q8_floats};
 use super::cpu::attention;
 use super::cpu::scratch::{Buffer, Scratch};
 use super::cpu::table::{ActFormat, Operations};
-use super::cpu::{Kernels, step_of_wanted};
-use super::{Activation, Attention, Backend, KvType, Linear, Rope, RopePairs, Step};
+use super::cpu::{Kernels, gated, step_of_wanted};
+use super::{Activation, Attention, Backend, GatedFfn, KvType, Linear, Rope, RopePairs, Step};
 use crate::error::{Error, Result};
 use crate::profile::Work;
 use crate::profile::roofline::Resource;
@@ -136,6 +136,20 @@ impl Planner {
         }
     }
 
+    fn count_product(&mut self, weight: &Matrix, format: ActFormat, n_tokens: usize) {
+        let resource = match format {
+            ActFormat::F32 => Resource::F32,
+            ActFormat::Q8 => Resource::Int8,
+            ActFormat::Bf16 => Resource::Bf16,
+        };
+        let work = Work {
+            weight_bytes: weight.bytes as u64,
+            matmul_ops: 2 * (weight.n_in * weight.n_out * n_tokens) as u64,
+            ..Work::default()
+        };
+        self.count(Op::Linear, Some(resource), work, n_tokens * weight.n_out);
+    }
+
     fn tensor(&self, n_tokens: usize, n_cols: usize) -> Tensor {
         Tensor {
             n_tokens,
@@ -171,7 +185,7 @@ impl Backend for Planner {
             bytes: row_bytes * n_out,
             n_in,
             n_out,
-            kernels: Kernels::new(tensor.dtype, n_in, &tensor.name)?,
+            kernels: Kernels::new(tensor.dtype, n_in, n_out, &tensor.name)?,
         })
     }
 
@@ -232,21 +246,25 @@ impl Backend for Planner {
         let _q8 = take(ActFormat::Q8, q8_floats);
         let _bf16 = take(ActFormat::Bf16, bf16_floats);
         for (layer, format) in layers.iter().zip(formats) {
-            let weight = &layer.weight;
-            let resource = match format {
-                ActFormat::F32 => Resource::F32,
-                ActFormat::Q8 => Resource::Int8,
-                ActFormat::Bf16 => Resource::Bf16,
-            };
-            let work = Work {
-                weight_bytes: weight.bytes as u64,
-                matmul_ops: 2 * (weight.n_in * weight.n_out * x.n_tokens) as u64,
-                ..Work::default()
-            };
-            let values = x.n_tokens * weight.n_out;
-            self.count(Op::Linear, Some(resource), work, values);
+            self.count_product(&layer.weight, format, x.n_tokens);
         }
         layers.map(|l| self.tensor(x.n_tokens, l.weight.n_out))
+    }
+
+    fn gated_ffn(&mut self, x: &Tensor, ffn: &GatedFfn<Self>) -> Tensor {
+        if gated(self.step, ffn, |matrix| &matrix.kernels).is_none() {
+            let [gate, up] = self.linear(x, [&ffn.gate, &ffn.up]);
+            let h = self.glu(gate, &up, ffn.activation);
+            let [out] = self.linear(&h, [&ffn.down]);
+            return out;
+        }
+        let (gate, up, down) = (&ffn.gate.weight, &ffn.up.weight, &ffn.down.weight);
+        let _bf16 = self.scratch.take(bf16_floats(x.n_tokens, x.n_cols));
+        let _h = self.scratch.take(bf16_floats(x.n_tokens, gate.n_out));
+        for weight in [gate, up, down] {
+            self.count_product(weight, ActFormat::Bf16, x.n_tokens);
+        }
+        self.tensor(x.n_tokens, down.n_out)
     }
 
     fn rope_angles(&mut self, rope: &Rope, _: usize, n: usize) -> Tensor {
