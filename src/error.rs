@@ -22,6 +22,14 @@ pub enum Error {
         /// Object, expected, found.
         what: String,
     },
+    /// A sound state file that is not for this model or these options.
+    #[error("{}: {what}", path.display())]
+    Mismatch {
+        /// The file concerned.
+        path: PathBuf,
+        /// What is different.
+        what: String,
+    },
     /// A sound file that this build cannot run: architecture, tensor type, tokenizer.
     #[error("unsupported {kind} `{found}`; supported: {supported}")]
     Unsupported {

@@ -22,7 +22,7 @@ pub mod sampler;
 pub mod session;
 pub mod tokenizer;
 
-pub use backend::{BackendKind, KvType};
+pub use backend::{BackendKind, KvType, KvTypes};
 pub use error::{Error, Result};
 pub use session::{LoadOptions, MemoryReport, Model, ModelInfo, OnExceed, Session, SessionOptions};
 

@@ -427,7 +427,6 @@ fn wrong_arguments_exit_with_2_and_print_nothing() {
         &[model, "-b", "0"],
         &[model, "-r", "0"],
         &[model, "-o", "xml"],
-        &[model, "-ctk", "f16", "-ctv", "f32"],
         &[model, "-ctk", "q9"],
         &[model, "-d", "99999999"],
         &[model, "--first-token", "0"],

@@ -27,7 +27,7 @@ fn load(memory: Option<u64>, on_exceed: OnExceed) -> LoadOptions {
 fn options(n_ctx: usize) -> SessionOptions {
     SessionOptions {
         n_ctx,
-        kv: KvType::F32,
+        kv: KvType::F32.into(),
         batch: 512,
     }
 }
@@ -44,7 +44,8 @@ fn within(model: &Model, memory: u64, on_exceed: OnExceed) -> kinglet::Result<Pl
 #[test]
 fn less_and_less_is_asked_for() {
     let model = Model::outline(&root(SMALL), &load(None, OnExceed::Refuse)).unwrap();
-    let whole = Plan::new(&model, &options(8192), 512).unwrap();
+    let unlimited = load(None, OnExceed::Refuse);
+    let whole = Plan::within(&model, &options(8192), 512, &unlimited).unwrap();
     let total = whole.footprint.total();
     let mut seen = Vec::new();
     let mut before = whole.clone();
@@ -61,7 +62,7 @@ fn less_and_less_is_asked_for() {
                 if now.n_ctx < 8192 {
                     let least = KvType::ALL.iter().map(|kv| {
                         let options = SessionOptions {
-                            kv: *kv,
+                            kv: (*kv).into(),
                             ..now.clone()
                         };
                         Plan::new(&model, &options, 1).unwrap().memory.kv
@@ -80,7 +81,7 @@ fn less_and_less_is_asked_for() {
     }
     for concession in [
         Concession::Batch(1, 1),
-        Concession::Kv(KvType::F32, KvType::F16),
+        Concession::Kv(KvType::F32.into(), KvType::F16.into()),
         Concession::Context(1, 1),
         Concession::Streaming(1, 1),
     ] {
@@ -128,7 +129,7 @@ fn logits(session: &mut Session) -> Vec<u32> {
 fn streamed_weights_compute_the_same() {
     let options = SessionOptions {
         n_ctx: 512,
-        kv: KvType::F16,
+        kv: KvType::F16.into(),
         batch: 32,
     };
     let whole = Model::load(&root(SMALL), &load(None, OnExceed::Refuse)).unwrap();
@@ -136,7 +137,7 @@ fn streamed_weights_compute_the_same() {
     let n_weights = whole.info().weight_bytes;
     drop(whole);
     let mut streamed = 0;
-    for memory in (16..160).map(|n| n << 20) {
+    for memory in (16..160).step_by(3).map(|n| n << 20) {
         let model = Model::load(&root(SMALL), &load(Some(memory), OnExceed::Degrade)).unwrap();
         let Ok(mut session) = Session::new(&model, &options) else {
             continue;

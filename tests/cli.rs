@@ -931,3 +931,154 @@ fn a_missing_default_model_is_explained() {
     assert!(ok(&output).contains("\"a\""));
     fs::remove_dir_all(&folder).unwrap();
 }
+
+/// A chat that keeps sessions in a folder of its own.
+fn kept(state: &Path, args: &[&str], input: &str) -> Output {
+    let mut command = kinglet(&["chat", "-n", "12", "-c", "512"]);
+    command.args(args).env("XDG_STATE_HOME", state);
+    command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let _ = stdin.write_all(input.as_bytes()); // it may refuse before it reads
+    drop(stdin);
+    child.wait_with_output().unwrap()
+}
+
+#[test]
+fn a_named_session_goes_on_in_another_process_as_if_it_had_not_ended() {
+    let state = scratch("sessions");
+    let _ = fs::remove_dir_all(&state);
+    let draws = ["--temp", "0.9", "--seed", "7"];
+    let said = ["What is the capital of France?\n", "And of Italy?\n"];
+    let whole = kept(&state, &draws, &said.concat());
+
+    let first = kept(
+        &state,
+        &[&draws[..], &["--session", "trip"]].concat(),
+        said[0],
+    );
+    ok(&first);
+    // Without a seed: the generator goes on where it was.
+    let second = kept(&state, &["--temp", "0.9", "--session", "trip"], said[1]);
+    let replies = format!("{}{}", ok(&first), ok(&second));
+    assert_eq!(replies, ok(&whole));
+    let told = err(&second);
+    assert!(told.contains("2 messages from"), "{told}");
+    assert!(
+        told.contains("tokens that need not be read again"),
+        "{told}"
+    );
+    assert!(told.contains("kept"), "{told}");
+    // And back again, from what the second process kept.
+    let third = kept(
+        &state,
+        &["--temp", "0", "--session", "trip"],
+        "/undo\n/show messages\n",
+    );
+    ok(&third);
+    assert_eq!(err(&third).matches("user: ").count(), 1, "{}", err(&third));
+
+    let file = state.join("kinglet/sessions/trip.state");
+    let sound = fs::read(&file).unwrap();
+    for damage in [0, 20, sound.len() / 2] {
+        let mut bytes = sound.clone();
+        bytes[damage] ^= 1;
+        fs::write(&file, &bytes).unwrap();
+        let refused = kept(&state, &["--session", "trip"], "Hello.\n");
+        assert_eq!(refused.status.code(), Some(3), "{}", err(&refused));
+        assert_eq!(fs::read(&file).unwrap(), bytes, "left as it was");
+    }
+    for name in ["", "../trip", "a/b", ".hidden", "a b"] {
+        let refused = kept(&state, &["--session", name], "");
+        assert_eq!(refused.status.code(), Some(2), "{name}");
+    }
+}
+
+#[test]
+fn two_chats_do_not_share_a_session() {
+    let state = scratch("shared-session");
+    let mut command = kinglet(&["chat", "-q", "--session", "one"]);
+    command.env("XDG_STATE_HOME", &state).stdin(Stdio::piped());
+    let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(b"/show system\n").unwrap();
+    let mut stderr = child.stderr.take().unwrap();
+    read_until(&mut stderr, |text| text.contains("no system message\n"));
+    let refused = kept(&state, &["--session", "one"], "");
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(err(&refused).contains("another chat"), "{}", err(&refused));
+    drop(stdin);
+    assert!(child.wait().unwrap().success());
+    ok(&kept(&state, &["--session", "one"], ""));
+}
+
+#[test]
+fn a_conversation_is_saved_with_all_that_was_computed() {
+    let file = scratch("conversation.state");
+    let said = "What is the capital of France?\n";
+    let both = chat(
+        &[],
+        &format!("{said}/save {}\nAnd of Italy?\n", path(&file)),
+    );
+    let again = chat(
+        &[],
+        &format!("/load {}\nAnd of Italy?\n/stats\n", path(&file)),
+    );
+    let reply = ok(&again);
+    assert!(
+        !reply.trim().is_empty() && ok(&both).ends_with(reply),
+        "{reply}"
+    );
+    assert!(
+        err(&again).contains("need not be read again"),
+        "{}",
+        err(&again)
+    );
+    // Another cache type: the messages are of use, the state is not, and that is said.
+    let args = ["--cache-type", "f32"];
+    let other = chat(&args, &format!("/load {}\nAnd of Italy?\n", path(&file)));
+    ok(&other);
+    assert!(
+        err(&other).contains("reads all messages"),
+        "{}",
+        err(&other)
+    );
+}
+
+#[test]
+fn a_prompt_cache_saves_reading_and_changes_nothing() {
+    let file = scratch("prompt.cache");
+    let _ = fs::remove_file(&file);
+    let prompt = "Once upon a time there was a little fox who lived in a wood near the sea.";
+    let longer = format!("{prompt} One day");
+    let ask = |prompt: &str, cache: bool| -> Value {
+        let mut args = vec![
+            "run", "--raw", "--json", "--temp", "0", "-n", "8", "-p", prompt,
+        ];
+        if cache {
+            args.extend(["--prompt-cache", path(&file)]);
+        }
+        serde_json::from_str(ok(&run(&args))).unwrap()
+    };
+    let count = |reply: &Value, name: &str| reply["timings"][name].as_u64().unwrap();
+    for (prompt, all) in [
+        (prompt, false),
+        (prompt, true),
+        (&longer, false),
+        (&longer, true),
+    ] {
+        let (with, without) = (ask(prompt, true), ask(prompt, false));
+        assert_eq!(with["tokens"], without["tokens"]);
+        let (n, reused) = (count(&with, "prompt_tokens"), count(&with, "reused_tokens"));
+        assert_eq!(reused == n, all, "{with}");
+        assert_eq!(count(&with, "replayed_tokens"), 0, "{with}");
+    }
+    assert!(count(&ask(prompt, true), "reused_tokens") > 10);
+    fs::write(&file, "not ours").unwrap();
+    let refused = run(&["run", "--raw", "-p", prompt, "--prompt-cache", path(&file)]);
+    assert_eq!(refused.status.code(), Some(3), "{}", err(&refused));
+    assert_eq!(fs::read(&file).unwrap(), b"not ours");
+}

@@ -356,12 +356,12 @@ fn attend<B: Backend>(
         shape.n_heads * shape.head_dim,
         shape.n_kv_heads * shape.head_dim,
     );
-    let mut kv = b.kv(shape, kind);
+    let mut kv = b.kv(shape, kind.into());
     let mut out = Vec::new();
     let mut start = 0;
     for n in steps {
         let end = start + n;
-        b.kv_reserve(&mut kv, end).expect("memory");
+        b.kv_reserve(&mut kv, start..end).expect("memory");
         b.begin(step(*n));
         let q = upload(b, &q[start * n_q..end * n_q], n_q);
         let k = upload(b, &k[start * n_kv..end * n_kv], n_kv);

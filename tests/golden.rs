@@ -43,7 +43,7 @@ fn session(model: &Model, kv: KvType, batch: usize) -> Session {
         model,
         &SessionOptions {
             n_ctx: 512,
-            kv,
+            kv: kv.into(),
             batch,
         },
     )

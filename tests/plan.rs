@@ -5,7 +5,7 @@ use std::ops::ControlFlow::Continue;
 use std::path::{Path, PathBuf};
 
 use kinglet::session::Plan;
-use kinglet::{Error, KvType, LoadOptions, Model, Session, SessionOptions};
+use kinglet::{Error, KvType, KvTypes, LoadOptions, Model, Session, SessionOptions};
 
 const TINY: &str = "tests/data/lfm2-tiny-random.gguf";
 
@@ -49,10 +49,18 @@ fn drive(session: &mut Session) -> kinglet::Result<()> {
 
 #[test]
 fn the_planner_counts_what_the_cpu_does() {
-    let kinds = KvType::ALL.iter();
-    let small = kinds.flat_map(|kv| [1, 5, 32, 90].map(|batch| (root(TINY), *kv, batch)));
-    let large = models().into_iter().skip(1);
-    let large = large.map(|path| (path, KvType::default(), 32));
+    let floats = [KvType::F32, KvType::F16].map(KvTypes::from);
+    let small = floats.map(|kv| [1, 5, 32, 90].map(|batch| (root(TINY), kv, batch)));
+    // Heads of the tiny model are no whole blocks.
+    let mixed = KvTypes {
+        keys: KvType::Q8_0,
+        values: KvType::Q4_0,
+    };
+    let kinds = KvType::ALL.map(KvTypes::from).into_iter().chain([mixed]);
+    let quantized = kinds.flat_map(|kv| models().into_iter().nth(1).map(|path| (path, kv, 32)));
+    let large = models().into_iter().skip(2);
+    let large = large.map(|path| (path, KvTypes::default(), 32));
+    let small = small.into_iter().flatten().chain(quantized);
     for (path, kv, batch) in small.chain(large) {
         let options = SessionOptions {
             n_ctx: 300,
@@ -77,7 +85,7 @@ fn the_planner_counts_what_the_cpu_does() {
 fn several_threads_hold_what_is_planned() {
     let options = SessionOptions {
         n_ctx: 300,
-        kv: KvType::F32,
+        kv: KvType::F32.into(),
         batch: 64,
     };
     for threads in [2, 3] {
@@ -123,7 +131,7 @@ fn a_plan_is_what_a_full_session_holds() {
     let model = Model::load(&root(TINY), &load(1)).unwrap();
     let options = SessionOptions {
         n_ctx: 300,
-        kv: KvType::F16,
+        kv: KvType::F16.into(),
         batch: 32,
     };
     let plan = Plan::new(&model, &options, 300).unwrap();

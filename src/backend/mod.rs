@@ -11,9 +11,11 @@ pub mod cpu;
 pub mod ggml;
 pub mod planner;
 
+use std::ops::Range;
+
 use crate::error::Result;
 use crate::profile::Work;
-use crate::quant::Tensor;
+use crate::quant::{DType, Tensor};
 
 /// The backends of this build.
 #[non_exhaustive]
@@ -122,6 +124,9 @@ pub struct Attention {
     pub window: Option<usize>,
 }
 
+/// Positions of a page of [`Backend::kv_save`].
+pub const KV_PAGE: usize = 256;
+
 /// The element type of cached keys and values.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum KvType {
@@ -130,11 +135,87 @@ pub enum KvType {
     /// 16-bit float.
     #[default]
     F16,
+    /// 8 bits, one scale per 32 elements of a head.
+    Q8_0,
+    /// 4 bits, one scale per 32 elements of a head.
+    Q4_0,
 }
 
 impl KvType {
-    /// Every type.
-    pub const ALL: &[KvType] = &[KvType::F32, KvType::F16];
+    /// All of them, the largest first.
+    pub const ALL: [KvType; 4] = [KvType::F32, KvType::F16, KvType::Q8_0, KvType::Q4_0];
+
+    /// The name, as llama.cpp writes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            KvType::F32 => "f32",
+            KvType::F16 => "f16",
+            KvType::Q8_0 => "q8_0",
+            KvType::Q4_0 => "q4_0",
+        }
+    }
+
+    /// The layout of a row.
+    pub fn dtype(self) -> DType {
+        match self {
+            KvType::F32 => DType::F32,
+            KvType::F16 => DType::F16,
+            KvType::Q8_0 => DType::Q8_0,
+            KvType::Q4_0 => DType::Q4_0,
+        }
+    }
+
+    /// Whether rows are blocks with a scale, not floats.
+    pub fn is_quantized(self) -> bool {
+        self.dtype().block_len() > 1
+    }
+
+    /// Bytes of `n` elements, whole blocks of them.
+    pub fn row_bytes(self, n: usize) -> usize {
+        n / self.dtype().block_len() * self.dtype().block_bytes()
+    }
+}
+
+/// The types of cached keys and of cached values.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct KvTypes {
+    /// Of keys.
+    pub keys: KvType,
+    /// Of values.
+    pub values: KvType,
+}
+
+impl KvTypes {
+    /// Whether either is quantized.
+    pub fn is_quantized(self) -> bool {
+        self.keys.is_quantized() || self.values.is_quantized()
+    }
+
+    /// Bytes of `n` elements of a key and as many of its value.
+    pub fn row_bytes(self, n: usize) -> usize {
+        self.keys.row_bytes(n) + self.values.row_bytes(n)
+    }
+}
+
+/// `f16`, or `q8_0 keys and q4_0 values`.
+impl std::fmt::Display for KvTypes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (keys, values) = (self.keys.name(), self.values.name());
+        match keys == values {
+            true => f.write_str(keys),
+            false => write!(f, "{keys} keys and {values} values"),
+        }
+    }
+}
+
+impl From<KvType> for KvTypes {
+    /// Both the same.
+    fn from(kind: KvType) -> Self {
+        Self {
+            keys: kind,
+            values: kind,
+        }
+    }
 }
 
 /// What a pass is a part of. Kernels for many tokens may round otherwise than those for one; what a token leaves in the
@@ -163,9 +244,9 @@ pub trait Backend {
     /// Activations.
     type Tensor;
     /// Keys and values of one attention layer.
-    type Kv: Send;
+    type Kv: Send + 'static;
     /// The inputs that a short convolution remembers.
-    type Conv: Send;
+    type Conv: Send + 'static;
 
     /// Takes a matrix by reference.
     ///
@@ -182,13 +263,44 @@ pub trait Backend {
     fn vector(&self, data: Vec<f32>) -> Self::Vector;
 
     /// An empty cache for keys and values of `attention`.
-    fn kv(&self, attention: &Attention, kind: KvType) -> Self::Kv;
+    fn kv(&self, attention: &Attention, kinds: KvTypes) -> Self::Kv;
 
-    /// Makes room for `n` positions in all.
+    /// Makes room to write at `positions`: they exist, and belong to this cache alone.
     ///
     /// # Errors
     /// If there is no memory for them.
-    fn kv_reserve(&self, kv: &mut Self::Kv, n: usize) -> Result<()>;
+    fn kv_reserve(&self, kv: &mut Self::Kv, positions: Range<usize>) -> Result<()>;
+
+    /// A cache of this backend that holds the same, for a timeline that parts from another. What both hold may lie in
+    /// one place until either writes there.
+    ///
+    /// # Errors
+    /// If there is no memory for it.
+    fn kv_copy(&self, kv: &Self::Kv) -> Result<Self::Kv>;
+
+    /// Tells `sink` the first `n` positions as they are cached: for each page of [`KV_PAGE`] positions, of which the
+    /// last may hold fewer, the keys `(n_kv_heads, n_in_page, head_dim)`, then the values.
+    ///
+    /// # Errors
+    /// What `sink` returns.
+    fn kv_save(
+        &self,
+        kv: &Self::Kv,
+        n: usize,
+        sink: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()>;
+
+    /// Takes the first `n` positions, for which there is room, from `source`, which fills what it is given with what
+    /// [`Backend::kv_save`] told.
+    ///
+    /// # Errors
+    /// What `source` returns; the positions are unspecified then.
+    fn kv_load(
+        &self,
+        kv: &mut Self::Kv,
+        n: usize,
+        source: &mut dyn FnMut(&mut [u8]) -> Result<()>,
+    ) -> Result<()>;
 
     /// Bytes that the cache holds.
     fn kv_bytes(&self, kv: &Self::Kv) -> usize;
@@ -201,6 +313,15 @@ pub trait Backend {
 
     /// Forgets all inputs.
     fn conv_reset(&self, conv: &mut Self::Conv);
+
+    /// Takes the newest `n` inputs back. `false` if what came before them is not remembered: nothing has changed then.
+    fn conv_rewind(&self, conv: &mut Self::Conv, n: usize) -> bool;
+
+    /// Appends what it remembers to `out`: `(n_rows, n_channels)`, oldest first.
+    fn conv_rows(&self, conv: &Self::Conv, out: &mut Vec<f32>);
+
+    /// Makes it remember `rows`, as [`Backend::conv_rows`] gave them.
+    fn conv_set(&self, conv: &mut Self::Conv, rows: &[f32]);
 
     /// A pass begins that uses the kernels of `step`, however many tokens it has.
     fn begin(&mut self, step: Step);

@@ -7,8 +7,12 @@ use super::cpu::acts::{bf16_floats, q8_floats};
 use super::cpu::attention;
 use super::cpu::scratch::{Buffer, Scratch};
 use super::cpu::table::{ActFormat, Operations};
-use super::cpu::{Kernels, gated, step_of_wanted};
-use super::{Activation, Attention, Backend, GatedFfn, KvType, Linear, Rope, RopePairs, Step};
+use std::ops::Range;
+
+use super::cpu::{Kernels, conv_floats, gated, step_of_wanted};
+use super::{
+    Activation, Attention, Backend, GatedFfn, KV_PAGE, KvTypes, Linear, Rope, RopePairs, Step,
+};
 use crate::error::{Error, Result};
 use crate::profile::Work;
 use crate::profile::roofline::Resource;
@@ -102,7 +106,7 @@ pub struct Tensor {
 /// The pages that keys and values would lie in.
 pub struct Kv {
     shape: Attention,
-    kind: KvType,
+    kinds: KvTypes,
     n_pages: usize,
 }
 
@@ -165,6 +169,11 @@ impl Planner {
     }
 }
 
+/// What a planner has to say where contents are asked for.
+fn no_numbers() -> Error {
+    Error::Invalid("an outline has no keys and values to save or load".into())
+}
+
 impl Backend for Planner {
     type Matrix = Matrix;
     type Vector = usize;
@@ -198,25 +207,42 @@ impl Backend for Planner {
         data.len()
     }
 
-    fn kv(&self, attention: &Attention, kind: KvType) -> Kv {
+    fn kv(&self, attention: &Attention, kinds: KvTypes) -> Kv {
         Kv {
             shape: *attention,
-            kind,
+            kinds,
             n_pages: 0,
         }
     }
 
-    fn kv_reserve(&self, kv: &mut Kv, n: usize) -> Result<()> {
-        kv.n_pages = kv.n_pages.max(n.div_ceil(attention::PAGE));
+    fn kv_reserve(&self, kv: &mut Kv, positions: Range<usize>) -> Result<()> {
+        kv.n_pages = kv.n_pages.max(positions.end.div_ceil(KV_PAGE));
         Ok(())
     }
 
+    fn kv_copy(&self, kv: &Kv) -> Result<Kv> {
+        Ok(Kv { ..*kv })
+    }
+
+    fn kv_save(&self, _: &Kv, _: usize, _: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        Err(no_numbers())
+    }
+
+    fn kv_load(
+        &self,
+        _: &mut Kv,
+        _: usize,
+        _: &mut dyn FnMut(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        Err(no_numbers())
+    }
+
     fn kv_bytes(&self, kv: &Kv) -> usize {
-        2 * kv.n_pages * attention::page_bytes(kv.shape.n_kv_heads, kv.shape.head_dim, kv.kind)
+        kv.n_pages * attention::page_bytes(&kv.shape, kv.kinds)
     }
 
     fn conv_bytes(&self, (n_rows, n_channels): &(usize, usize)) -> usize {
-        n_rows * n_channels * size_of::<f32>()
+        conv_floats(*n_rows, *n_channels) * size_of::<f32>()
     }
 
     fn conv(&self, n_rows: usize, n_channels: usize) -> (usize, usize) {
@@ -224,6 +250,17 @@ impl Backend for Planner {
     }
 
     fn conv_reset(&self, _: &mut (usize, usize)) {}
+
+    /// A way back is replayed, however short.
+    fn conv_rewind(&self, _: &mut (usize, usize), _: usize) -> bool {
+        false
+    }
+
+    fn conv_rows(&self, (n_rows, n_channels): &(usize, usize), out: &mut Vec<f32>) {
+        out.resize(out.len() + n_rows * n_channels, 0.0);
+    }
+
+    fn conv_set(&self, _: &mut (usize, usize), _: &[f32]) {}
 
     fn begin(&mut self, step: Step) {
         self.step = step;
@@ -284,12 +321,17 @@ impl Backend for Planner {
         let out = self.tensor(q.n_tokens, q.n_cols);
         let positions = start..start + q.n_tokens;
         let (step, n_threads) = (self.step, self.n_threads);
-        let work = attention::work(shape, kv.kind, positions.clone());
+        let work = attention::work(shape, kv.kinds, positions.clone());
         let values = q.n_tokens * q.n_cols;
         self.count(Op::Attention, Some(Resource::F32), work, values);
-        for together in
-            attention::scratch(&self.operations, shape, kv.kind, step, positions, n_threads)
-        {
+        for together in attention::scratch(
+            &self.operations,
+            shape,
+            kv.kinds,
+            step,
+            positions,
+            n_threads,
+        ) {
             let taken = together.into_iter().map(|len| self.scratch.take(len));
             drop(taken.collect::<Vec<_>>());
         }

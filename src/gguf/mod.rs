@@ -83,6 +83,11 @@ impl Part {
         self.header_bytes
     }
 
+    /// These bytes: what the file says of itself.
+    pub fn header(&self) -> &[u8] {
+        &(*self.source).as_ref()[..self.header_bytes as usize] // in the map, so below the address space
+    }
+
     /// Where the data section begins: the header, padded to the alignment.
     pub fn data_start(&self) -> u64 {
         self.data_start

@@ -84,6 +84,17 @@ impl Sampler {
         self.seed
     }
 
+    /// Seed and state of the generator: with the same settings and text, all that it takes to choose as this one would.
+    pub fn generator(&self) -> [u64; 2] {
+        [self.seed, self.rng.state()]
+    }
+
+    /// Goes on with the generator of another.
+    pub fn set_generator(&mut self, [seed, state]: [u64; 2]) {
+        self.seed = seed;
+        self.rng = Rng::new(state);
+    }
+
     /// The samplers that do something, in order.
     pub fn stages(&self) -> &[Stage] {
         &self.stages

@@ -10,6 +10,11 @@ impl Rng {
         Self(seed)
     }
 
+    /// What [`Rng::new`] takes to go on from here.
+    pub fn state(&self) -> u64 {
+        self.0
+    }
+
     /// A seed from the clock and the process, for when the user names none.
     pub fn random_seed() -> u64 {
         use std::hash::{BuildHasher, RandomState};

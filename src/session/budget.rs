@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use super::plan::{Footprint, Plan};
 use super::{LoadOptions, Model, SessionOptions};
 use crate::backend::cpu::residency::{Residency, window};
-use crate::backend::{BackendKind, KvType};
+use crate::backend::{BackendKind, KvType, KvTypes};
 use crate::error::{Error, Result};
 use crate::gguf::{Advice, Gguf};
 use crate::profile::machine::{Resident, statm};
@@ -32,7 +32,7 @@ pub enum Concession {
     /// A prompt is read in smaller steps.
     Batch(usize, usize),
     /// Keys and values are kept in fewer bytes.
-    Kv(KvType, KvType),
+    Kv(KvTypes, KvTypes),
     /// The context is smaller.
     Context(usize, usize),
     /// So many bytes of so many of weights stay in memory; the others are read again for each step.
@@ -44,12 +44,7 @@ impl fmt::Display for Concession {
         let mib = |bytes: &u64| *bytes as f64 / f64::from(1 << 20);
         match self {
             Self::Batch(from, to) => write!(f, "prompts are read in steps of {to}, not {from}"),
-            Self::Kv(from, to) => write!(
-                f,
-                "keys and values are kept in {}, not {}",
-                to.name(),
-                from.name()
-            ),
+            Self::Kv(from, to) => write!(f, "keys and values are kept in {}, not {}", to, from),
             Self::Context(from, to) => write!(f, "the context holds {to} tokens, not {from}"),
             Self::Streaming(kept, all) => write!(
                 f,
@@ -78,14 +73,13 @@ fn ladder(model: &Model, asked: &SessionOptions) -> Result<Vec<SessionOptions>> 
         last.batch = (last.batch / 2).max(MIN_BATCH);
         rungs.push(last.clone());
     }
-    let bytes = |kv: KvType| -> Result<usize> {
+    let bytes = |kv: KvTypes| -> Result<usize> {
         let options = SessionOptions { kv, ..last.clone() };
         Ok(Plan::new(model, &options, 1)?.memory.kv)
     };
-    let mut kinds = Vec::new();
-    for kv in KvType::ALL {
-        kinds.push((bytes(*kv)?, *kv));
-    }
+    // Those that the heads of the model can be cached in.
+    let kinds = KvType::ALL.iter().map(|kv| KvTypes::from(*kv));
+    let mut kinds: Vec<_> = kinds.filter_map(|kv| Some((bytes(kv).ok()?, kv))).collect();
     let least = bytes(asked.kv)?;
     kinds.sort_by_key(|(bytes, _)| std::cmp::Reverse(*bytes));
     for (_, kv) in kinds.into_iter().filter(|(bytes, _)| *bytes < least) {
@@ -311,6 +305,35 @@ impl Claim {
     /// How often it was too much.
     pub fn overruns(&self) -> u64 {
         self.ledger.overruns.load(Ordering::Relaxed)
+    }
+}
+
+impl Claim {
+    /// As much once more, for another session of the same kind.
+    pub fn again(&self) -> Result<Self> {
+        let ledger = &self.ledger;
+        let mut held = ledger.held();
+        let room = &ledger.room;
+        let others = room.base.total() - room.base.weights + held.sessions + self.bytes;
+        let needed = others + held.weights;
+        if needed > ledger.memory {
+            let kept = ledger.memory.checked_sub(others + room.window);
+            let allowed = room.may_stream && room.on_exceed == OnExceed::Degrade;
+            let kept = kept.filter(|_| allowed).ok_or(Error::OverBudget {
+                needed,
+                memory: ledger.memory,
+                advice: "another session of this size does not fit beside those that there are"
+                    .into(),
+            })?;
+            held.weights = kept;
+            ledger.limit(kept);
+        }
+        held.sessions += self.bytes;
+        Ok(Self {
+            ledger: Arc::clone(ledger),
+            bytes: self.bytes,
+            concessions: self.concessions.clone(),
+        })
     }
 }
 

@@ -3,14 +3,14 @@
 //! The messages are the truth; before each reply the session is made to hold their tokens, and keeps what it can.
 
 use std::fs;
-use std::io::Write;
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
 use super::generate::{Event, Finish, GenerateOptions, Reply, generate};
-use super::{Model, Session};
+use super::replace::{Os, replace};
+use super::{Extra, Model, Session, StateFile};
 use crate::error::{Error, Result};
 use crate::sampler::Sampler;
 use crate::tokenizer::{ChatTemplate, Message, RenderOptions};
@@ -30,6 +30,19 @@ struct Saved {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     model: Option<String>,
     messages: Vec<Message>,
+}
+
+/// What came with the messages that [`Chat::load`] found.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Resumed {
+    /// The name of the model that the conversation was held with, if the file has it.
+    pub model: Option<String>,
+    /// Tokens that need not be read again.
+    pub n_tokens: usize,
+    /// Why the tokens of a state file are of no use here, if they are not.
+    pub reread: Option<String>,
+    /// The generator of the sampler, if the file has one.
+    pub generator: Option<[u64; 2]>,
 }
 
 /// A conversation.
@@ -59,6 +72,11 @@ impl Chat {
         &self.session
     }
 
+    /// The session alone.
+    pub fn into_session(self) -> Session {
+        self.session
+    }
+
     /// The model.
     pub fn model(&self) -> &Model {
         self.session.model()
@@ -67,6 +85,12 @@ impl Chat {
     /// What has been said.
     pub fn messages(&self) -> &[Message] {
         &self.messages
+    }
+
+    /// Replaces what has been said: a message edited, thoughts taken out. The next reply reads what is different, from
+    /// the first token that is.
+    pub fn set_messages(&mut self, messages: Vec<Message>) {
+        self.messages = messages;
     }
 
     /// The text of the system message.
@@ -170,69 +194,93 @@ impl Chat {
     /// # Errors
     /// [`Error::Io`].
     pub fn save(&self, path: &Path) -> Result<()> {
+        let json = self.json();
+        replace(&Os, path, &mut |out| out.write_all(&json))
+    }
+
+    /// Writes the conversation to `path` as a [`StateFile`], with what the session holds and the generator of
+    /// `sampler`: to go on from it nothing has to be read again.
+    ///
+    /// # Errors
+    /// As [`Session::save`].
+    pub fn save_state(&self, path: &Path, sampler: &Sampler) -> Result<()> {
+        let extra = Extra {
+            generator: Some(sampler.generator()),
+            note: self.json(),
+        };
+        self.session.save(path, &extra)
+    }
+
+    fn json(&self) -> Vec<u8> {
         let saved = Saved {
             model: Some(self.model().info().name.clone()),
             messages: self.messages.clone(),
         };
         let mut json = serde_json::to_vec_pretty(&saved).expect("strings become JSON");
         json.push(b'\n');
-        write_whole(path, &json).map_err(|e| Error::io(path, e))
+        json
     }
 
-    /// Replaces the conversation by the one in the file at `path`. Returns the name of the model that it was held with,
-    /// if the file has it. The messages may also be the whole file, as an array.
+    /// Replaces the conversation by the one in the file at `path`: one of [`Chat::save_state`], one of [`Chat::save`],
+    /// or a JSON array of messages. The state of another model or cache type is of no use; the messages are.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::BadFile`] if it holds no conversation; the one there is stays.
-    pub fn load(&mut self, path: &Path) -> Result<Option<String>> {
+    /// [`Error::Io`], [`Error::BadFile`] if it holds no conversation or is damaged, [`Error::ContextFull`] if its state
+    /// does not fit; the conversation there is stays.
+    pub fn load(&mut self, path: &Path) -> Result<Resumed> {
         let bad = |what: String| Error::BadFile {
             path: path.into(),
             what,
         };
-        let bytes = fs::metadata(path).map_err(|e| Error::io(path, e))?;
-        if !bytes.is_file() || bytes.len() > MAX_FILE_BYTES {
-            return Err(bad("expected a file of a conversation, up to 64 MiB".into()));
-        }
-        let json = fs::read(path).map_err(|e| Error::io(path, e))?;
-        let begins = json.iter().find(|b| !b.is_ascii_whitespace());
-        let saved = if begins == Some(&b'[') {
-            serde_json::from_slice(&json).map(|messages| Saved {
-                model: None,
-                messages,
-            })
-        } else {
-            serde_json::from_slice(&json)
+        let parse = |json: &[u8]| {
+            let begins = json.iter().find(|b| !b.is_ascii_whitespace());
+            let saved = if begins == Some(&b'[') {
+                serde_json::from_slice(json).map(|messages| Saved {
+                    model: None,
+                    messages,
+                })
+            } else {
+                serde_json::from_slice(json)
+            };
+            saved.map_err(|e| bad(format!("expected a conversation, found {e}")))
         };
-        let saved = saved.map_err(|e| bad(format!("expected a conversation, found {e}")))?;
+        if !StateFile::recognizes(path)? {
+            let bytes = fs::metadata(path).map_err(|e| Error::io(path, e))?;
+            if !bytes.is_file() || bytes.len() > MAX_FILE_BYTES {
+                return Err(bad("expected a file of a conversation, up to 64 MiB".into()));
+            }
+            let saved = parse(&fs::read(path).map_err(|e| Error::io(path, e))?)?;
+            self.messages = saved.messages;
+            return Ok(Resumed {
+                model: saved.model,
+                ..Resumed::default()
+            });
+        }
+        let file = StateFile::open(path)?;
+        let (session, extra, reread) = match file.fits(self.model(), self.session.kv_types()) {
+            Ok(()) => {
+                let (session, extra) = file.load(self.model(), &self.session.options())?;
+                (Some(session), extra, None)
+            }
+            Err(Error::Mismatch { what, .. }) => (None, file.extra()?, Some(what)),
+            Err(error) => return Err(error),
+        };
+        let saved = parse(&extra.note)?;
         self.messages = saved.messages;
-        Ok(saved.model)
+        let n_tokens = session.as_ref().map_or(0, |session| session.tokens().len());
+        if let Some(session) = session {
+            self.session = session;
+        }
+        Ok(Resumed {
+            model: saved.model,
+            n_tokens,
+            reread,
+            generator: extra.generator,
+        })
     }
 }
 
 /// Whether a reply is worth a turn: it is complete, if empty, or has some text.
 fn is_said(reply: &Reply) -> bool {
     reply.finish == Finish::Stop || !reply.text.is_empty()
-}
-
-/// Writes a temporary file beside `path`, syncs it, and gives it its name.
-fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(format!(".{}.tmp", std::process::id()));
-    let temporary: PathBuf = path.with_file_name(name);
-    let mut options = fs::OpenOptions::new();
-    options.write(true).create_new(true);
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::OpenOptionsExt;
-        options.mode(0o600); // what somebody said to a model is theirs
-    }
-    let written = options.open(&temporary).and_then(|mut file| {
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)
-    });
-    if written.is_err() {
-        let _ = fs::remove_file(&temporary); // the first error is the one to tell
-    }
-    written
 }

@@ -2,6 +2,8 @@
 //!
 //! One call through it is a whole pass, so it costs a token nothing.
 
+use std::any::Any;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 
@@ -12,7 +14,7 @@ use crate::backend::cpu::residency::Residency;
 #[cfg(feature = "ggml")]
 use crate::backend::ggml::Ggml;
 use crate::backend::planner::{Planner, Tally};
-use crate::backend::{Backend, BackendKind, KvType, NoMemory};
+use crate::backend::{Backend, BackendKind, KvTypes, NoMemory};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::model::config::Config;
@@ -26,19 +28,40 @@ pub(super) trait Loaded: Send + Sync {
     fn config(&self) -> &Config;
 
     /// A backend with fresh memory for one sequence.
-    fn engine(&self, kv: KvType) -> Result<Box<dyn Engine>>;
+    fn engine(&self, kv: KvTypes) -> Result<Box<dyn Engine>>;
 }
 
 /// Runs passes of one sequence and remembers what its layers do.
 pub(super) trait Engine: Send {
-    /// Makes room for `n` positions in all.
-    fn reserve(&mut self, n: usize) -> Result<()>;
+    /// Makes room to write at `positions`.
+    fn reserve(&mut self, positions: Range<usize>) -> Result<()>;
 
     /// Runs `pass`, for whose positions there is room. `logits` becomes `(n_wanted, n_vocab)`.
     fn forward(&mut self, pass: &Pass, logits: &mut Vec<f32>) -> Result<()>;
 
     /// Zeroes the memory of all convolutions.
     fn reset_convs(&mut self);
+
+    /// Takes the newest `n` inputs of all convolutions back; `false` if they do not reach so far.
+    fn rewind_convs(&mut self, n: usize) -> bool;
+
+    /// What all convolutions remember.
+    fn conv_rows(&self) -> Vec<f32>;
+
+    /// Makes all convolutions remember `rows`, which are as many as [`Engine::conv_rows`] gives.
+    fn set_conv_rows(&mut self, rows: &[f32]);
+
+    /// A copy of what the layers remember; keys and values are shared where the backend can.
+    fn memory(&self) -> Result<Memory>;
+
+    /// Remembers what `memory`, of an engine of the same model and cache types, holds.
+    fn set_memory(&mut self, memory: &Memory) -> Result<()>;
+
+    /// Tells `sink` the first `n` positions of all caches, see [`Backend::kv_save`].
+    fn save(&self, n: usize, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()>;
+
+    /// Takes the first `n` positions of all caches from `source`.
+    fn load(&mut self, n: usize, source: &mut dyn FnMut(&mut [u8]) -> Result<()>) -> Result<()>;
 
     /// Bytes of keys and values, and of convolution memory.
     fn state_bytes(&self) -> (usize, usize);
@@ -52,6 +75,9 @@ pub(super) trait Engine: Send {
     /// The same for each operation, where the backend tells them apart.
     fn tallies(&self) -> Vec<Tally>;
 }
+
+/// What the layers of a timeline remember, apart from an engine.
+pub(super) struct Memory(Box<dyn Any + Send>);
 
 /// Builds the network of a file on the backend that `options` name, which runs `n_threads`.
 pub(super) fn load(
@@ -100,6 +126,7 @@ struct Runner<B: Backend> {
     network: Arc<dyn Network<B>>,
     backend: B,
     state: State<B>,
+    kv: KvTypes,
 }
 
 impl<B, F> Loaded for Placed<B, F>
@@ -111,19 +138,20 @@ where
         self.network.config()
     }
 
-    fn engine(&self, kv: KvType) -> Result<Box<dyn Engine>> {
+    fn engine(&self, kv: KvTypes) -> Result<Box<dyn Engine>> {
         let backend = (self.backend)()?;
         Ok(Box::new(Runner {
             state: self.network.state(&backend, kv),
             network: Arc::clone(&self.network),
             backend,
+            kv,
         }))
     }
 }
 
-impl<B: Backend + Send> Engine for Runner<B> {
-    fn reserve(&mut self, n: usize) -> Result<()> {
-        self.state.reserve(&self.backend, n)
+impl<B: Backend + Send + 'static> Engine for Runner<B> {
+    fn reserve(&mut self, positions: Range<usize>) -> Result<()> {
+        self.state.reserve(&self.backend, positions)
     }
 
     fn forward(&mut self, pass: &Pass, logits: &mut Vec<f32>) -> Result<()> {
@@ -153,6 +181,39 @@ impl<B: Backend + Send> Engine for Runner<B> {
 
     fn reset_convs(&mut self) {
         self.state.reset_convs(&self.backend);
+    }
+
+    fn rewind_convs(&mut self, n: usize) -> bool {
+        self.state.rewind_convs(&self.backend, n)
+    }
+
+    fn conv_rows(&self) -> Vec<f32> {
+        self.state.conv_rows(&self.backend)
+    }
+
+    fn set_conv_rows(&mut self, rows: &[f32]) {
+        self.state.set_conv_rows(&self.backend, rows);
+    }
+
+    fn memory(&self) -> Result<Memory> {
+        let mut copy = self.network.state(&self.backend, self.kv);
+        copy.copy_from(&self.backend, &self.state)?;
+        Ok(Memory(Box::new(copy)))
+    }
+
+    fn set_memory(&mut self, memory: &Memory) -> Result<()> {
+        let state: Option<&State<B>> = memory.0.downcast_ref();
+        let state = state.expect("of an engine of the same model");
+        self.state.copy_from(&self.backend, state)
+    }
+
+    fn save(&self, n: usize, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        self.state.save(&self.backend, n, sink)
+    }
+
+    fn load(&mut self, n: usize, source: &mut dyn FnMut(&mut [u8]) -> Result<()>) -> Result<()> {
+        self.reserve(0..n)?;
+        self.state.load(&self.backend, n, source)
     }
 
     fn state_bytes(&self) -> (usize, usize) {

@@ -64,8 +64,10 @@ pub enum Event<'a> {
 pub struct Stats {
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
-    /// Those that the session held already.
+    /// Those that the session held already; the others were read.
     pub reused_tokens: usize,
+    /// Those of them that ran once more, to rebuild convolutions where the session went back.
+    pub replayed_tokens: usize,
     /// Time to read the others.
     pub prefill: Duration,
     /// Time from the call to the first token of the reply.
@@ -155,7 +157,9 @@ pub fn generate(
             ..Stats::default()
         },
     };
+    let replayed = session.n_replayed();
     reply.stats.reused_tokens = rewind(session, prompt)?;
+    reply.stats.replayed_tokens = session.n_replayed() - replayed;
     let rest = &prompt[reply.stats.reused_tokens..];
     let prefill_begin = Instant::now();
     let mut cancelled = false;
@@ -170,6 +174,7 @@ pub fn generate(
             read => read?,
         }
     }
+    session.mark()?; // another reply begins here
     reply.stats.prefill = prefill_begin.elapsed();
     if cancelled {
         reply.finish = Finish::Cancelled;
@@ -236,9 +241,11 @@ pub fn generate(
 fn rewind(session: &mut Session, prompt: &[u32]) -> Result<usize> {
     let pairs = session.tokens().iter().zip(prompt);
     let common = pairs.take_while(|(a, b)| a == b).count();
-    session.truncate(common)?;
+    session.cut(common);
     if common == prompt.len() {
         session.recall_logits()?;
+    } else {
+        session.mark()?; // a prompt in place of this one begins here
     }
     Ok(common)
 }

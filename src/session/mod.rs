@@ -5,13 +5,18 @@
 mod budget;
 mod chat;
 mod engine;
+mod file;
 mod generate;
 mod plan;
+mod replace;
+mod timeline;
 
 pub use self::budget::{Concession, OnExceed};
-pub use self::chat::Chat;
+pub use self::chat::{Chat, Resumed};
+pub use self::file::{Extra, MAX_NOTE_BYTES, StateFile};
 pub use self::generate::{Event, Finish, GenerateOptions, Reply, Stats, generate};
 pub use self::plan::{Footprint, Plan, Rates, Speed, UNCERTAINTY};
+pub use self::timeline::Snapshot;
 
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -19,9 +24,11 @@ use std::sync::{Arc, OnceLock};
 
 use self::budget::{Claim, Ledger};
 use self::engine::{Engine, Loaded};
+use self::file::Hashes;
+use self::timeline::Timeline;
 use crate::backend::cpu::residency::Residency;
 use crate::backend::planner::Tally;
-use crate::backend::{BackendKind, KvType, Step};
+use crate::backend::{BackendKind, KvTypes, Step};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::model::Pass;
@@ -57,8 +64,8 @@ pub struct LoadOptions {
 pub struct SessionOptions {
     /// Tokens that it can hold; 0: what the model was made for, at most 32768.
     pub n_ctx: usize,
-    /// Type of cached keys and values.
-    pub kv: KvType,
+    /// Types of cached keys and values.
+    pub kv: KvTypes,
     /// Tokens of a prefill step; 0: 512.
     pub batch: usize,
 }
@@ -80,6 +87,8 @@ struct Inner {
     /// Where a budget is kept.
     ledger: Option<Arc<Ledger>>,
     info: ModelInfo,
+    /// For state files: computed when the first is written or read.
+    hashes: OnceLock<Hashes>,
 }
 
 /// What a model is.
@@ -102,7 +111,7 @@ pub struct MemoryReport {
     pub kv: usize,
     /// Memory of convolutions.
     pub conv: usize,
-    /// Activations.
+    /// Activations, logits, and what was [marked](Session::mark).
     pub scratch: usize,
 }
 
@@ -186,6 +195,7 @@ impl Model {
             base: OnceLock::new(),
             ledger: None,
             info,
+            hashes: OnceLock::new(),
         })))
     }
 
@@ -215,6 +225,14 @@ impl Model {
         self.0.backend
     }
 
+    fn hashes(&self) -> Result<&Hashes> {
+        if let Some(hashes) = self.0.hashes.get() {
+            return Ok(hashes);
+        }
+        let hashes = Hashes::of(&self.0.gguf)?;
+        Ok(self.0.hashes.get_or_init(|| hashes))
+    }
+
     /// Threads of the token loop.
     pub fn n_threads(&self) -> usize {
         self.0.n_threads
@@ -234,13 +252,11 @@ fn n_threads(options: &LoadOptions) -> usize {
 pub struct Session {
     model: Model,
     engine: Box<dyn Engine>,
-    tokens: Vec<u32>,
-    /// The step each token was computed in.
-    steps: Vec<Step>,
-    logits: Vec<f32>,
+    line: Timeline,
     n_ctx: usize,
     batch: usize,
-    kv: KvType,
+    kv: KvTypes,
+    n_replayed: usize,
     /// Its part of the model's budget.
     claim: Option<Claim>,
 }
@@ -275,15 +291,33 @@ impl Session {
                 1 << 24
             )));
         }
+        let head_dim = model.info().config.head_dim;
+        if options.kv.is_quantized() {
+            let block = 32; // of both formats
+            if !head_dim.is_multiple_of(block) {
+                return Err(Error::Invalid(format!(
+                    "cache type: expected f16 or f32, since heads of {head_dim} are no whole blocks of {block}; found {} \
+                     keys and {} values",
+                    options.kv.keys.name(),
+                    options.kv.values.name()
+                )));
+            }
+            if model.backend() != BackendKind::Cpu {
+                return Err(Error::Unsupported {
+                    kind: "cache type of this backend",
+                    found: format!("{}, {}", options.kv.keys.name(), options.kv.values.name()),
+                    supported: "f16, f32".into(),
+                });
+            }
+        }
         Ok(Self {
             model: model.clone(),
             engine: model.0.network.engine(options.kv)?,
-            tokens: Vec::new(),
-            steps: Vec::new(),
-            logits: Vec::new(),
+            line: Timeline::default(),
             n_ctx,
             batch,
             kv: options.kv,
+            n_replayed: 0,
             claim,
         })
     }
@@ -295,7 +329,21 @@ impl Session {
 
     /// The tokens so far.
     pub fn tokens(&self) -> &[u32] {
-        &self.tokens
+        &self.line.tokens
+    }
+
+    /// How another one like this is made.
+    pub fn options(&self) -> SessionOptions {
+        SessionOptions {
+            n_ctx: self.n_ctx,
+            kv: self.kv,
+            batch: self.batch,
+        }
+    }
+
+    /// Types of cached keys and values.
+    pub fn kv_types(&self) -> KvTypes {
+        self.kv
     }
 
     /// Tokens that the session can hold.
@@ -313,15 +361,10 @@ impl Session {
         self.claim.as_ref().map_or(0, Claim::overruns)
     }
 
-    /// Type of cached keys and values.
-    pub fn kv(&self) -> KvType {
-        self.kv
-    }
-
-    /// The logits after the last token, `(n_vocab)`; empty if there is none, or after [`Session::truncate`]
-    /// until [`Session::recall_logits`].
+    /// The logits after the last token, `(n_vocab)`. Empty if there is none, and after [`Session::truncate`], unless
+    /// the position was [marked](Session::mark), until [`Session::recall_logits`].
     pub fn logits(&self) -> &[f32] {
-        &self.logits
+        &self.line.logits
     }
 
     /// Appends `tokens`, in steps of the batch size. `progress` is told the tokens done and their total after each
@@ -373,10 +416,10 @@ impl Session {
         self.check(tokens)?;
         let n_vocab = self.model.info().config.n_vocab;
         for chunk in tokens.chunks((SCORE_FLOATS / n_vocab).clamp(1, self.batch)) {
-            let start = self.tokens.len();
+            let start = self.line.tokens.len();
             self.forward(Step::Prefill, chunk, 0)?;
             // Only the last row stays as "the logits"; the others go by.
-            for (i, logits) in self.logits.chunks_exact(n_vocab).enumerate() {
+            for (i, logits) in self.line.logits.chunks_exact(n_vocab).enumerate() {
                 if each(start + i, logits).is_break() {
                     self.keep_last_logits(n_vocab);
                     return Err(Error::Cancelled);
@@ -387,62 +430,13 @@ impl Session {
         Ok(())
     }
 
-    /// Forgets all tokens from position `n` on. Keys and values of the rest stay; the memory of convolutions, which
-    /// depends on a bounded past alone, is rebuilt from the tokens before `n` against the cached keys and values.
-    ///
-    /// # Errors
-    /// If the backend fails.
-    pub fn truncate(&mut self, n: usize) -> Result<()> {
-        if n >= self.tokens.len() {
-            return Ok(());
-        }
-        self.tokens.truncate(n);
-        self.steps.truncate(n);
-        self.logits.clear();
-        let reach = self.model.info().config.conv_reach;
-        if reach > 0 {
-            self.engine.reset_convs();
-            let mut start = n.saturating_sub(reach);
-            // Each token as it was computed first.
-            for same in self.steps[start..].chunk_by(|a, b| a == b) {
-                let past = &self.tokens[start..start + same.len()];
-                let pass = Pass {
-                    tokens: past,
-                    start,
-                    logits_from: past.len(),
-                    step: same[0],
-                    write_kv: false,
-                };
-                self.engine.forward(&pass, &mut self.logits)?;
-                start += past.len();
-            }
-        }
-        Ok(())
-    }
-
-    /// Computes the logits after the last token once more where [`Session::truncate`] forgot them, as they were
-    /// computed first.
-    ///
-    /// # Errors
-    /// If the backend fails; the last token is gone then.
-    pub fn recall_logits(&mut self) -> Result<()> {
-        let (Some(&token), Some(&step)) = (self.tokens.last(), self.steps.last()) else {
-            return Ok(());
-        };
-        if self.logits.is_empty() {
-            self.truncate(self.tokens.len() - 1)?;
-            self.forward(step, &[token], 0)?;
-        }
-        Ok(())
-    }
-
     /// Bytes held beside the weights.
     pub fn memory(&self) -> MemoryReport {
         let (kv, conv) = self.engine.state_bytes();
         MemoryReport {
             kv,
             conv,
-            scratch: self.engine.scratch_bytes() + size_of_val(&*self.logits),
+            scratch: self.engine.scratch_bytes() + self.line.bytes(),
         }
     }
 
@@ -463,7 +457,7 @@ impl Session {
                 "token: expected a number below {n_vocab}, found {token}"
             )));
         }
-        let needed = self.tokens.len() + tokens.len();
+        let needed = self.line.tokens.len() + tokens.len();
         if needed > self.n_ctx {
             return Err(Error::ContextFull {
                 needed,
@@ -474,8 +468,9 @@ impl Session {
     }
 
     fn forward(&mut self, step: Step, tokens: &[u32], logits_from: usize) -> Result<()> {
-        let start = self.tokens.len();
-        self.engine.reserve(start + tokens.len())?;
+        self.rebuild()?;
+        let start = self.line.tokens.len();
+        self.engine.reserve(start..start + tokens.len())?;
         let pass = Pass {
             tokens,
             start,
@@ -483,16 +478,11 @@ impl Session {
             step,
             write_kv: true,
         };
-        if let Err(error) = self.engine.forward(&pass, &mut self.logits) {
-            // Some layers have gone on and some have not: what is left to be sure of is nothing.
-            self.tokens.clear();
-            self.steps.clear();
-            self.logits.clear();
-            self.engine.reset_convs();
-            return Err(error);
-        }
-        self.tokens.extend_from_slice(tokens);
-        self.steps.resize(self.tokens.len(), step);
+        let exact_from = self.line.exact_from.take(); // until the pass has run
+        self.engine.forward(&pass, &mut self.line.logits)?;
+        self.line.exact_from = exact_from;
+        self.line.tokens.extend_from_slice(tokens);
+        self.line.steps.resize(self.line.tokens.len(), step);
         if let Some(claim) = &self.claim {
             claim.enforce();
         }
@@ -500,8 +490,9 @@ impl Session {
     }
 
     fn keep_last_logits(&mut self, n_vocab: usize) {
-        let last = self.logits.len() - n_vocab;
-        self.logits.copy_within(last.., 0);
-        self.logits.truncate(n_vocab);
+        let logits = &mut self.line.logits;
+        let last = logits.len() - n_vocab;
+        logits.copy_within(last.., 0);
+        logits.truncate(n_vocab);
     }
 }

@@ -78,6 +78,7 @@ impl Case {
                 k: &ka[..rows.len()],
                 v: &va[..rows.len()],
                 head_dim: n,
+                decode: visible.iter().all(|keys| *keys == visible[0]),
                 visible: &visible,
                 max: &mut max,
                 sum: &mut sum,

@@ -4,16 +4,18 @@
 //! head is contiguous, and a cache grows without moving.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::pool::{Output, Pool};
-use super::scratch::Scratch;
+use super::scratch::{Buffer, Scratch};
 use super::table::{AttendBatch, AttendSpan, AttendTokens, Operations, Ready, ToF16};
-use crate::backend::{Attention, KvType, Step};
+use crate::backend::{Attention, KV_PAGE, KvType, KvTypes, Step};
 use crate::error::{Error, Result};
 use crate::profile::Work;
+use crate::quant;
 
 /// Positions in a page.
-pub(in crate::backend) const PAGE: usize = 256;
+const PAGE: usize = KV_PAGE;
 
 /// Queries that share a pass over the keys: few enough for their sums to stay in the first-level cache.
 const MAX_QUERIES: usize = 64;
@@ -24,100 +26,158 @@ const TILE_QUERIES: usize = 384;
 /// Tokens of a tile of queries.
 const TILE_TOKENS: usize = 16;
 
+/// Keys that kernels take together, at most.
+const TILE_KEYS: usize = 64;
+
+/// Rows that are widened at a time: their floats stay in the first-level cache.
+const WIDEN_ROWS: usize = 16;
+
 /// Heads that are whole tiles are multiples of this.
 const TILE_HEAD: usize = 64;
 
-/// Keys and values of one layer.
+/// Keys and values of one layer. Copies share their pages until one of them makes room to write there.
+#[derive(Clone)]
 pub struct KvCache {
-    keys: Vec<Vec<u8>>,
-    values: Vec<Vec<u8>>,
-    kind: KvType,
+    keys: Vec<Arc<Page>>,
+    values: Vec<Arc<Page>>,
+    kinds: KvTypes,
     n_kv_heads: usize,
     head_dim: usize,
 }
 
-impl KvType {
-    /// The name, as llama.cpp writes it.
-    pub fn name(self) -> &'static str {
-        match self {
-            KvType::F32 => "f32",
-            KvType::F16 => "f16",
-        }
-    }
+type Page = Vec<u8>;
 
-    /// Bytes of an element.
-    pub fn bytes(self) -> usize {
-        match self {
-            KvType::F32 => 4,
-            KvType::F16 => 2,
-        }
-    }
+/// Bytes of a page of keys and the same page of values.
+pub(in crate::backend) fn page_bytes(shape: &Attention, kinds: KvTypes) -> usize {
+    kinds.row_bytes(shape.n_kv_heads * PAGE * shape.head_dim)
 }
 
-/// Bytes of a page of keys, and of one of values.
-pub(in crate::backend) fn page_bytes(n_kv_heads: usize, head_dim: usize, kind: KvType) -> usize {
-    n_kv_heads * PAGE * head_dim * kind.bytes()
+/// The type that kernels read: floats where there are some, half floats made of blocks.
+fn read_as(kinds: KvTypes) -> KvType {
+    match kinds.keys == KvType::F32 || kinds.values == KvType::F32 {
+        true => KvType::F32,
+        false => KvType::F16,
+    }
 }
 
 impl KvCache {
-    pub(super) fn new(attention: &Attention, kind: KvType) -> Self {
+    pub(super) fn new(attention: &Attention, kinds: KvTypes) -> Self {
         let (n_kv_heads, head_dim) = (attention.n_kv_heads, attention.head_dim);
         Self {
             keys: Vec::new(),
             values: Vec::new(),
-            kind,
+            kinds,
             n_kv_heads,
             head_dim,
         }
     }
 
-    /// Makes room for `n` positions.
-    pub(super) fn reserve(&mut self, n: usize) -> Result<()> {
-        let bytes = page_bytes(self.n_kv_heads, self.head_dim, self.kind);
-        for pages in [&mut self.keys, &mut self.values] {
-            while pages.len() < n.div_ceil(PAGE) {
-                let mut page = Vec::new();
-                let no_memory = |_| Error::OutOfMemory {
-                    what: "keys and values".into(),
-                    bytes,
-                };
-                page.try_reserve_exact(bytes).map_err(no_memory)?;
-                page.resize(bytes, 0);
-                pages.push(page);
+    /// Makes room to write at `positions`.
+    pub(super) fn reserve(&mut self, positions: Range<usize>) -> Result<()> {
+        let elements = self.n_kv_heads * PAGE * self.head_dim;
+        let fresh = |kind: KvType, from: &[u8]| {
+            let bytes = kind.row_bytes(elements);
+            let mut page = Page::new();
+            let no_memory = |_| Error::OutOfMemory {
+                what: "keys and values".into(),
+                bytes,
+            };
+            page.try_reserve_exact(bytes).map_err(no_memory)?;
+            page.extend_from_slice(from);
+            page.resize(bytes, 0);
+            Ok(Arc::new(page))
+        };
+        let (first, end) = (positions.start / PAGE, positions.end.div_ceil(PAGE));
+        let KvTypes { keys, values } = self.kinds;
+        for (kind, pages) in [(keys, &mut self.keys), (values, &mut self.values)] {
+            let held = first.min(pages.len())..end.min(pages.len());
+            for page in &mut pages[held] {
+                if Arc::get_mut(page).is_none() {
+                    *page = fresh(kind, page)?;
+                }
+            }
+            while pages.len() < end {
+                pages.push(fresh(kind, &[])?);
             }
         }
         Ok(())
     }
 
-    /// Type of the elements.
-    pub(super) fn kind(&self) -> KvType {
-        self.kind
+    /// See [`crate::backend::Backend::kv_save`]: a page of the file is what a page here holds.
+    pub(super) fn save(&self, n: usize, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        for (i, page) in self
+            .keys
+            .iter()
+            .zip(&self.values)
+            .take(n.div_ceil(PAGE))
+            .enumerate()
+        {
+            let n_in_page = (n - i * PAGE).min(PAGE);
+            for spans in [page.0, page.1] {
+                for span in spans.chunks_exact(spans.len() / self.n_kv_heads) {
+                    sink(&span[..span.len() / PAGE * n_in_page])?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// See [`crate::backend::Backend::kv_load`].
+    pub(super) fn load(
+        &mut self,
+        n: usize,
+        source: &mut dyn FnMut(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        let pages = self.keys.iter_mut().zip(&mut self.values);
+        for (i, page) in pages.take(n.div_ceil(PAGE)).enumerate() {
+            let n_in_page = (n - i * PAGE).min(PAGE);
+            for spans in [page.0, page.1] {
+                let spans = own(spans);
+                let bytes = spans.len() / self.n_kv_heads;
+                for span in spans.chunks_exact_mut(bytes) {
+                    source(&mut span[..bytes / PAGE * n_in_page])?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Types of the elements.
+    pub(super) fn kinds(&self) -> KvTypes {
+        self.kinds
     }
 
     /// Bytes of all pages.
     pub(super) fn bytes(&self) -> usize {
-        self.keys.iter().chain(&self.values).map(Vec::len).sum()
+        self.keys
+            .iter()
+            .chain(&self.values)
+            .map(|page| page.len())
+            .sum()
     }
 
     /// Stores the keys and values of one position, `(n_kv_heads, head_dim)` each.
     pub(super) fn write(&mut self, position: usize, k: &[f32], v: &[f32], to_f16: Ready<ToF16>) {
         let (page, slot) = (position / PAGE, position % PAGE);
-        let row = self.head_dim * self.kind.bytes();
-        for (pages, x) in [(&mut self.keys, k), (&mut self.values, v)] {
+        let KvTypes { keys, values } = self.kinds;
+        for (kind, pages, x) in [(keys, &mut self.keys, k), (values, &mut self.values, v)] {
+            let page = own(&mut pages[page]);
+            let row = kind.row_bytes(self.head_dim);
             for (head, x) in x.chunks_exact(self.head_dim).enumerate() {
-                let out = &mut pages[page][(head * PAGE + slot) * row..][..row];
-                match self.kind {
+                let out = &mut page[(head * PAGE + slot) * row..][..row];
+                match kind {
                     KvType::F32 => out.copy_from_slice(bytemuck::cast_slice(x)),
                     KvType::F16 => to_f16.run(x, bytemuck::cast_slice_mut(out)),
+                    KvType::Q8_0 | KvType::Q4_0 => quant::quantize(kind.dtype(), x, out),
                 }
             }
         }
     }
+}
 
-    fn span<'a>(&self, pages: &'a [Vec<u8>], page: usize, head: usize) -> &'a [u8] {
-        let bytes = PAGE * self.head_dim * self.kind.bytes();
-        &pages[page][head * bytes..][..bytes]
-    }
+/// A page for which room to write was made.
+fn own(page: &mut Arc<Page>) -> &mut Page {
+    Arc::get_mut(page).expect("the cache's own since room was made there")
 }
 
 /// One attention: a batch of queries at positions `start..` against a cache that holds them.
@@ -125,8 +185,27 @@ pub(super) struct Attend<'a> {
     pub(super) cache: &'a KvCache,
     pub(super) shape: &'a Attention,
     pub(super) start: usize,
+    /// Whether the tokens are decoded, one after the other.
+    pub(super) decode: bool,
     pub(super) operations: &'a Operations,
     pub(super) scratch: &'a Scratch,
+}
+
+/// Rows of one head in a page, as a kernel reads them.
+enum Span<'a> {
+    /// Where they are cached.
+    Cached(&'a [u8]),
+    /// Made of quantized ones.
+    Wide(Buffer),
+}
+
+impl Span<'_> {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Span::Cached(rows) => rows,
+            Span::Wide(wide) => bytemuck::cast_slice(wide),
+        }
+    }
 }
 
 /// Running sums of some queries in one buffer: largest scores, sums of weights, weighted values.
@@ -160,11 +239,11 @@ fn seen_from(shape: &Attention, position: usize) -> Range<usize> {
 
 /// What queries at `positions` do: each cached key and value that any of them sees is read, and each query multiplies
 /// and adds those that it sees.
-pub(in crate::backend) fn work(shape: &Attention, kind: KvType, positions: Range<usize>) -> Work {
+pub(in crate::backend) fn work(shape: &Attention, kinds: KvTypes, positions: Range<usize>) -> Work {
     let read = positions.end - seen_from(shape, positions.start).start;
     let seen: usize = positions.map(|p| seen_from(shape, p).len()).sum();
     Work {
-        kv_bytes: 2 * (read * shape.n_kv_heads * shape.head_dim * kind.bytes()) as u64,
+        kv_bytes: (read * shape.n_kv_heads * kinds.row_bytes(shape.head_dim)) as u64,
         attention_ops: 4 * (seen * shape.n_heads * shape.head_dim) as u64,
         ..Work::default()
     }
@@ -175,9 +254,26 @@ fn pages(shape: &Attention, positions: Range<usize>) -> Range<usize> {
     seen_from(shape, positions.start).start / PAGE..positions.end.div_ceil(PAGE)
 }
 
+/// Tokens of a task of `many_in_tiles`.
+fn tile_tokens(group: usize) -> usize {
+    (TILE_QUERIES / group).next_multiple_of(TILE_TOKENS)
+}
+
 /// Tokens of a task of `many`.
 fn task_tokens(group: usize) -> usize {
     (MAX_QUERIES / group).max(1)
+}
+
+/// Floats of the buffers in which a task widens the keys and values of `n_pages` pages.
+fn wide_floats(shape: &Attention, kinds: KvTypes, n_pages: usize) -> Vec<usize> {
+    let (n, wanted) = (shape.head_dim, read_as(kinds));
+    let kinds = [kinds.keys, kinds.values];
+    let n_wide = n_pages * kinds.iter().filter(|kind| **kind != wanted).count();
+    let mut floats = vec![wanted.row_bytes(PAGE * n) / size_of::<f32>(); n_wide];
+    if n_wide > 0 && wanted == KvType::F16 {
+        floats.push(WIDEN_ROWS * n);
+    }
+    floats
 }
 
 /// The floats of the buffers that queries at `positions` take on `n_threads`, those that may be held together side by
@@ -185,31 +281,40 @@ fn task_tokens(group: usize) -> usize {
 pub(in crate::backend) fn scratch(
     operations: &Operations,
     shape: &Attention,
-    kind: KvType,
+    kinds: KvTypes,
     step: Step,
     positions: Range<usize>,
     n_threads: usize,
 ) -> Vec<Vec<usize>> {
     let (n, group) = (shape.head_dim, shape.n_heads / shape.n_kv_heads);
-    if tiles(operations, shape, kind, step).is_some() {
-        return Vec::new();
+    let tasks = |task: Vec<usize>, n_tasks: usize| task.repeat(n_tasks.min(n_threads));
+    if tiles(operations, shape, kinds, step).is_some() {
+        let tokens = tile_tokens(group);
+        let last = positions.len().saturating_sub(1) / tokens * tokens;
+        let n_pages = pages(shape, positions.start + last..positions.end).len();
+        let n_tasks = positions.len().div_ceil(tokens) * shape.n_kv_heads;
+        return vec![tasks(wide_floats(shape, kinds, n_pages), n_tasks)];
     }
     if step == Step::Decode {
         let one = |p: usize| {
-            let partial = shape.n_kv_heads * pages(shape, p..p + 1).len() * Sums::floats(group, n);
-            vec![shape.n_heads * n, partial]
+            let n_tasks = shape.n_kv_heads * pages(shape, p..p + 1).len();
+            let mut floats = vec![shape.n_heads * n, n_tasks * Sums::floats(group, n)];
+            floats.extend(tasks(wide_floats(shape, kinds, 1), n_tasks));
+            floats
         };
         return positions.map(one).collect();
     }
     let tokens = task_tokens(group);
-    let tasks = |n_tokens: usize, n_tasks: usize| {
+    let many = |n_tokens: usize, n_tasks: usize| {
         let queries = n_tokens * group;
-        [queries * n, Sums::floats(queries, n)].repeat(n_tasks.min(n_threads))
+        let mut task = vec![queries * n, Sums::floats(queries, n)];
+        task.extend(wide_floats(shape, kinds, 1));
+        tasks(task, n_tasks)
     };
     // The last tokens come first.
     let (whole, rest) = (positions.len() / tokens, positions.len() % tokens);
-    let rest = (rest > 0).then(|| tasks(rest, shape.n_kv_heads));
-    let whole = (whole > 0).then(|| tasks(tokens, whole * shape.n_kv_heads));
+    let rest = (rest > 0).then(|| many(rest, shape.n_kv_heads));
+    let whole = (whole > 0).then(|| many(tokens, whole * shape.n_kv_heads));
     rest.into_iter().chain(whole).collect()
 }
 
@@ -217,11 +322,12 @@ pub(in crate::backend) fn scratch(
 fn tiles(
     operations: &Operations,
     shape: &Attention,
-    kind: KvType,
+    kinds: KvTypes,
     step: Step,
 ) -> Option<Ready<AttendTokens>> {
-    let fits =
-        step == Step::Prefill && kind == KvType::F16 && shape.head_dim.is_multiple_of(TILE_HEAD);
+    let fits = step == Step::Prefill
+        && read_as(kinds) == KvType::F16
+        && shape.head_dim.is_multiple_of(TILE_HEAD);
     operations.attend_tiles.filter(|_| fits)
 }
 
@@ -239,13 +345,60 @@ impl Attend<'_> {
         pages(self.shape, positions)
     }
 
+    /// Keys and values of a head in a page, as kernels read them; unspecified where a position is not in `seen`.
+    fn spans(&self, page: usize, kv_head: usize, seen: Range<usize>) -> [Span<'_>; 2] {
+        let in_page = |p: usize| p.saturating_sub(page * PAGE).min(PAGE);
+        // Whole tiles: a row in one that nobody sees weighs nothing, but it must be a number.
+        let seen = in_page(seen.start) / TILE_KEYS * TILE_KEYS..in_page(seen.end);
+        let cache = self.cache;
+        let wanted = read_as(cache.kinds);
+        let pages = [
+            (cache.kinds.keys, &cache.keys),
+            (cache.kinds.values, &cache.values),
+        ];
+        pages.map(|(kind, pages)| {
+            let bytes = kind.row_bytes(PAGE * cache.head_dim);
+            let rows = &pages[page][kv_head * bytes..][..bytes];
+            if kind == wanted {
+                return Span::Cached(rows);
+            }
+            let mut wide = self
+                .scratch
+                .take(wanted.row_bytes(PAGE * cache.head_dim) / size_of::<f32>());
+            self.widen(kind, rows, seen.clone(), wanted, &mut wide);
+            Span::Wide(wide)
+        })
+    }
+
+    /// Rows `seen` of a page as floats or half floats.
+    fn widen(&self, kind: KvType, rows: &[u8], seen: Range<usize>, to: KvType, wide: &mut [f32]) {
+        let n = self.cache.head_dim;
+        let row = kind.row_bytes(n);
+        let rows = &rows[seen.start * row..seen.end * row];
+        if to == KvType::F32 {
+            let wide = &mut wide[seen.start * n..seen.end * n];
+            return quant::dequantize(kind.dtype(), rows, wide);
+        }
+        let wide: &mut [u16] = bytemuck::cast_slice_mut(wide);
+        let wide = &mut wide[seen.start * n..seen.end * n];
+        let mut floats = self.scratch.take(WIDEN_ROWS * n);
+        let rows = rows.chunks(WIDEN_ROWS * row);
+        for (rows, wide) in rows.zip(wide.chunks_mut(WIDEN_ROWS * n)) {
+            let floats = &mut floats[..wide.len()];
+            quant::dequantize(kind.dtype(), rows, floats);
+            self.operations.to_f16.run(floats, wide);
+        }
+    }
+
     /// Adds one page to the sums of queries `q`, of which the first is at `position` and each position has a group.
     fn add_page(&self, page: usize, kv_head: usize, q: &[f32], position: usize, sums: &mut Sums) {
         let n = self.shape.head_dim;
-        let kernel = match self.cache.kind {
+        let kernel = match read_as(self.cache.kinds) {
             KvType::F32 => self.operations.attend_f32,
-            KvType::F16 => self.operations.attend_f16,
+            _ => self.operations.attend_f16,
         };
+        let seen = self.visible(position).start..position + sums.max.len().div_ceil(self.group());
+        let [k, v] = self.spans(page, kv_head, seen);
         for first in (0..sums.max.len()).step_by(MAX_QUERIES) {
             let queries = first..(first + MAX_QUERIES).min(sums.max.len());
             let mut visible = [(0, 0); MAX_QUERIES];
@@ -256,9 +409,10 @@ impl Attend<'_> {
             }
             kernel.run(&mut AttendSpan {
                 q: &q[queries.start * n..queries.end * n],
-                k: self.cache.span(&self.cache.keys, page, kv_head),
-                v: self.cache.span(&self.cache.values, page, kv_head),
+                k: k.bytes(),
+                v: v.bytes(),
                 head_dim: n,
+                decode: self.decode,
                 visible: &visible[..queries.len()],
                 max: &mut sums.max[queries.clone()],
                 sum: &mut sums.sum[queries.clone()],
@@ -319,23 +473,6 @@ impl Attend<'_> {
         let (n, group) = (self.shape.head_dim, self.group());
         let n_cols = self.shape.n_heads * n;
         let n_tokens = task_tokens(group);
-        let n_rows = out.len() / n_cols;
-        let positions = self.start..self.start + n_rows;
-        let kind = self.cache.kind;
-        let n_threads = pool.n_threads();
-        // Taken here first, so that as many are there as tasks can take at once, whoever is faster, and so that a worker
-        // never meets missing memory.
-        for together in scratch(
-            self.operations,
-            self.shape,
-            kind,
-            Step::Prefill,
-            positions,
-            n_threads,
-        ) {
-            let taken = together.into_iter().map(|len| self.scratch.take(len));
-            drop(taken.collect::<Vec<_>>());
-        }
         let mut outputs = [Output::new(out, n_cols)];
         pool.run_tiles(&mut outputs, (n_tokens, group * n), &|mut tile| {
             let kv_head = tile.first_col / (group * n);
@@ -369,7 +506,7 @@ impl Attend<'_> {
 
     /// The kernel that works in tiles, if this step and this cache have one.
     pub(super) fn tiles(&self, step: Step) -> Option<Ready<AttendTokens>> {
-        tiles(self.operations, self.shape, self.cache.kind, step)
+        tiles(self.operations, self.shape, self.cache.kinds, step)
     }
 
     /// As `many`, by a kernel that walks the pages itself and turns each into tiles once for a task.
@@ -382,15 +519,16 @@ impl Attend<'_> {
     ) {
         let (n, group) = (self.shape.head_dim, self.group());
         let n_cols = self.shape.n_heads * n;
-        let n_tokens = (TILE_QUERIES / group).next_multiple_of(TILE_TOKENS);
+        let n_tokens = tile_tokens(group);
         let mut outputs = [Output::new(out, n_cols)];
         pool.run_tiles(&mut outputs, (n_tokens, group * n), &|tile| {
             let kv_head = tile.first_col / (group * n);
             let start = self.start + tile.first_row;
             let pages = self.pages(start..start + tile.out.n_tokens());
-            let cache = self.cache;
-            let keys = pages.clone().map(|p| cache.span(&cache.keys, p, kv_head));
-            let values = pages.clone().map(|p| cache.span(&cache.values, p, kv_head));
+            let seen = self.visible(start).start..start + tile.out.n_tokens();
+            let spans = pages.clone().map(|p| self.spans(p, kv_head, seen.clone()));
+            let spans: Vec<_> = spans.collect();
+            let bytes = |which: usize| spans.iter().map(move |span| span[which].bytes());
             kernel.run(&mut AttendBatch {
                 q: &q[tile.first_row * n_cols + tile.first_col..],
                 q_stride: n_cols,
@@ -401,8 +539,8 @@ impl Attend<'_> {
                 window: self.shape.window,
                 first: pages.start * PAGE,
                 page: PAGE,
-                keys: &keys.collect::<Vec<_>>(),
-                values: &values.collect::<Vec<_>>(),
+                keys: &bytes(0).collect::<Vec<_>>(),
+                values: &bytes(1).collect::<Vec<_>>(),
                 out: tile.out,
             });
         });

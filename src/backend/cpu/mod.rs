@@ -31,7 +31,7 @@ use self::pool::{Output, Pool};
 use self::residency::{Place, Residency};
 use self::scratch::{Buffer, Scratch};
 use self::table::{ActFormat, Gated, GatedRows, MatMul, Operations, Ready, ShortConvRows};
-use super::{Activation, Attention, Backend, GatedFfn, KvType, Linear, Rope, RopePairs, Step};
+use super::{Activation, Attention, Backend, GatedFfn, KvTypes, Linear, Rope, RopePairs, Step};
 use crate::error::{Error, Result};
 use crate::profile::Work;
 use crate::quant::{self, Bytes, DType, Tensor as FileTensor};
@@ -75,11 +75,20 @@ pub struct Tensor {
     n_cols: usize,
 }
 
-/// What a short convolution remembers: `(n_rows, n_channels)`, oldest first.
-#[derive(Clone)]
+/// What a short convolution remembers: the `n_rows` that it reads, before them some more, by which it can be rewound.
 pub struct ConvState {
+    /// `(n_held, n_channels)`, oldest first. New rows are appended; where the room ends, the newest move to the front.
     u: Vec<f32>,
+    n_rows: usize,
     n_channels: usize,
+}
+
+/// Tokens that a convolution can take back: those of a rejected draft. A longer way back is rebuilt.
+const REWIND: usize = 16;
+
+/// Floats of the memory of a convolution that reads `n_rows`.
+pub(super) fn conv_floats(n_rows: usize, n_channels: usize) -> usize {
+    (n_rows + 2 * REWIND) * n_channels
 }
 
 /// Weight bytes that a task of a decode step reads at most: long streams for the memory, an end that is not waited for.
@@ -343,12 +352,34 @@ impl Backend for Cpu {
         data
     }
 
-    fn kv(&self, attention: &Attention, kind: KvType) -> KvCache {
-        KvCache::new(attention, kind)
+    fn kv(&self, attention: &Attention, kinds: KvTypes) -> KvCache {
+        KvCache::new(attention, kinds)
     }
 
-    fn kv_reserve(&self, kv: &mut KvCache, n: usize) -> Result<()> {
-        kv.reserve(n)
+    fn kv_reserve(&self, kv: &mut KvCache, positions: Range<usize>) -> Result<()> {
+        kv.reserve(positions)
+    }
+
+    fn kv_copy(&self, kv: &KvCache) -> Result<KvCache> {
+        Ok(kv.clone())
+    }
+
+    fn kv_save(
+        &self,
+        kv: &KvCache,
+        n: usize,
+        sink: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        kv.save(n, sink)
+    }
+
+    fn kv_load(
+        &self,
+        kv: &mut KvCache,
+        n: usize,
+        source: &mut dyn FnMut(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        kv.load(n, source)
     }
 
     fn kv_bytes(&self, kv: &KvCache) -> usize {
@@ -356,18 +387,45 @@ impl Backend for Cpu {
     }
 
     fn conv_bytes(&self, conv: &ConvState) -> usize {
-        size_of_val(&*conv.u)
+        conv.u.capacity() * size_of::<f32>()
     }
 
     fn conv(&self, n_rows: usize, n_channels: usize) -> ConvState {
-        ConvState {
-            u: vec![0.0; n_rows * n_channels],
+        let mut conv = ConvState {
+            u: Vec::with_capacity(conv_floats(n_rows, n_channels)),
+            n_rows,
             n_channels,
-        }
+        };
+        self.conv_reset(&mut conv);
+        conv
     }
 
     fn conv_reset(&self, conv: &mut ConvState) {
-        conv.u.fill(0.0);
+        conv.u.clear();
+        conv.u.resize(conv.n_rows * conv.n_channels, 0.0);
+    }
+
+    fn conv_rewind(&self, conv: &mut ConvState, n: usize) -> bool {
+        let kept = (conv.u.len() / conv.n_channels).checked_sub(n);
+        match kept.filter(|kept| *kept >= conv.n_rows) {
+            Some(kept) => conv.u.truncate(kept * conv.n_channels),
+            None => return false,
+        }
+        true
+    }
+
+    fn conv_rows(&self, conv: &ConvState, out: &mut Vec<f32>) {
+        out.extend_from_slice(conv.rows());
+    }
+
+    fn conv_set(&self, conv: &mut ConvState, rows: &[f32]) {
+        assert_eq!(
+            rows.len(),
+            conv.n_rows * conv.n_channels,
+            "rows of a convolution"
+        );
+        conv.u.clear();
+        conv.u.extend_from_slice(rows);
     }
 
     fn begin(&mut self, step: Step) {
@@ -509,17 +567,30 @@ impl Backend for Cpu {
         attention: &Attention,
     ) -> Tensor {
         let mut out = self.tensor(q.n_tokens, q.n_cols);
-        self.work += attention::work(attention, kv.kind(), start..start + q.n_tokens);
+        let (kinds, positions) = (kv.kinds(), start..start + q.n_tokens);
+        self.work += attention::work(attention, kinds, positions.clone());
+        // Taken first what tasks will take, so that it is there whichever thread is faster, and a worker never meets missing
+        // memory. Tasks of one token take nothing unless they widen.
+        if self.step == Step::Prefill || kinds.is_quantized() {
+            let (operations, n_threads) = (&self.operations, self.pool.n_threads());
+            for together in attention::scratch(
+                operations, attention, kinds, self.step, positions, n_threads,
+            ) {
+                let taken = together.into_iter().map(|len| self.scratch.take(len));
+                drop(taken.collect::<Vec<_>>());
+            }
+        }
         let attend = attention::Attend {
             cache: kv,
             shape: attention,
             start,
+            decode: self.step == Step::Decode,
             operations: &self.operations,
             scratch: &self.scratch,
         };
         if let Some(kernel) = attend.tiles(self.step) {
             attend.many_in_tiles(&self.pool, kernel, &q.data, &mut out.data);
-        } else if self.step == Step::Decode {
+        } else if attend.decode {
             // One, or a replay of some that came one by one.
             let rows = q
                 .data
@@ -541,7 +612,7 @@ impl Backend for Cpu {
             .n_tokens
             .div_ceil(4 * self.pool.n_threads())
             .max(PARALLEL_ROWS);
-        let state = &conv.u;
+        let state = conv.rows();
         self.pool.run_pieces(&mut out.data, rows * n, &|i, out| {
             let mut rows = ShortConvRows {
                 bcx: &bcx.data,
@@ -617,19 +688,26 @@ pub(super) fn step_of_wanted(step: Step, n_tokens: usize) -> Step {
 }
 
 impl ConvState {
-    /// Keeps the newest rows of `u = b * x`.
+    /// The newest `n_rows`.
+    fn rows(&self) -> &[f32] {
+        &self.u[self.u.len() - self.n_rows * self.n_channels..]
+    }
+
+    /// Appends the rows of `u = b * x`, as many of them as are worth keeping.
     fn push(&mut self, bcx: &Tensor) {
         let n = self.n_channels;
-        let n_rows = self.u.len() / n;
-        let keep = n_rows.saturating_sub(bcx.n_tokens);
-        self.u.copy_within((n_rows - keep) * n.., 0);
-        let newest = bcx.n_tokens - (n_rows - keep)..bcx.n_tokens;
-        for (u, t) in self.u[keep * n..].chunks_exact_mut(n).zip(newest) {
+        let most = self.n_rows + REWIND;
+        let new = bcx.n_tokens.min(most);
+        let held = self.u.len() / n;
+        if held + new > most + REWIND || new < bcx.n_tokens {
+            let kept = (most - new).min(held); // none if some of the new ones are skipped: rows are in sequence
+            self.u.copy_within((held - kept) * n.., 0);
+            self.u.truncate(kept * n);
+        }
+        for t in bcx.n_tokens - new..bcx.n_tokens {
             let row = bcx.row(t);
-            u.iter_mut()
-                .zip(&row[..n])
-                .zip(&row[2 * n..])
-                .for_each(|((u, b), x)| *u = b * x);
+            let u = row[..n].iter().zip(&row[2 * n..]).map(|(b, x)| b * x);
+            self.u.extend(u);
         }
     }
 }

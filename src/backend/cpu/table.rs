@@ -351,6 +351,9 @@ pub struct AttendSpan<'a> {
     pub v: &'a [u8],
     /// Elements of a head.
     pub head_dim: usize,
+    /// Whether these are the queries of one decoded token, whose sums may run in another order than those of a prefill.
+    /// In a prefill the result for a query must not depend on which others are beside it.
+    pub decode: bool,
     /// First and end of the keys that each query sees, `(n_queries)`.
     pub visible: &'a [(usize, usize)],
     /// Largest score so far, `(n_queries)`.

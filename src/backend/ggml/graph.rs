@@ -223,9 +223,10 @@ impl Graph {
         let kind = match cache.kind {
             KvType::F32 => sys::GGML_TYPE_F32,
             KvType::F16 => sys::GGML_TYPE_F16,
+            quantized => unreachable!("{quantized:?}: refused when the session was made"),
         };
         let memory = Held::Memory(Arc::clone(cache.memory));
-        let n = cache.memory.bytes() / cache.kind.bytes();
+        let n = cache.memory.bytes() / cache.kind.row_bytes(1);
         let whole = self.leaf(kind, [n, 1], memory);
         self.view(whole, cache.size, cache.strides, cache.offset)
     }

@@ -60,6 +60,26 @@ impl Memory {
         unsafe { std::ptr::copy_nonoverlapping(from.base(), self.base(), bytes) };
     }
 
+    /// Fills `out` with the bytes from `at`.
+    pub(super) fn read(&self, at: usize, out: &mut [u8]) {
+        let inside = at
+            .checked_add(out.len())
+            .is_some_and(|end| end <= self.bytes());
+        assert!(inside, "bytes of a buffer");
+        // SAFETY: the range lies in the buffer, as was just checked, and nobody writes to it now: see `Sync`.
+        unsafe { std::ptr::copy_nonoverlapping(self.base().add(at), out.as_mut_ptr(), out.len()) };
+    }
+
+    /// Puts `bytes` at `at`.
+    pub(super) fn write(&self, at: usize, bytes: &[u8]) {
+        let inside = at
+            .checked_add(bytes.len())
+            .is_some_and(|end| end <= self.bytes());
+        assert!(inside, "bytes of a buffer");
+        // SAFETY: the range lies in the buffer, as was just checked, and nobody reads it now: see `Sync`.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.base().add(at), bytes.len()) };
+    }
+
     /// Its size.
     pub(super) fn bytes(&self) -> usize {
         // SAFETY: the buffer lives as long as `self`.

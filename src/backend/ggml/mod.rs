@@ -8,11 +8,14 @@ mod graph;
 mod memory;
 mod sys;
 
+use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use self::graph::{CacheView, Graph, Node};
 use self::memory::{Memory, Repacked};
-use super::{Activation, Attention, Backend, KvType, Linear, Rope, RopePairs, Step};
+use super::{
+    Activation, Attention, Backend, KV_PAGE, KvType, KvTypes, Linear, Rope, RopePairs, Step,
+};
 use crate::error::{Error, Result};
 use crate::quant::{Bytes, DType, Tensor as FileTensor};
 
@@ -63,7 +66,8 @@ pub struct KvCache {
     owner: Arc<()>,
     memory: Option<[Arc<Memory>; 2]>,
     n_positions: usize,
-    kind: KvType,
+    /// Of keys, and of values.
+    kinds: [KvType; 2],
     n_kv_heads: usize,
     head_dim: usize,
 }
@@ -184,7 +188,7 @@ impl Mask {
     }
 
     /// All keys that some query sees.
-    fn keys(&self) -> std::ops::Range<usize> {
+    fn keys(&self) -> Range<usize> {
         self.first_key(self.start)..self.start + self.n_tokens
     }
 }
@@ -201,12 +205,12 @@ impl Tensor {
 }
 
 impl KvCache {
-    /// `n` positions from `start` of the keys or the values: `(head_dim, n_positions, n_kv_heads)`.
-    fn view<'a>(&self, memory: &'a Arc<Memory>, start: usize, n: usize) -> CacheView<'a> {
+    /// `n` positions from `start` of the keys (0) or the values (1): `(head_dim, n_positions, n_kv_heads)`.
+    fn view(&self, which: usize, start: usize, n: usize) -> CacheView<'_> {
         let row = self.n_kv_heads * self.head_dim;
         CacheView {
-            memory,
-            kind: self.kind,
+            memory: &self.memory()[which],
+            kind: self.kinds[which],
             size: [self.head_dim, n, self.n_kv_heads],
             strides: [row, self.head_dim],
             offset: start * row,
@@ -216,9 +220,44 @@ impl KvCache {
     fn memory(&self) -> &[Arc<Memory>; 2] {
         self.memory.as_ref().expect("room was made before")
     }
+
+    /// What [`Backend::kv_save`] tells of the first `n` positions: for each head in each page its memory, the bytes of a
+    /// row there, and where the rows lie.
+    fn spans(
+        &self,
+        n: usize,
+    ) -> impl Iterator<Item = (&Memory, usize, impl ExactSizeIterator<Item = usize>)> {
+        let pages = (0..n).step_by(KV_PAGE);
+        pages.flat_map(move |first| {
+            let heads = move |which: usize| (0..self.n_kv_heads).map(move |head| (which, head));
+            (0..2).flat_map(heads).map(move |(which, head)| {
+                let bytes = self.kinds[which].row_bytes(self.head_dim);
+                let positions = first..n.min(first + KV_PAGE);
+                let row = move |p: usize| (p * self.n_kv_heads + head) * bytes;
+                (&*self.memory()[which], bytes, positions.map(row))
+            })
+        })
+    }
 }
 
 impl ConvState {
+    /// Each element of `rows`, `(n_rows, n_channels)`, with its place.
+    fn elements<'a>(
+        &'a self,
+        rows: &'a mut [f32],
+    ) -> impl Iterator<Item = (&'a Memory, &'a mut f32, usize)> {
+        let (n_rows, n) = (self.n_rows, self.n_channels);
+        self.memory
+            .iter()
+            .zip(std::iter::once(rows))
+            .flat_map(move |(memory, rows)| {
+                let place = move |i: usize| (i % n * n_rows + i / n) * size_of::<f32>();
+                rows.iter_mut()
+                    .enumerate()
+                    .map(move |(i, x)| (&**memory, x, place(i)))
+            })
+    }
+
     fn view<'a>(&self, memory: &'a Arc<Memory>) -> CacheView<'a> {
         CacheView {
             memory,
@@ -265,26 +304,27 @@ impl Backend for Ggml {
         }
     }
 
-    fn kv(&self, attention: &Attention, kind: KvType) -> KvCache {
+    fn kv(&self, attention: &Attention, kinds: KvTypes) -> KvCache {
         KvCache {
             owner: Arc::clone(&self.owner),
             memory: None,
             n_positions: 0,
-            kind,
+            kinds: [kinds.keys, kinds.values],
             n_kv_heads: attention.n_kv_heads,
             head_dim: attention.head_dim,
         }
     }
 
-    fn kv_reserve(&self, kv: &mut KvCache, n: usize) -> Result<()> {
+    fn kv_reserve(&self, kv: &mut KvCache, positions: Range<usize>) -> Result<()> {
         self.check(&kv.owner);
+        let n = positions.end;
         assert!(self.graph.is_empty(), "a cache grows between passes");
         if n <= kv.n_positions {
             return Ok(());
         }
         let n = n.max(2 * kv.n_positions).next_multiple_of(KV_STEP);
-        let bytes = n * kv.n_kv_heads * kv.head_dim * kv.kind.bytes();
-        let grown = |old: Option<&Arc<Memory>>| {
+        let grown = |kind: KvType, old: Option<&Arc<Memory>>| {
+            let bytes = kind.row_bytes(n * kv.n_kv_heads * kv.head_dim);
             let mut memory = Memory::zeroed(bytes, "keys and values")?;
             if let Some(old) = old {
                 memory.copy_from(old);
@@ -292,8 +332,60 @@ impl Backend for Ggml {
             Ok(Arc::new(memory))
         };
         let old = |which: usize| kv.memory.as_ref().map(|memory| &memory[which]);
-        kv.memory = Some([grown(old(0))?, grown(old(1))?]);
+        kv.memory = Some([grown(kv.kinds[0], old(0))?, grown(kv.kinds[1], old(1))?]);
         kv.n_positions = n;
+        Ok(())
+    }
+
+    fn kv_copy(&self, kv: &KvCache) -> Result<KvCache> {
+        let copy = |memory: &Arc<Memory>| {
+            let mut copy = Memory::zeroed(memory.bytes(), "keys and values")?;
+            copy.copy_from(memory);
+            Ok(Arc::new(copy))
+        };
+        let memory = match &kv.memory {
+            Some([k, v]) => Some([copy(k)?, copy(v)?]),
+            None => None,
+        };
+        Ok(KvCache {
+            owner: Arc::clone(&self.owner),
+            memory,
+            ..*kv
+        })
+    }
+
+    fn kv_save(
+        &self,
+        kv: &KvCache,
+        n: usize,
+        sink: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let mut span = Vec::new();
+        for (memory, row_bytes, rows) in kv.spans(n) {
+            span.resize(rows.len() * row_bytes, 0);
+            for (row, at) in span.chunks_exact_mut(row_bytes).zip(rows) {
+                memory.read(at, row);
+            }
+            sink(&span)?;
+        }
+        Ok(())
+    }
+
+    fn kv_load(
+        &self,
+        kv: &mut KvCache,
+        n: usize,
+        source: &mut dyn FnMut(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        self.check(&kv.owner);
+        let mut span = Vec::new();
+        for (memory, row_bytes, rows) in kv.spans(n) {
+            span.resize(rows.len() * row_bytes, 0);
+            source(&mut span)?;
+            for (row, at) in span.chunks_exact(row_bytes).zip(rows) {
+                memory.write(at, row);
+            }
+        }
         Ok(())
     }
 
@@ -320,6 +412,30 @@ impl Backend for Ggml {
     fn conv_reset(&self, conv: &mut ConvState) {
         self.check(&conv.owner);
         conv.memory.iter().for_each(|memory| memory.clear());
+    }
+
+    fn conv_rewind(&self, _: &mut ConvState, n: usize) -> bool {
+        n == 0
+    }
+
+    fn conv_rows(&self, conv: &ConvState, out: &mut Vec<f32>) {
+        let start = out.len();
+        out.resize(start + conv.n_rows * conv.n_channels, 0.0);
+        for (memory, x, at) in conv.elements(&mut out[start..]) {
+            memory.read(at, bytemuck::bytes_of_mut(x));
+        }
+    }
+
+    fn conv_set(&self, conv: &mut ConvState, rows: &[f32]) {
+        self.check(&conv.owner);
+        assert_eq!(
+            rows.len(),
+            conv.n_rows * conv.n_channels,
+            "rows of a convolution"
+        );
+        for (memory, x, at) in conv.elements(&mut rows.to_vec()) {
+            memory.write(at, bytemuck::bytes_of(x));
+        }
     }
 
     fn begin(&mut self, _: Step) {}
@@ -387,11 +503,11 @@ impl Backend for Ggml {
     fn kv_write(&mut self, kv: &mut KvCache, k: &Tensor, v: &Tensor, start: usize) {
         self.check(&kv.owner);
         let n_cols = kv.n_kv_heads * kv.head_dim;
-        for (x, memory) in [k, v].into_iter().zip(kv.memory()) {
+        for (which, x) in [k, v].into_iter().enumerate() {
             assert_eq!(x.n_cols, n_cols, "a row of a cache");
             let rows = CacheView {
-                memory,
-                kind: kv.kind,
+                memory: &kv.memory()[which],
+                kind: kv.kinds[which],
                 size: [n_cols, x.n_tokens, 1],
                 strides: [n_cols, 0],
                 offset: start * n_cols,
@@ -419,9 +535,7 @@ impl Backend for Ggml {
         // A single query sees all the keys that it is given.
         let mask = (q.n_tokens > 1).then(|| self.mask(mask));
         let g = &mut self.graph;
-        let [k, v] = kv.memory();
-        let k = g.load(&kv.view(k, keys.start, keys.len()));
-        let v = g.load(&kv.view(v, keys.start, keys.len()));
+        let [k, v] = [0, 1].map(|which| g.load(&kv.view(which, keys.start, keys.len())));
         let heads = g.reshape(q.node, [n, n_heads, q.n_tokens]);
         let queries = g.swap_rows(heads);
         let out = g.flash_attention([queries, k, v], mask, attention.scale);

@@ -7,7 +7,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kinglet::sampler::{Settings, Source, preset};
 use kinglet::session::{GenerateOptions, OnExceed};
-use kinglet::{BackendKind, KvType, Model, Session, SessionOptions};
+use kinglet::{BackendKind, KvType, KvTypes, Model, Session, SessionOptions};
 
 use crate::failure::Outcome;
 use crate::ui;
@@ -164,17 +164,34 @@ fn size(text: &str) -> Result<u64, String> {
     }
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum CacheType {
-    F16,
-    F32,
+/// The types of cached keys and values, for a parser.
+fn cache_types() -> impl TypedValueParser<Value = KvType> {
+    PossibleValuesParser::new(KvType::ALL.map(KvType::name)).map(|name| {
+        let found = KvType::ALL.into_iter().find(|kind| kind.name() == name);
+        found.expect("one of their names")
+    })
 }
 
-impl From<CacheType> for KvType {
-    fn from(kind: CacheType) -> Self {
-        match kind {
-            CacheType::F16 => KvType::F16,
-            CacheType::F32 => KvType::F32,
+/// In which types keys and values are cached.
+#[derive(Args)]
+pub struct CacheArgs {
+    /// Type of cached keys and values [default: f16]
+    #[arg(long, value_name = "TYPE", value_parser = cache_types())]
+    cache_type: Option<KvType>,
+    /// Type of cached keys alone
+    #[arg(long, visible_alias = "ctk", value_name = "TYPE", value_parser = cache_types())]
+    cache_type_k: Option<KvType>,
+    /// Type of cached values alone
+    #[arg(long, visible_alias = "ctv", value_name = "TYPE", value_parser = cache_types())]
+    cache_type_v: Option<KvType>,
+}
+
+impl CacheArgs {
+    pub fn types(&self) -> KvTypes {
+        let both = self.cache_type.unwrap_or_default();
+        KvTypes {
+            keys: self.cache_type_k.unwrap_or(both),
+            values: self.cache_type_v.unwrap_or(both),
         }
     }
 }
@@ -188,9 +205,8 @@ pub struct SessionArgs {
     /// Tokens read at once
     #[arg(short, long, visible_alias = "batch-size", value_name = "N", default_value = "512", value_parser = positive)]
     batch: usize,
-    /// Type of cached keys and values
-    #[arg(long, value_name = "TYPE", default_value = "f16")]
-    cache_type: CacheType,
+    #[command(flatten)]
+    cache: CacheArgs,
 }
 
 fn positive(text: &str) -> Result<usize, String> {
@@ -213,7 +229,7 @@ impl SessionArgs {
     pub fn options(&self) -> SessionOptions {
         SessionOptions {
             n_ctx: self.ctx.unwrap_or(0),
-            kv: self.cache_type.into(),
+            kv: self.cache.types(),
             batch: self.batch,
         }
     }
@@ -324,6 +340,9 @@ pub struct ChatArgs {
     /// Instructions before the conversation
     #[arg(short, long, value_name = "TEXT")]
     pub system: Option<String>,
+    /// Keep the conversation under this name, and go on where it ended, without reading it again
+    #[arg(long = "session", value_name = "NAME")]
+    pub name: Option<String>,
     /// Neither greeting nor statistics
     #[arg(short, long)]
     pub quiet: bool,
@@ -356,6 +375,9 @@ pub struct RunArgs {
     /// With --raw: control tokens spelled in the text become control tokens
     #[arg(long, requires = "raw")]
     pub special: bool,
+    /// Keep the prompt as it was read in this file, and read no more of the next than is different
+    #[arg(long, value_name = "FILE")]
+    pub prompt_cache: Option<PathBuf>,
     /// One JSON object with text, tokens, end and times
     #[arg(long)]
     pub json: bool,
@@ -485,9 +507,8 @@ pub struct PplArgs {
     /// Tokens read at once
     #[arg(short, long, visible_alias = "batch-size", value_name = "N", default_value = "512", value_parser = positive)]
     pub batch: usize,
-    /// Type of cached keys and values
-    #[arg(long, value_name = "TYPE", default_value = "f16")]
-    pub cache_type: CacheType,
+    #[command(flatten)]
+    pub cache: CacheArgs,
     /// One JSON object
     #[arg(long)]
     pub json: bool,
@@ -605,12 +626,12 @@ pub struct BenchArgs {
     /// Threads [default: as many as there are cores for this process]
     #[arg(short, long, value_name = "N")]
     threads: Vec<Numbers>,
-    /// Type of cached keys, and values; also `-ctk` [default: f16]
-    #[arg(long, value_name = "TYPE", value_delimiter = ',')]
-    pub cache_type_k: Vec<CacheType>,
-    /// The same as --cache-type-k: both have one type; also `-ctv`
-    #[arg(long, value_name = "TYPE", value_delimiter = ',')]
-    pub cache_type_v: Vec<CacheType>,
+    /// Type of cached keys; also `-ctk` [default: f16]
+    #[arg(long, value_name = "TYPE", value_delimiter = ',', value_parser = cache_types())]
+    pub cache_type_k: Vec<KvType>,
+    /// Type of cached values; also `-ctv` [default: f16]
+    #[arg(long, value_name = "TYPE", value_delimiter = ',', value_parser = cache_types())]
+    pub cache_type_v: Vec<KvType>,
     #[command(flatten)]
     pub budget: BudgetArgs,
     /// Times that each test is run

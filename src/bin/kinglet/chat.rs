@@ -1,12 +1,11 @@
 //! `kinglet chat`: the conversation in a terminal, or through a pipe, where each line is a turn.
 
-use std::fs;
 use std::io::{self, BufRead, IsTerminal};
 use std::path::{Path, PathBuf};
 
 use kinglet::sampler::{Sampler, Settings, Source};
 use kinglet::session::{Chat, Event, Finish, GenerateOptions, Reply, Stats};
-use kinglet::{KvType, Model};
+use kinglet::{KvTypes, Model};
 use rustyline::completion::{Completer, FilenameCompleter, Pair};
 use rustyline::error::ReadlineError;
 use rustyline::highlight::Highlighter;
@@ -17,6 +16,7 @@ use rustyline::{Behavior, CompletionType, Config, Context, Editor, Helper};
 
 use crate::args::ChatArgs;
 use crate::failure::{Failure, Outcome};
+use crate::store::{self, SessionFile};
 use crate::ui::{self, Paint, ReplyPrinter};
 use crate::{interrupt, locate, show};
 
@@ -28,7 +28,7 @@ const HELP: &str = "\
   /undo               take the last exchange back
   /set NAME VALUE     temp, top-k, top-p, min-p, … (see /show), system, max-tokens, stop, stats
   /show [WHAT]        settings, model, system, template, messages
-  /save FILE          write the conversation as JSON
+  /save FILE          write the conversation with all that was computed, or its messages alone if FILE ends in .json
   /load FILE          go on with a saved conversation
   /read FILE          put the text of a file before your next message
   /stats              counts, times and memory
@@ -52,9 +52,9 @@ pub fn run(args: &ChatArgs) -> Outcome {
             model.gguf().path().display()
         )));
     }
+    let file = args.name.as_deref().map(SessionFile::open).transpose()?;
     let sampler = Sampler::new(&args.sampling.settings(&model)?);
-    let mut chat = Chat::new(args.session.open(&model)?)?;
-    chat.set_system(args.system.as_deref());
+    let chat = Chat::new(args.session.open(&model)?)?;
     let mut input = Input::new();
     if !args.quiet && input.is_terminal() {
         greet(&model, &chat);
@@ -62,6 +62,8 @@ pub fn run(args: &ChatArgs) -> Outcome {
     let mut repl = Repl {
         chat,
         sampler,
+        file,
+        changed: false,
         options: args.end.options(),
         stats: !args.quiet,
         kv: args.session.options().kv,
@@ -69,6 +71,10 @@ pub fn run(args: &ChatArgs) -> Outcome {
         totals: Totals::default(),
         paint: Paint::stderr(),
     };
+    repl.resume()?;
+    if args.system.is_some() {
+        repl.chat.set_system(args.system.as_deref());
+    }
     while let Some(line) = input.message()? {
         if !repl.take(&line)? {
             break;
@@ -95,6 +101,7 @@ struct Totals {
     replies: usize,
     prompt_tokens: usize,
     reused_tokens: usize,
+    replayed_tokens: usize,
     decode_tokens: usize,
     last: Option<Stats>,
 }
@@ -102,10 +109,13 @@ struct Totals {
 struct Repl {
     chat: Chat,
     sampler: Sampler,
+    /// Where the conversation is kept, and whether it is no longer what is kept there.
+    file: Option<SessionFile>,
+    changed: bool,
     options: GenerateOptions,
     /// Whether each reply is followed by a line of statistics.
     stats: bool,
-    kv: KvType,
+    kv: KvTypes,
     /// Text of files that goes before the next message.
     before: String,
     totals: Totals,
@@ -120,6 +130,7 @@ impl Repl {
             Message::Line(line) if line.starts_with('/') => self.command(line),
             Message::Line(text) | Message::Block(text) => self.say(text).map(|()| true),
         };
+        let done = done.and_then(|go_on| self.keep().map(|()| go_on));
         match done {
             Err(Failure::Stream(error)) => Err(Failure::Stream(error)),
             Err(failure) => {
@@ -130,6 +141,27 @@ impl Repl {
             }
             done => done,
         }
+    }
+
+    /// Goes on where the session of that name ended.
+    fn resume(&mut self) -> Outcome {
+        match &self.file {
+            Some(file) if file.path().exists() => {
+                let path = file.path().to_owned();
+                self.load(&path)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Keeps the conversation, if it has a name and has changed.
+    fn keep(&mut self) -> Outcome {
+        if let Some(file) = &self.file
+            && std::mem::take(&mut self.changed)
+        {
+            self.chat.save_state(file.path(), &self.sampler)?;
+        }
+        Ok(())
     }
 
     fn complain(&self, line: &str) {
@@ -175,9 +207,11 @@ impl Repl {
     /// What is to be told after a reply.
     fn after(&mut self, reply: &Reply) {
         let stats = &reply.stats;
+        self.changed = true;
         self.totals.replies += 1;
         self.totals.prompt_tokens += stats.prompt_tokens;
         self.totals.reused_tokens += stats.reused_tokens;
+        self.totals.replayed_tokens += stats.replayed_tokens;
         self.totals.decode_tokens += stats.decode_tokens;
         self.totals.last = Some(*stats);
         let end = match reply.finish {
@@ -212,26 +246,40 @@ impl Repl {
             "/bye" | "/exit" | "/quit" => return Ok(false),
             "/clear" => {
                 self.chat.clear();
+                self.changed = true;
                 self.before.clear();
                 ui::note("cleared");
             }
             "/regen" => self.regenerate()?,
             "/undo" => match self.chat.undo() {
-                Some(text) => ui::note(&format!("took back: {}", shortened(&text))),
+                Some(text) => {
+                    self.changed = true;
+                    ui::note(&format!("took back: {}", shortened(&text)));
+                }
                 None => ui::note("there is nothing to take back"),
             },
             "/set" => self.set(rest)?,
             "/show" => self.show(rest)?,
             "/save" => {
                 let path = file(rest)?;
-                self.chat.save(&path)?;
+                if path
+                    .extension()
+                    .is_some_and(|e| e.eq_ignore_ascii_case("json"))
+                {
+                    self.chat.save(&path)?;
+                } else {
+                    self.chat.save_state(&path, &self.sampler)?;
+                }
                 ui::note(&format!(
                     "saved {} messages to {}",
                     self.chat.messages().len(),
                     path.display()
                 ));
             }
-            "/load" => self.load(&file(rest)?)?,
+            "/load" => {
+                self.load(&file(rest)?)?;
+                self.changed = true;
+            }
             "/read" => {
                 let path = file(rest)?;
                 let text = ui::read_text(&path)?;
@@ -266,6 +314,7 @@ impl Repl {
             "system" => {
                 self.chat
                     .set_system(Some(unquoted(value)).filter(|text| !text.is_empty()));
+                self.changed = true;
             }
             "max-tokens" => {
                 let n: i64 = value.parse().map_err(|_| {
@@ -340,15 +389,29 @@ impl Repl {
     }
 
     fn load(&mut self, path: &Path) -> Outcome {
-        let model = self.chat.load(path)?;
+        let loaded = self.chat.load(path)?;
+        let kept = match loaded.n_tokens {
+            0 => String::new(),
+            n => format!(", {n} tokens that need not be read again"),
+        };
         ui::note(&format!(
-            "{} messages from {}",
+            "{} messages from {}{kept}",
             self.chat.messages().len(),
             path.display()
         ));
+        if let Some(why) = loaded.reread {
+            ui::note(&format!("note: {why}: the next reply reads all messages"));
+        }
         let here = &self.chat.model().info().name;
-        if let Some(model) = model.filter(|model| model != here) {
+        if let Some(model) = loaded.model.filter(|model| model != here) {
             ui::note(&format!("note: held with {model}, now {here}"));
+        }
+        let seed = &self.sampler.settings().seed;
+        if let Some(generator) = loaded.generator
+            && seed.source != Source::Flag
+            && seed.source != Source::Set
+        {
+            self.sampler.set_generator(generator);
         }
         Ok(())
     }
@@ -359,7 +422,7 @@ impl Repl {
         let totals = &self.totals;
         ui::note(&format!(
             "  messages      {}\n  context       {} of {} tokens\n  replies       {}, {} tokens decoded\n  \
-             prompts       {} tokens, {} of them kept from before\n  memory        {} keys and values, {} convolutions, \
+             prompts       {} tokens, {} of them kept from before, {} replayed to go back\n  memory        {} keys and values, {} convolutions, \
              {} scratch, {} weights (mapped)",
             self.chat.messages().len(),
             session.tokens().len(),
@@ -368,6 +431,7 @@ impl Repl {
             totals.decode_tokens,
             totals.prompt_tokens,
             totals.reused_tokens,
+            totals.replayed_tokens,
             ui::bytes(memory.kv as u64),
             ui::bytes(memory.conv as u64),
             ui::bytes(memory.scratch as u64),
@@ -441,7 +505,7 @@ impl Input {
         match editor() {
             Ok(editor) => {
                 let mut editor = Box::new(editor);
-                let history = history_file();
+                let history = store::state_folder("").map(|folder| folder.join("history"));
                 if let Some(path) = &history {
                     let _ = editor.load_history(path); // none yet, the first time
                 }
@@ -558,26 +622,6 @@ fn editor() -> rustyline::Result<Editor<Assistant, FileHistory>> {
         files: FilenameCompleter::new(),
     }));
     Ok(editor)
-}
-
-/// `$XDG_STATE_HOME/kinglet/history`, in a directory that only its owner can read.
-fn history_file() -> Option<PathBuf> {
-    let absolute = |name: &str| {
-        let path = PathBuf::from(std::env::var_os(name)?);
-        path.is_absolute().then_some(path)
-    };
-    let state =
-        absolute("XDG_STATE_HOME").or_else(|| Some(absolute("HOME")?.join(".local/state")))?;
-    let folder = state.join("kinglet");
-    let mut builder = fs::DirBuilder::new();
-    builder.recursive(true);
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::DirBuilderExt;
-        builder.mode(0o700);
-    }
-    builder.create(&folder).ok()?;
-    Some(folder.join("history"))
 }
 
 /// Completes commands, names of settings and files.

@@ -111,7 +111,7 @@ fn ppl(args: &PplArgs) -> Outcome {
 fn open(model: &Model, args: &PplArgs) -> Outcome<Session> {
     let options = SessionOptions {
         n_ctx: args.ctx,
-        kv: args.cache_type.into(),
+        kv: args.cache.types(),
         batch: args.batch,
     };
     Ok(Session::new(model, &options)?)

@@ -74,6 +74,7 @@ impl Failure {
             Failure::Library(error) => match error {
                 Error::Invalid(_) => USAGE,
                 Error::BadFile { .. }
+                | Error::Mismatch { .. }
                 | Error::BadModel(_)
                 | Error::Unsupported { .. }
                 | Error::Template(_) => 3,

@@ -17,6 +17,7 @@ mod plan;
 mod quantize;
 mod run;
 mod show;
+mod store;
 mod tokenize;
 mod ui;
 

@@ -97,7 +97,7 @@ impl Report<'_> {
             ui::one_line(&self.model.info().name),
             options.n_ctx,
             options.batch,
-            options.kv.name(),
+            options.kv,
             self.model.n_threads()
         );
         for (name, n, kind) in self.rows().iter().filter(|row| row.1 > 0) {
@@ -171,7 +171,8 @@ impl Report<'_> {
             "file": self.model.gguf().path().display().to_string(),
             "n_ctx": plan.options.n_ctx,
             "batch": plan.options.batch,
-            "cache_type": plan.options.kv.name(),
+            "cache_type_k": plan.options.kv.keys.name(),
+            "cache_type_v": plan.options.kv.values.name(),
             "threads": self.model.n_threads(),
             "bytes": {
                 "weights": bytes.weights,

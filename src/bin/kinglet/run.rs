@@ -3,11 +3,11 @@
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 
-use kinglet::Session;
 use kinglet::profile::machine::Resident;
 use kinglet::sampler::Sampler;
-use kinglet::session::{Chat, Event, Finish, GenerateOptions, Reply, generate};
+use kinglet::session::{Chat, Event, Extra, Finish, GenerateOptions, Reply, generate};
 use kinglet::tokenizer::Special;
+use kinglet::{Error, Model, Session};
 use serde_json::json;
 
 use crate::args::RunArgs;
@@ -29,7 +29,10 @@ pub fn run(args: &RunArgs) -> Outcome {
     };
     let model = locate::load_within(&args.model, &args.budget)?;
     let mut sampler = Sampler::new(&args.sampling.settings(&model)?);
-    let session = args.session.open(&model)?;
+    let session = match &args.prompt_cache {
+        Some(path) if path.exists() => cached(path, &model, args)?,
+        _ => args.session.open(&model)?,
+    };
     let n_ctx = session.n_ctx();
     let raw = args.raw || model.tokenizer()?.chat_template().is_none();
     if raw && args.system.is_some() {
@@ -50,7 +53,10 @@ pub fn run(args: &RunArgs) -> Outcome {
     };
     drop(busy);
     printer.end()?;
-    let reply = reply?;
+    let (reply, session) = reply?;
+    if let Some(path) = &args.prompt_cache {
+        cache(session, &reply, path)?;
+    }
     if args.json {
         print_json(&reply, &sampler)?;
     } else if !args.quiet {
@@ -62,9 +68,33 @@ pub fn run(args: &RunArgs) -> Outcome {
         Finish::Cancelled => Err(Failure::Interrupted),
         Finish::ContextFull => {
             let needed = n_ctx + 1;
-            Err(kinglet::Error::ContextFull { needed, n_ctx }.into())
+            Err(Error::ContextFull { needed, n_ctx }.into())
         }
     }
+}
+
+/// The session in a file, if it is of use.
+fn cached(path: &Path, model: &Model, args: &RunArgs) -> Outcome<Session> {
+    match Session::load(model, path, &args.session.options()) {
+        Err(error @ (Error::Mismatch { .. } | Error::ContextFull { .. })) => {
+            ui::note(&format!(
+                "note: {error}; the whole prompt is read and the file replaced"
+            ));
+            args.session.open(model)
+        }
+        session => Ok(session?),
+    }
+}
+
+/// Keeps the session as it was after the prompt, unless all of it came from the file.
+fn cache(mut session: Session, reply: &Reply, path: &Path) -> Outcome {
+    let n = reply.stats.prompt_tokens;
+    if n > reply.stats.reused_tokens && n <= session.tokens().len() {
+        session.truncate(n)?;
+        session.recall_logits()?;
+        session.save(path, &Extra::default())?;
+    }
+    Ok(())
 }
 
 fn answer(
@@ -73,11 +103,12 @@ fn answer(
     args: &RunArgs,
     sampler: &mut Sampler,
     printer: &mut ReplyPrinter,
-) -> Outcome<Reply> {
+) -> Outcome<(Reply, Session)> {
     let mut chat = Chat::new(session)?;
     chat.set_system(args.system.as_deref());
     let on = &mut |event: Event| printer.on(event);
-    Ok(chat.send(prompt, sampler, &args.end.options(), on)?)
+    let reply = chat.send(prompt, sampler, &args.end.options(), on)?;
+    Ok((reply, chat.into_session()))
 }
 
 fn continue_text(
@@ -86,7 +117,7 @@ fn continue_text(
     args: &RunArgs,
     sampler: &mut Sampler,
     printer: &mut ReplyPrinter,
-) -> Outcome<Reply> {
+) -> Outcome<(Reply, Session)> {
     let special = if args.special {
         Special::Parse
     } else {
@@ -107,7 +138,8 @@ fn continue_text(
         ..args.end.options()
     };
     let on = &mut |event: Event| printer.on(event);
-    Ok(generate(&mut session, &tokens, sampler, &options, on)?)
+    let reply = generate(&mut session, &tokens, sampler, &options, on)?;
+    Ok((reply, session))
 }
 
 fn print_json(reply: &Reply, sampler: &Sampler) -> Outcome {
@@ -125,6 +157,8 @@ fn print_json(reply: &Reply, sampler: &Sampler) -> Outcome {
         })),
         "timings": {
             "prompt_tokens": stats.prompt_tokens,
+            "reused_tokens": stats.reused_tokens,
+            "replayed_tokens": stats.replayed_tokens,
             "prefill_ms": ms(stats.prefill),
             "prefill_tokens_per_second": stats.prefill_rate(),
             "first_token_ms": ms(stats.first_token),

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::io::{self, Write as _};
 
 use kinglet::sampler::Settings;
-use kinglet::{KvType, Model, Session};
+use kinglet::{KvTypes, Model, Session};
 use serde_json::{Map, json};
 
 use crate::args::{ShowArgs, recommended};
@@ -30,7 +30,7 @@ pub fn run(args: &ShowArgs) -> Outcome {
 }
 
 /// What the model is and needs.
-pub fn card(session: &Session, kv: KvType) -> String {
+pub fn card(session: &Session, kv: KvTypes) -> String {
     let model = session.model();
     let info = model.info();
     let config = &info.config;
@@ -109,10 +109,10 @@ pub fn sampling(settings: &Settings) -> String {
 }
 
 /// Bytes of keys and values of a full context.
-fn kv_bytes(session: &Session, kv: KvType) -> u64 {
+fn kv_bytes(session: &Session, kv: KvTypes) -> u64 {
     let config = &session.model().info().config;
     let heads: usize = config.n_kv_heads.iter().sum();
-    let bytes = 2 * heads as u64 * config.head_dim as u64 * kv.bytes() as u64;
+    let bytes = heads as u64 * kv.row_bytes(config.head_dim) as u64;
     bytes * session.n_ctx() as u64
 }
 
@@ -173,7 +173,7 @@ fn template(model: &Model) -> String {
     format!("{family}, {} bytes", template.len())
 }
 
-fn json(session: &Session, kv: KvType, settings: &Settings) -> serde_json::Value {
+fn json(session: &Session, kv: KvTypes, settings: &Settings) -> serde_json::Value {
     let model = session.model();
     let info = model.info();
     let config = &info.config;

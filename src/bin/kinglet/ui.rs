@@ -187,7 +187,8 @@ pub fn stats_line(stats: &Stats) -> String {
     let read = stats.prompt_tokens - stats.reused_tokens;
     let kept = match stats.reused_tokens {
         0 => String::new(),
-        n => format!(" (+{n} kept)"),
+        n if stats.replayed_tokens == 0 => format!(" (+{n} kept)"),
+        n => format!(" (+{n} kept, {} replayed)", stats.replayed_tokens),
     };
     let mut line = format!(
         "prefill {read} tokens{kept} {:.1} tok/s",

@@ -3,7 +3,7 @@
 use super::attention::SelfAttention;
 use super::embedding::Embedding;
 use super::ffn;
-use crate::backend::{Activation, Backend, GatedFfn, KvType, Rope};
+use crate::backend::{Activation, Backend, GatedFfn, KvTypes, Rope};
 use crate::error::{Error, Result};
 use crate::model::config::Config;
 use crate::model::state::{LayerState, State};
@@ -58,7 +58,7 @@ impl<B: Backend> Network<B> for Decoder<B> {
         &self.config
     }
 
-    fn state(&self, backend: &B, kv: KvType) -> State<B> {
+    fn state(&self, backend: &B, kv: KvTypes) -> State<B> {
         let layers = self
             .layers
             .iter()

@@ -81,7 +81,8 @@ macro_rules! attend {
             let mut key_tile: Tile<C> = [[[0.0; v::LANES]; C]; KEYS];
             let mut value_tile: Tile<C> = key_tile;
             let mut weights = [[0.0f32; KEYS]; QUERIES];
-            let mut start = seen.start;
+            // From a multiple: which keys share a tile must not depend on what other queries see.
+            let mut start = seen.start / KEYS * KEYS;
             while start < seen.end {
                 let end = seen.end.min(start + KEYS);
                 widen(keys, n, start..end, &mut key_tile);
@@ -123,9 +124,10 @@ macro_rules! attend {
             }
         }
 
-        /// Whether there are few queries and all see the same keys.
+        /// Whether there are few queries and all see the same keys, those of one token.
         fn few(span: &AttendSpan) -> bool {
-            (1..=FEW).contains(&span.visible.len())
+            span.decode
+                && (1..=FEW).contains(&span.visible.len())
                 && span.visible.iter().all(|keys| *keys == span.visible[0])
         }
 

@@ -659,6 +659,7 @@ fn attend(kernel: Ready<Attend>, case: &Case, keys: Vec<u8>) -> Prepared {
             k: &keys,
             v: &keys,
             head_dim: k,
+            decode: true,
             visible: &visible,
             max: &mut max,
             sum: &mut sum,

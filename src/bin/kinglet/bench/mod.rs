@@ -23,7 +23,7 @@ use kinglet::backend::cpu::table::{self, Operations};
 use kinglet::model::quantize::Mix;
 use kinglet::profile::machine::{self, Resident};
 use kinglet::profile::roofline::Resource;
-use kinglet::{KvType, LoadOptions, Model, Session, SessionOptions};
+use kinglet::{KvType, KvTypes, LoadOptions, Model, Session, SessionOptions};
 
 use crate::args::BenchArgs;
 use crate::failure::{Failure, Outcome};
@@ -249,7 +249,7 @@ fn wait(seconds: u64) -> Outcome {
     Ok(())
 }
 
-fn card(model: &Model, kv: KvType) -> ModelCard {
+fn card(model: &Model, kv: KvTypes) -> ModelCard {
     let info = model.info();
     let meta = model.gguf().metadata();
     let id = meta.get("general.file_type").and_then(|v| v.as_integer());
@@ -272,7 +272,7 @@ fn card(model: &Model, kv: KvType) -> ModelCard {
 }
 
 /// The rows of the kernel table that a model uses: for each format of its matrices, then of the other operations.
-fn kernels(model: &Model, kv: KvType) -> Vec<&'static str> {
+fn kernels(model: &Model, kv: KvTypes) -> Vec<&'static str> {
     let tensors = model.gguf().tensors();
     // The taps of a convolution are a table, not a matrix that something is multiplied with.
     let matrices = tensors.filter(|t| t.dims().len() > 1 && !t.name.contains("shortconv.conv"));
@@ -290,11 +290,12 @@ fn kernels(model: &Model, kv: KvType) -> Vec<&'static str> {
     }
     let ops = Operations::best();
     rows.push(ops.quantize.name());
-    rows.push(match kv {
-        KvType::F16 => ops.attend_f16.name(),
-        KvType::F32 => ops.attend_f32.name(),
+    let floats = kv.keys == KvType::F32 || kv.values == KvType::F32;
+    rows.push(match floats {
+        false => ops.attend_f16.name(),
+        true => ops.attend_f32.name(),
     });
-    if kv == KvType::F16 && model.info().config.head_dim.is_multiple_of(64) {
+    if !floats && model.info().config.head_dim.is_multiple_of(64) {
         rows.extend(ops.attend_tiles.map(|row| row.name()));
     }
     if model.info().config.conv_reach > 0 {

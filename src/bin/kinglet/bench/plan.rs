@@ -4,9 +4,9 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use kinglet::{BackendKind, KvType};
+use kinglet::{BackendKind, KvType, KvTypes};
 
-use crate::args::{BenchArgs, CacheType};
+use crate::args::BenchArgs;
 use crate::failure::{Failure, Outcome};
 use crate::locate;
 
@@ -58,7 +58,7 @@ pub struct Group {
     pub n_batch: usize,
     /// Tokens of a step of that.
     pub n_ubatch: usize,
-    pub kv: KvType,
+    pub kv: KvTypes,
     pub n_threads: usize,
     pub tests: Vec<Test>,
 }
@@ -86,7 +86,7 @@ pub fn groups(args: &BenchArgs) -> Outcome<Vec<Group>> {
             "nothing to measure: expected a -p, -n or --pg above 0",
         ));
     }
-    let kinds = kv_types(args)?;
+    let kinds = kv_types(args);
     let mut groups = Vec::new();
     for model in models(args)? {
         for &n_batch in &n_batch {
@@ -143,21 +143,15 @@ fn tests(args: &BenchArgs, depths: &[usize]) -> Vec<Test> {
     tests
 }
 
-/// Keys and values have one type here; llama-bench's two flags must agree.
-fn kv_types(args: &BenchArgs) -> Outcome<Vec<KvType>> {
-    let (k, v) = (&args.cache_type_k, &args.cache_type_v);
-    if !k.is_empty() && !v.is_empty() && k != v {
-        return Err(Failure::usage(
-            "--cache-type-k and --cache-type-v: expected the same types, found different ones",
-        ));
-    }
-    let given = if k.is_empty() { v } else { k };
-    let kinds = given.iter().map(|kind| KvType::from(*kind));
-    Ok(if given.is_empty() {
-        vec![KvType::from(CacheType::F16)]
-    } else {
-        kinds.collect()
-    })
+/// Every type of keys with every type of values.
+fn kv_types(args: &BenchArgs) -> Vec<KvTypes> {
+    let given = |kinds: &[KvType]| match kinds {
+        [] => vec![KvType::default()],
+        kinds => kinds.to_vec(),
+    };
+    let (keys, values) = (given(&args.cache_type_k), given(&args.cache_type_v));
+    let with = |keys: KvType| values.iter().map(move |&values| KvTypes { keys, values });
+    keys.iter().flat_map(|&keys| with(keys)).collect()
 }
 
 #[cfg(test)]

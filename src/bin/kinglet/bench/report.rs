@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use kinglet::profile::Work;
 use kinglet::profile::machine::Resident;
-use kinglet::{BackendKind, KvType};
+use kinglet::{BackendKind, KvTypes};
 use serde_json::json;
 
 use crate::bench::output::{Column, Record, Table};
@@ -130,7 +130,7 @@ impl Shown {
         Self {
             n_batch: groups.iter().any(|g| g.n_batch != 2048),
             n_ubatch: groups.iter().any(|g| g.n_ubatch != 512),
-            kv: groups.iter().any(|g| g.kv != KvType::F16),
+            kv: groups.iter().any(|g| g.kv != KvTypes::default()),
         }
     }
 }
@@ -238,7 +238,10 @@ impl Row<'_> {
             cells.push(group.n_ubatch.to_string());
         }
         if shown.kv {
-            cells.extend([group.kv.name().to_owned(), group.kv.name().to_owned()]);
+            cells.extend([
+                group.kv.keys.name().to_owned(),
+                group.kv.values.name().to_owned(),
+            ]);
         }
         cells.extend([self.test.to_string(), format!("{avg:.2} ± {stddev:.2}")]);
 
@@ -284,8 +287,8 @@ impl Row<'_> {
             ("n_batch", json!(group.n_batch)),
             ("n_ubatch", json!(group.n_ubatch)),
             ("n_threads", json!(group.n_threads)),
-            ("type_k", json!(group.kv.name())),
-            ("type_v", json!(group.kv.name())),
+            ("type_k", json!(group.kv.keys.name())),
+            ("type_v", json!(group.kv.values.name())),
             ("n_prompt", json!(self.test.n_prompt)),
             ("n_gen", json!(self.test.n_gen)),
             ("n_depth", json!(self.test.n_depth)),
