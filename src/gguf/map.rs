@@ -116,8 +116,11 @@ impl Source {
     }
 }
 
-/// What a fault in a mapped file brings along: Linux maps the pages around that are in memory, in windows of this size.
+/// What a fault in a mapped file brings along: Linux maps the pages around that are in memory, in windows of this size,
 const FAULT_WINDOW: usize = 64 << 10;
+
+/// or all that the system keeps as one folio, which is aligned in the file and at most so large.
+const FOLIO: usize = 2 << 20;
 
 impl Pages for Source {
     fn prefetch(&self, range: Range<usize>) {
@@ -125,14 +128,10 @@ impl Pages for Source {
     }
 
     fn release(&self, range: Range<usize>) {
-        // Windows are aligned in memory, not in the file.
-        let base = self.as_ref().as_ptr().addr();
-        let down = (base + range.start) / FAULT_WINDOW * FAULT_WINDOW;
-        let up = (base + range.end).next_multiple_of(FAULT_WINDOW);
-        let (start, end) = (
-            down.saturating_sub(base),
-            self.as_ref().len().min(up - base),
-        );
+        // Windows are aligned in memory, not in the file: they may begin before a folio.
+        let start = (range.start / FOLIO * FOLIO).saturating_sub(FAULT_WINDOW);
+        let end = range.end.next_multiple_of(FOLIO) + FAULT_WINDOW;
+        let end = end.min(self.as_ref().len());
         let _ = self.advise(start..end, Advice::DontNeed); // what is refused stays, and is counted as resident
     }
 }

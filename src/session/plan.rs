@@ -189,7 +189,9 @@ impl Plan {
     ) -> Result<Self> {
         let outline = model.outlined()?;
         let gguf = outline.gguf();
-        let room = Room::new(gguf, load, outline.n_threads(), *outline.base());
+        let mut base = *outline.base();
+        base.runtime += RESERVE - RUN_ANONYMOUS;
+        let room = Room::new(gguf, load, outline.n_threads(), base);
         budget::fit(&outline, options, n_prompt, &room)
     }
 
@@ -199,11 +201,11 @@ impl Plan {
         let n_steps = self.n_prompt.div_ceil(self.options.batch).max(1) as f64;
         Speed {
             load: self.load_seconds,
-            prefill: rates.seconds(&self.prefill, PREFILL)
+            prefill: rates.seconds(&self.prefill, false)
                 + self.kept_weights as f64 / MAPPED_PER_SECOND
                 + self.footprint.scratch as f64 / ALLOCATED_PER_SECOND
                 + n_steps * streamed,
-            decode: rates.seconds(&self.decode, DECODE) + streamed,
+            decode: rates.seconds(&self.decode, true) + streamed,
         }
     }
 }
@@ -221,9 +223,11 @@ pub struct Rates {
     pub f32: f64,
 }
 
-/// What of a roofline kernels reach, and what a call costs.
+/// What of a roofline kernels reach, and what a call costs. The figures are fitted to LFM2 89 M (Q4_0), SmolLM2 135 M
+/// (Q4_1), Gemma 3 268 M and Qwen 2.5 630 M (Q4_K_M: mostly Q5_0 and Q8_0) with one and two threads of an AMD EPYC with
+/// AVX-512 VNNI.
 struct Efficiency {
-    /// Of the products of a matrix kernel.
+    /// Of the products of a matrix kernel, where these limit it.
     products: f64,
     /// Of the products of attention.
     attention: f64,
@@ -231,13 +235,15 @@ struct Efficiency {
     call: f64,
 }
 
-/// Of one token. The figures of both steps are fitted to LFM2 89 M, SmolLM2 135 M, Gemma 3 268 M and Qwen 2.5 630 M with
-/// one and two threads of an AMD EPYC (AVX-512 VNNI), and miss none of them by more than 20 %.
+/// Of one token.
 const DECODE: Efficiency = Efficiency {
     products: 0.13,
     attention: 1.0,
     call: 1e-6,
 };
+
+/// Bytes of quantized weights that kernels for one token unpack in the time of one 8-bit operation, whatever the format.
+const UNPACKED_PER_OP: f64 = 0.042;
 
 /// Of many tokens.
 const PREFILL: Efficiency = Efficiency {
@@ -259,7 +265,8 @@ const STREAMED_PER_SECOND: f64 = 4.8e9;
 pub const UNCERTAINTY: f64 = 1.2;
 
 impl Rates {
-    fn seconds(&self, tallies: &[Tally], efficiency: Efficiency) -> f64 {
+    fn seconds(&self, tallies: &[Tally], decode: bool) -> f64 {
+        let efficiency = if decode { DECODE } else { PREFILL };
         let of = |tally: &Tally| {
             let peak = match tally.resource {
                 Some(Resource::Bf16) => self.bf16.unwrap_or(self.f32),
@@ -268,9 +275,14 @@ impl Rates {
             };
             let read = tally.work.bytes() as f64 / self.read;
             let ops = tally.work.ops() as f64 / peak;
-            let busy = match tally.op {
+            let busy = match (tally.op, tally.resource) {
                 // Keys and values are not read ahead as rows of weights are.
-                Op::Attention => read + ops / efficiency.attention,
+                (Op::Attention, _) => read + ops / efficiency.attention,
+                (_, Some(Resource::Int8)) if decode => {
+                    let unpack = tally.work.weight_bytes as f64 / (UNPACKED_PER_OP * self.int8);
+                    // Reading and unpacking go on side by side, but for where they meet.
+                    (read.powi(3) + unpack.powi(3)).cbrt()
+                }
                 _ => read.max(ops / efficiency.products),
             };
             busy + tally.count as f64 * efficiency.call

@@ -102,9 +102,12 @@ impl Place {
     }
 }
 
+/// What faults bring into memory around the rows of a task: up to 2 MiB at both ends, see `gguf::map`.
+const AROUND: usize = (4 << 20) + (128 << 10);
+
 /// The most that tasks on `n_threads` bring into memory at once of matrices with rows of at most `row_bytes`: what they
 /// read, and what faults bring along at both ends.
 pub(crate) fn window(n_threads: usize, row_bytes: usize) -> usize {
     let task = (super::MAX_TASK_ROWS * row_bytes).max(super::TASK_BYTES);
-    n_threads * (task + (128 << 10))
+    n_threads * (task + AROUND)
 }
