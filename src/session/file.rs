@@ -241,8 +241,8 @@ impl StateFile {
             _ => io(e),
         })?;
         let header = Header::decode(&bytes).map_err(&bad)?;
-        let sizes = header.sections.iter().map(|section| section.bytes);
-        let expected = sizes.fold(Some(HEADER_BYTES as u64), |sum, n| sum?.checked_add(n));
+        let mut sizes = header.sections.iter().map(|section| section.bytes);
+        let expected = sizes.try_fold(HEADER_BYTES as u64, u64::checked_add);
         if expected != Some(found) {
             let expected = expected.map_or("more than fit".into(), |n| n.to_string());
             return Err(bad(format!("expected {expected} bytes, found {found}")));

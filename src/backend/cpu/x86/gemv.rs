@@ -180,7 +180,7 @@ macro_rules! gemv_loops {
 }
 pub(in crate::backend::cpu) use gemv_loops;
 
-/// Defines a GEMV over float activations: `$widen` loads a vector of weights.
+/// Defines a GEMV over float activations: `$widen` loads a vector of weights. Rows are taken as in the others.
 macro_rules! gemv_float {
     ($features:literal, $name:ident, $block:ty, $widen:expr) => {
         /// `y[t, r] = sum_k w[r, k] x[t, k]`.
@@ -188,29 +188,27 @@ macro_rules! gemv_float {
         pub(crate) fn $name(w: &[u8], x: &Acts, y: &mut OutCols) {
             #[inline]
             #[target_feature(enable = $features)]
-            fn products<const R: usize>(w: &[$block], x: &[f32]) -> [f32; R] {
-                let n = x.len();
-                assert_eq!(w.len(), R * n);
+            fn products<const R: usize>(w: [&[$block]; R], x: &[f32]) -> [f32; R] {
+                use crate::backend::cpu::x86::gemv::AHEAD;
+                assert!(w.iter().all(|w| w.len() == x.len()));
                 let (x, x_rest) = x.as_chunks::<{ v::LANES }>();
                 let n_units = x.len();
                 let mut rows: [&[[$block; v::LANES]]; R] = [&[]; R];
-                for (row, w) in rows.iter_mut().zip(w.chunks_exact(n)) {
+                for (row, w) in rows.iter_mut().zip(w) {
                     *row = &w.as_chunks().0[..n_units];
                 }
-                let ahead =
-                    (R * n * size_of::<$block>()).max(crate::backend::cpu::x86::gemv::AHEAD);
                 let mut sums = [v::splat(0.0); R];
                 for i in 0..n_units {
                     let x = v::load(&x[i]);
                     for r in 0..R {
                         let w = &rows[r][i];
-                        crate::backend::cpu::x86::prefetch(w, ahead);
+                        crate::backend::cpu::x86::prefetch(w, AHEAD);
                         sums[r] = v::fma($widen(w), x, sums[r]);
                     }
                 }
                 let mut y = v::sums(sums);
                 if !x_rest.is_empty() {
-                    for (y, w) in y.iter_mut().zip(w.chunks_exact(n)) {
+                    for (y, w) in y.iter_mut().zip(w) {
                         for (w, x) in w[n_units * v::LANES..].iter().zip(x_rest) {
                             let mut weight = [0.0];
                             w.dequantize(&mut weight);
@@ -221,14 +219,19 @@ macro_rules! gemv_float {
                 y
             }
             let w = blocks::<$block>(w);
+            let n = x.n_in;
+            let quarter = y.n_cols() / 4;
             for t in 0..x.n_tokens {
-                let (fours, rest) = y.row(t).as_chunks_mut::<4>();
-                for (y, w) in fours.iter_mut().zip(w.chunks_exact(4 * x.n_in)) {
-                    *y = products::<4>(w, x.row(t));
+                let (x, y) = (x.row(t), y.row(t));
+                for r in 0..quarter {
+                    let row = |k: usize| &w[(k * quarter + r) * n..][..n];
+                    let sums = products([row(0), row(1), row(2), row(3)], x);
+                    for k in 0..4 {
+                        y[k * quarter + r] = sums[k];
+                    }
                 }
-                let done = fours.len() * 4 * x.n_in;
-                for (y, w) in rest.iter_mut().zip(w[done..].chunks_exact(x.n_in)) {
-                    [*y] = products::<1>(w, x.row(t));
+                for r in 4 * quarter..y.len() {
+                    [y[r]] = products([&w[r * n..][..n]], x);
                 }
             }
         }
