@@ -11,6 +11,8 @@ pub enum Isa {
     Avx2,
     /// x86-64: AVX-512 F, BW, DQ, VL and VNNI.
     Avx512Vnni,
+    /// x86-64: the same with VBMI and GFNI.
+    Avx512Vbmi,
     /// x86-64: AMX tiles of bf16, and AVX-512 with conversions to it.
     Amx,
     /// aarch64: NEON.
@@ -25,6 +27,7 @@ impl Isa {
         Isa::Scalar,
         Isa::Avx2,
         Isa::Avx512Vnni,
+        Isa::Avx512Vbmi,
         Isa::Amx,
         Isa::Neon,
         Isa::NeonDotprod,
@@ -36,6 +39,7 @@ impl Isa {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "avx2",
             Isa::Avx512Vnni => "avx512vnni",
+            Isa::Avx512Vbmi => "avx512vbmi",
             Isa::Amx => "amx",
             Isa::Neon => "neon",
             Isa::NeonDotprod => "neon_dotprod",
@@ -62,8 +66,14 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vnni")
             }
             #[cfg(target_arch = "x86_64")]
-            Isa::Amx => {
+            Isa::Avx512Vbmi => {
                 Isa::Avx512Vnni.detected()
+                    && is_x86_feature_detected!("avx512vbmi")
+                    && is_x86_feature_detected!("gfni")
+            }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => {
+                Isa::Avx512Vbmi.detected()
                     && is_x86_feature_detected!("avx512bf16")
                     && super::amx::permitted()
             }

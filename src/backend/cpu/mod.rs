@@ -7,6 +7,8 @@ pub(super) mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
+mod avx512vbmi;
+#[cfg(target_arch = "x86_64")]
 mod avx512vnni;
 pub mod isa;
 #[cfg(target_arch = "aarch64")]
@@ -27,6 +29,7 @@ use std::sync::Arc;
 
 use self::acts::{Acts, BF16_LEN, BF16_TOKENS, Q8Row, Q8RowMut, Tile, bf16_floats, q8_floats};
 use self::attention::KvCache;
+use self::isa::Isa;
 use self::pool::{Output, Pool};
 use self::residency::{Place, Residency};
 use self::scratch::{Buffer, Scratch};
@@ -252,9 +255,9 @@ impl Kernels {
         Ok(Self {
             dtype,
             gemv,
-            // A GEMV of a higher level beats a GEMM of a lower one.
+            // A GEMV with vectors beats a GEMM without.
             gemm: table::gemm(dtype)
-                .filter(|gemm| gemm.isa() >= gemv.isa())
+                .filter(|gemm| gemm.isa() > Isa::Scalar)
                 .unwrap_or(gemv),
             tiles: table::tiles(dtype).filter(|_| n_in.is_multiple_of(BF16_LEN)),
             gated: table::gated(dtype).filter(|_| n_out.is_multiple_of(BF16_LEN)),

@@ -13,7 +13,7 @@ use super::isa::Isa;
 use super::pool::OutCols;
 use super::scalar;
 #[cfg(target_arch = "x86_64")]
-use super::{amx, avx2, avx512vnni};
+use super::{amx, avx2, avx512vbmi, avx512vnni};
 #[cfg(target_arch = "aarch64")]
 use super::{neon, neon_dotprod};
 use crate::backend::Activation;
@@ -515,6 +515,8 @@ matmuls! {
         "gemv_f32_f32_neon", F32, F32, Neon, neon::gemv_float::f32;
         "gemv_f32_f32_scalar", F32, F32, Scalar, scalar::gemv::f32::<quant::BlockF32>;
         #[cfg(target_arch = "x86_64")]
+        "gemv_q4_0_q8_avx512vbmi", Q4_0, Q8, Avx512Vbmi, avx512vbmi::gemv_q4_0::gemv;
+        #[cfg(target_arch = "x86_64")]
         "gemv_q4_0_q8_avx512vnni", Q4_0, Q8, Avx512Vnni, avx512vnni::gemv_q4_0::gemv;
         #[cfg(target_arch = "x86_64")]
         "gemv_q4_0_q8_avx2", Q4_0, Q8, Avx2, avx2::gemv_q4_0::gemv;
@@ -524,6 +526,8 @@ matmuls! {
         "gemv_q4_0_q8_neon", Q4_0, Q8, Neon, neon::gemv::q4_0;
         "gemv_q4_0_q8_scalar", Q4_0, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ4_0>;
         #[cfg(target_arch = "x86_64")]
+        "gemv_q4_1_q8_avx512vbmi", Q4_1, Q8, Avx512Vbmi, avx512vbmi::gemv_q4_1::gemv;
+        #[cfg(target_arch = "x86_64")]
         "gemv_q4_1_q8_avx512vnni", Q4_1, Q8, Avx512Vnni, avx512vnni::gemv_q4_1::gemv;
         #[cfg(target_arch = "x86_64")]
         "gemv_q4_1_q8_avx2", Q4_1, Q8, Avx2, avx2::gemv_q4_1::gemv;
@@ -532,6 +536,8 @@ matmuls! {
         #[cfg(target_arch = "aarch64")]
         "gemv_q4_1_q8_neon", Q4_1, Q8, Neon, neon::gemv::q4_1;
         "gemv_q4_1_q8_scalar", Q4_1, Q8, Scalar, scalar::gemv::q8::<quant::BlockQ4_1>;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_q5_0_q8_avx512vbmi", Q5_0, Q8, Avx512Vbmi, avx512vbmi::gemv_q5_0::gemv;
         #[cfg(target_arch = "x86_64")]
         "gemv_q5_0_q8_avx512vnni", Q5_0, Q8, Avx512Vnni, avx512vnni::gemv_q5_0::gemv;
         #[cfg(target_arch = "x86_64")]

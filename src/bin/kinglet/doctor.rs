@@ -55,7 +55,9 @@ impl Report {
         });
         let native = |isa: &Isa| match isa {
             Isa::Scalar => true,
-            Isa::Avx2 | Isa::Avx512Vnni | Isa::Amx => cfg!(target_arch = "x86_64"),
+            Isa::Avx2 | Isa::Avx512Vnni | Isa::Avx512Vbmi | Isa::Amx => {
+                cfg!(target_arch = "x86_64")
+            }
             Isa::Neon | Isa::NeonDotprod => cfg!(target_arch = "aarch64"),
         };
         let levels = Isa::ALL.iter().copied().filter(native);

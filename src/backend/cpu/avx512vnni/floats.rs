@@ -6,7 +6,7 @@ use std::arch::x86_64::*;
 use super::load as load_bits;
 
 /// A vector.
-pub(super) type V = __m512;
+pub(in crate::backend::cpu) type V = __m512;
 
 /// Its floats.
 pub(super) const LANES: usize = 16;

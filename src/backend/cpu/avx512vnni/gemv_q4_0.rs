@@ -5,11 +5,11 @@ use std::arch::x86_64::*;
 use super::{Acts4, fold_rows, halves_of_rows, join4, nibbles, places};
 use crate::quant::BlockQ4_0;
 
-type Prepared = Acts4;
+pub(in crate::backend::cpu) type Prepared = Acts4;
 
 #[inline]
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn prepare(q: &[i8; 128], d: &[f32; 4], s: &[f32; 4]) -> Prepared {
+pub(in crate::backend::cpu) fn prepare(q: &[i8; 128], d: &[f32; 4], s: &[f32; 4]) -> Prepared {
     let acts = Acts4::new(q, d, s);
     let s = _mm512_mul_ps(acts.s, _mm512_set1_ps(8.0));
     Prepared { s, ..acts }

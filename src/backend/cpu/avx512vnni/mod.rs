@@ -10,7 +10,7 @@ use bytemuck::Pod;
 
 pub(crate) mod attend;
 pub(crate) mod elementwise;
-mod floats;
+pub(in crate::backend::cpu) mod floats;
 pub(crate) mod gemm;
 pub(crate) mod gemm_float;
 pub(crate) mod gemm_q4_0;
@@ -33,7 +33,7 @@ pub(crate) mod roofline;
 /// The 64 bytes of `x`.
 #[inline]
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn load<T: Pod>(x: &T) -> __m512i {
+pub(in crate::backend::cpu) fn load<T: Pod>(x: &T) -> __m512i {
     const { assert!(size_of::<T>() == 64) };
     // SAFETY: reads the 64 bytes of a borrowed plain value; no alignment is asked.
     unsafe { _mm512_loadu_si512((x as *const T).cast()) }
@@ -113,7 +113,7 @@ const fn lanes(first: u32, step: u32, each: u32) -> [u32; 16] {
 }
 
 /// Places for `halves_at`: lane `i` takes `first + step * (i / each)`.
-const fn places(first: u16, step: u16, each: u16) -> [u16; 32] {
+pub(in crate::backend::cpu) const fn places(first: u16, step: u16, each: u16) -> [u16; 32] {
     let mut places = [0; 32];
     let mut i = 0;
     while i < 16 {
@@ -126,13 +126,13 @@ const fn places(first: u16, step: u16, each: u16) -> [u16; 32] {
 /// The 128 activations of four blocks of 32, as the formats with nibbles meet them: of each block the first 16, then
 /// of each block the last 16.
 #[derive(Clone, Copy)]
-struct Acts4 {
+pub(in crate::backend::cpu) struct Acts4 {
     low: __m512i,
     high: __m512i,
     /// Scales, four lanes to a block.
-    d: __m512,
+    pub(in crate::backend::cpu) d: __m512,
     /// Scaled sums likewise.
-    s: __m512,
+    pub(in crate::backend::cpu) s: __m512,
 }
 
 impl Acts4 {
@@ -152,7 +152,11 @@ impl Acts4 {
     /// `start` plus the products with unsigned weights, four lanes to a block.
     #[inline]
     #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-    fn dot(&self, start: __m512i, (low, high): (__m512i, __m512i)) -> __m512i {
+    pub(in crate::backend::cpu) fn dot(
+        &self,
+        start: __m512i,
+        (low, high): (__m512i, __m512i),
+    ) -> __m512i {
         _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start, low, self.low), high, self.high)
     }
 }
@@ -169,7 +173,7 @@ fn spread4(x: &[f32; 4]) -> __m512 {
 /// for all of them. Sums of two lanes must fit in 16 bits.
 #[inline]
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn fold_rows(dots: [__m512i; 4]) -> __m512 {
+pub(in crate::backend::cpu) fn fold_rows(dots: [__m512i; 4]) -> __m512 {
     let ones = _mm512_set1_epi16(1);
     let ab = _mm512_madd_epi16(_mm512_packs_epi32(dots[0], dots[1]), ones);
     let cd = _mm512_madd_epi16(_mm512_packs_epi32(dots[2], dots[3]), ones);
@@ -180,7 +184,7 @@ fn fold_rows(dots: [__m512i; 4]) -> __m512 {
 /// each block row after row.
 #[inline]
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn halves_of_rows<T: Pod>(places: &[u16; 32], x: [&T; 4]) -> __m512 {
+pub(in crate::backend::cpu) fn halves_of_rows<T: Pod>(places: &[u16; 32], x: [&T; 4]) -> __m512 {
     let places = load(places);
     let halves = _mm512_permutexvar_epi16(places, load(x[0]));
     let halves = _mm512_mask_permutexvar_epi16(halves, 0x2222, places, load(x[1]));

@@ -6,7 +6,7 @@ macro_rules! operations {
         $(#[$doc])*
         #[inline]
         #[target_feature(enable = $features)]
-        pub(super) fn $name($($arg: $ty),*) $(-> $out)? {
+        pub(in crate::backend::cpu) fn $name($($arg: $ty),*) $(-> $out)? {
             $body
         }
     )*};
@@ -19,7 +19,7 @@ macro_rules! sums {
         /// The sum of each vector; in the same order whether there are four or fewer.
         #[inline]
         #[target_feature(enable = $features)]
-        pub(super) fn sums<const R: usize>(x: [V; R]) -> [f32; R] {
+        pub(in crate::backend::cpu) fn sums<const R: usize>(x: [V; R]) -> [f32; R] {
             let mut four = [splat(0.0); 4];
             four[..R].copy_from_slice(&x);
             let mut out = [0.0; R];
@@ -39,7 +39,7 @@ macro_rules! exponentials {
         /// minimax polynomial of Cephes (Moshier, `expf`).
         #[inline]
         #[target_feature(enable = $features)]
-        pub(super) fn exp(x: V) -> V {
+        pub(in crate::backend::cpu) fn exp(x: V) -> V {
             // In this order a NaN stays.
             let x = min(splat(89.0), x);
             let n = round(mul(x, splat(std::f32::consts::LOG2_E)));
@@ -57,7 +57,7 @@ macro_rules! exponentials {
         /// `1 / (1 + e^-x)`.
         #[inline]
         #[target_feature(enable = $features)]
-        pub(super) fn sigmoid(x: V) -> V {
+        pub(in crate::backend::cpu) fn sigmoid(x: V) -> V {
             let one = splat(1.0);
             div(one, add(one, exp(sub(splat(0.0), x))))
         }

@@ -15,7 +15,7 @@ use kinglet::backend::cpu::isa::Isa;
 use kinglet::backend::cpu::pool::{OutCols, Output, Pool};
 use kinglet::backend::cpu::table::{self, *};
 use kinglet::profile::machine;
-use kinglet::profile::roofline::Resource;
+use kinglet::profile::roofline::{Rate, Resource};
 use kinglet::quant::{self, DType};
 use serde_json::json;
 
@@ -175,18 +175,22 @@ pub fn run(args: &BenchArgs) -> Outcome {
                         Some(formats) => time_matmul(entry, formats, &case, &pool, args)?,
                         None => time_own(entry, &case, &pool, args)?,
                     };
-                    // A row has its own level's limit, whatever others reach.
-                    let limit = |resource, level: &str| {
+                    // A row has its own level's limit, whatever others reach, or that of the next level below that
+                    // has a loop for it.
+                    let limit = |resource| {
                         let roofline = roofline.as_ref()?;
-                        let best = roofline.best(resource, |l| level.is_empty() || l == level)?;
-                        Some(best.per_second as f64)
+                        let mut levels = Isa::ALL.iter().rev().filter(|isa| **isa <= entry.isa);
+                        levels.find_map(|isa| roofline.best(resource, |level| level == isa.name()))
                     };
-                    let compute = match entry.formats {
-                        Some((_, ActFormat::Q8)) => limit(Resource::Int8, entry.isa.name()),
-                        Some((_, ActFormat::Bf16)) => limit(Resource::Bf16, entry.isa.name()),
-                        _ => limit(Resource::F32, entry.isa.name()),
-                    };
-                    let memory = limit(Resource::Anonymous, "").filter(|_| entry.formats.is_some());
+                    let compute = limit(match entry.formats {
+                        Some((_, ActFormat::Q8)) => Resource::Int8,
+                        Some((_, ActFormat::Bf16)) => Resource::Bf16,
+                        _ => Resource::F32,
+                    });
+                    let read = roofline.as_ref().filter(|_| entry.formats.is_some());
+                    let read = read.and_then(|r| r.best(Resource::Anonymous, |_| true));
+                    let per_second = |rate: Option<&Rate>| rate.map(|r| r.per_second as f64);
+                    let (memory, compute) = (per_second(read), per_second(compute));
                     // On each thread for itself, they do it that many times.
                     let times_done = if entry.formats.is_some() {
                         1
