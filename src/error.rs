@@ -62,6 +62,16 @@ pub enum Error {
         /// Its size.
         bytes: usize,
     },
+    /// A memory budget does not suffice.
+    #[error("over budget: {needed} bytes needed, {memory} allowed; {advice}")]
+    OverBudget {
+        /// What was asked for takes so much.
+        needed: u64,
+        /// The budget.
+        memory: u64,
+        /// What would help.
+        advice: String,
+    },
     /// A backend failed at work that it had taken on.
     #[error("{0}")]
     Backend(String),

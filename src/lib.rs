@@ -24,7 +24,7 @@ pub mod tokenizer;
 
 pub use backend::{BackendKind, KvType, KvTypes};
 pub use error::{Error, Result};
-pub use session::{LoadOptions, MemoryReport, Model, ModelInfo, Session, SessionOptions};
+pub use session::{LoadOptions, MemoryReport, Model, ModelInfo, OnExceed, Session, SessionOptions};
 
 /// The README's example, compiled with the documentation tests.
 #[doc = include_str!("../README.md")]

@@ -9,6 +9,7 @@
 pub mod cpu;
 #[cfg(feature = "ggml")]
 pub mod ggml;
+pub mod planner;
 pub mod tracer;
 
 use std::ops::Range;
@@ -199,6 +200,17 @@ impl KvTypes {
     }
 }
 
+/// `f16`, or `q8_0 keys and q4_0 values`.
+impl std::fmt::Display for KvTypes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (keys, values) = (self.keys.name(), self.values.name());
+        match keys == values {
+            true => f.write_str(keys),
+            false => write!(f, "{keys} keys and {values} values"),
+        }
+    }
+}
+
 impl From<KvType> for KvTypes {
     /// Both the same.
     fn from(kind: KvType) -> Self {
@@ -219,6 +231,13 @@ pub enum Step {
     Decode,
 }
 
+/// What unwinds out of a pass for whose activations there is no memory: operations return tensors and no errors, and who
+/// runs passes turns this into one.
+pub(crate) struct NoMemory {
+    /// Bytes of the buffer that could not be had.
+    pub(crate) bytes: usize,
+}
+
 /// The operations of a forward pass. Tensors are `(n_tokens, n)`; `n` is the row length.
 pub trait Backend {
     /// A weight matrix `(n_out, n_in)` in the format of the file.
@@ -237,6 +256,11 @@ pub trait Backend {
     /// # Errors
     /// If this backend has no kernel for the format.
     fn matrix(&self, tensor: &Tensor) -> Result<Self::Matrix>;
+
+    /// The numbers of a tensor that the model itself looks at or rearranges.
+    fn floats(&self, tensor: &Tensor) -> Vec<f32> {
+        tensor.to_f32()
+    }
 
     /// Takes a vector, in the order of the file, or of `data` where the model has rearranged it.
     fn vector(&self, data: Vec<f32>) -> Self::Vector;
@@ -417,6 +441,11 @@ pub trait Backend {
     /// What was traced since the last call, where that is done: see [`tracer`].
     fn take_trace(&mut self) -> Option<Trace> {
         None
+    }
+
+    /// The same for each operation; nothing where a backend does not tell them apart.
+    fn tallies(&self) -> Vec<planner::Tally> {
+        Vec::new()
     }
 }
 

@@ -73,8 +73,17 @@ pub(crate) fn alignment(metadata: &Metadata) -> Result<u64, Fault> {
     }
 }
 
+/// What a file must hold after its header.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Content {
+    /// Every tensor, whole.
+    Weights,
+    /// Nothing: what the header says of them is enough.
+    Ignored,
+}
+
 /// Reads the header of the file that `r` is at the start of.
-pub(crate) fn parse<R: Read>(r: &mut Reader<R>) -> Result<Header, Fault> {
+pub(crate) fn parse<R: Read>(r: &mut Reader<R>, content: Content) -> Result<Header, Fault> {
     let version = version(r)?;
     let n_tensors = r.count("number of tensors", MIN_ENTRY_BYTES, MAX_TENSORS)?;
     let n_keys = r.count("number of metadata keys", MIN_KEY_BYTES, MAX_KEYS)?;
@@ -88,7 +97,11 @@ pub(crate) fn parse<R: Read>(r: &mut Reader<R>) -> Result<Header, Fault> {
     }
     let header_bytes = r.pos();
     let data_start = header_bytes.next_multiple_of(alignment);
-    place(&mut tensors, data_start, r.len())?;
+    let data_end = match content {
+        Content::Weights => r.len(),
+        Content::Ignored => r.len().max(end(&tensors, data_start)),
+    };
+    place(&mut tensors, data_start, data_end)?;
     Ok(Header {
         version,
         metadata,
@@ -194,6 +207,18 @@ fn read_metadata<R: Read>(r: &mut Reader<R>, n_keys: usize) -> Result<Metadata, 
         let key = quoted(key.as_bytes());
         Fault::Bad(format!("metadata key {key}: expected once, found twice"))
     })
+}
+
+/// Where the last tensor of a whole file would end; the start of the data where that overflows, which is then an error.
+fn end(tensors: &[TensorInfo], data_start: u64) -> u64 {
+    let ends = tensors
+        .iter()
+        .map(|t| t.offset.checked_add(t.bytes.max(1) as u64));
+    let last = ends
+        .max()
+        .flatten()
+        .and_then(|end| end.checked_add(data_start));
+    last.unwrap_or(data_start)
 }
 
 /// Turns offsets into positions in the file and checks that each tensor lies in the file and on no other one.

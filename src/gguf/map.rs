@@ -10,6 +10,8 @@ use std::ops::Range;
 
 use memmap2::{Mmap, MmapOptions};
 
+use crate::quant::Pages;
+
 /// What the operating system should expect of a range of a mapped file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Advice {
@@ -39,6 +41,8 @@ pub(crate) enum Source {
     Memory(Owner),
     /// A copy of memory that does not.
     Copied { words: Vec<u128>, len: usize },
+    /// No bytes: the header alone was read.
+    Absent,
 }
 
 impl AsRef<[u8]> for Source {
@@ -48,6 +52,7 @@ impl AsRef<[u8]> for Source {
             Source::Map(map) => map,
             Source::Memory(bytes) => (**bytes).as_ref(),
             Source::Copied { words, len } => &bytemuck::cast_slice(words)[..*len],
+            Source::Absent => &[],
         }
     }
 }
@@ -115,6 +120,26 @@ impl Source {
                 Ok(())
             }
         }
+    }
+}
+
+/// What a fault in a mapped file brings along: Linux maps the pages around that are in memory, in windows of this size,
+const FAULT_WINDOW: usize = 64 << 10;
+
+/// or all that the system keeps as one folio, which is aligned in the file and at most so large.
+const FOLIO: usize = 2 << 20;
+
+impl Pages for Source {
+    fn prefetch(&self, range: Range<usize>) {
+        let _ = self.advise(range, Advice::WillNeed); // it will be read in any case
+    }
+
+    fn release(&self, range: Range<usize>) {
+        // Windows are aligned in memory, not in the file: they may begin before a folio.
+        let start = (range.start / FOLIO * FOLIO).saturating_sub(FAULT_WINDOW);
+        let end = range.end.next_multiple_of(FOLIO) + FAULT_WINDOW;
+        let end = end.min(self.as_ref().len());
+        let _ = self.advise(start..end, Advice::DontNeed); // what is refused stays, and is counted as resident
     }
 }
 

@@ -36,7 +36,7 @@ pub use self::tensor::{TensorInfo, TensorType};
 pub use self::value::{Array, StringArray, Value};
 pub use self::writer::{TensorSpec, Writer};
 
-use self::header::Header;
+use self::header::{Content, Header};
 use self::map::Source;
 use self::reader::{Reader, quoted};
 use crate::quant::{Bytes, DType, Tensor};
@@ -124,7 +124,7 @@ impl Opened {
         }
     }
 
-    fn open(path: &Path) -> Result<Self> {
+    fn open(path: &Path, content: Content) -> Result<Self> {
         // Asked before opening: a pipe would make `open` wait for a writer.
         let found = fs::metadata(path).map_err(|e| Error::io(path, e))?;
         if !found.is_file() {
@@ -142,8 +142,11 @@ impl Opened {
         let len = file.metadata().map_err(|e| Error::io(path, e))?.len();
         // Not from the map: a file that another program truncates meanwhile would end this one.
         let mut reader = Reader::new(BufReader::with_capacity(1 << 16, &file), len);
-        let header = header::parse(&mut reader).map_err(|e| e.at(path))?;
-        let source = Source::map(&file, len).map_err(|e| Error::io(path, e))?;
+        let header = header::parse(&mut reader, content).map_err(|e| e.at(path))?;
+        let source = match content {
+            Content::Weights => Source::map(&file, len).map_err(|e| Error::io(path, e))?,
+            Content::Ignored => Source::Absent,
+        };
         Ok(Self::new(path, len, header, source))
     }
 
@@ -166,10 +169,23 @@ impl Gguf {
     /// [`Error::Io`] if a file cannot be opened or mapped, [`Error::BadFile`] if it is no sound GGUF file or the
     /// parts do not belong together, [`Error::OutOfMemory`].
     pub fn open(path: &Path) -> Result<Self> {
-        let opened = Opened::open(path)?;
+        Self::open_content(path, Content::Weights)
+    }
+
+    /// The header of a model file, of all parts of a split one, and nothing after it: the weights may be missing. Its
+    /// tensors have sizes and no bytes.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_header(path: &Path) -> Result<Self> {
+        Self::open_content(path, Content::Ignored)
+    }
+
+    fn open_content(path: &Path, content: Content) -> Result<Self> {
+        let opened = Opened::open(path, content)?;
         match opened.split_keys()? {
             None => Self::join(vec![opened]),
-            Some(keys) => Self::open_parts(opened, &keys),
+            Some(keys) => Self::open_parts(opened, &keys, content),
         }
     }
 
@@ -182,7 +198,8 @@ impl Gguf {
         let path = Path::new("<memory>");
         let given = bytes.as_ref();
         let len = given.len() as u64;
-        let header = header::parse(&mut Reader::new(given, len)).map_err(|e| e.at(path))?;
+        let header = header::parse(&mut Reader::new(given, len), Content::Weights)
+            .map_err(|e| e.at(path))?;
         let source = Source::memory(Box::new(bytes));
         let opened = Opened::new(path, len, header, source);
         match opened.split_keys()? {
@@ -195,7 +212,7 @@ impl Gguf {
         }
     }
 
-    fn open_parts(opened: Opened, keys: &split::Keys) -> Result<Self> {
+    fn open_parts(opened: Opened, keys: &split::Keys, content: Content) -> Result<Self> {
         let path = opened.part.path.clone();
         let (no, count) = (keys.no, keys.count);
         let name = split::PartName::of(&path)
@@ -214,7 +231,7 @@ impl Gguf {
             let path = split::part_path(&path, name.prefix, i + 1, count);
             let mut part = match opened.take_if(|_| i == no) {
                 Some(part) => part,
-                None => Opened::open(&path).map_err(|e| match e {
+                None => Opened::open(&path, content).map_err(|e| match e {
                     Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
                         Error::BadFile {
                             path: path.clone(),
@@ -400,11 +417,16 @@ impl Gguf {
     }
 
     fn bytes_of(&self, info: &TensorInfo) -> Bytes {
+        let source = self.parts[info.part].source.clone();
+        if let Source::Absent = *source {
+            return Bytes::new(source, 0..0);
+        }
         let start = info.offset as usize; // in the map, so below the address space
-        Bytes::new(
-            self.parts[info.part].source.clone(),
-            start..start + info.bytes,
-        )
+        let range = start..start + info.bytes;
+        match *source {
+            Source::Map(_) => Bytes::paged(source, range),
+            _ => Bytes::new(source, range),
+        }
     }
 
     /// Tells the operating system how the tensor called `name` will be read. Whole pages: neighbours share the first
@@ -415,6 +437,9 @@ impl Gguf {
     pub fn advise(&self, name: &str, advice: Advice) -> Result<()> {
         let info = self.expect_tensor(name)?;
         let (part, start) = (&self.parts[info.part], info.offset as usize);
+        if let Source::Absent = *part.source {
+            return Ok(());
+        }
         part.source
             .advise(start..start + info.bytes, advice)
             .map_err(|e| Error::io(&part.path, e))

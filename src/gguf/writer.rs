@@ -258,7 +258,7 @@ fn encode_header(metadata: &Metadata, tensors: &[TensorSpec], alignment: u64) ->
     }
     let data_start = (out.len() as u64).next_multiple_of(alignment);
     let mut reader = Reader::new(&out[..], data_start.saturating_add(offset));
-    header::parse(&mut reader).map_err(invalid)?;
+    header::parse(&mut reader, header::Content::Weights).map_err(invalid)?;
     Ok(out)
 }
 

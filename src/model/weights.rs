@@ -53,7 +53,7 @@ impl<B: Backend> Weights<'_, B> {
     /// # Errors
     /// If it is missing or of another shape.
     pub fn floats(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        Ok(self.tensor(name, shape)?.to_f32())
+        Ok(self.backend.floats(&self.tensor(name, shape)?))
     }
 
     /// The vector `name` of `n`.

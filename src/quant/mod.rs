@@ -263,7 +263,18 @@ pub fn f32_to_f16(x: f32) -> u16 {
 #[derive(Clone)]
 pub struct Bytes {
     owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    /// Where the bytes are pages of a file.
+    pages: Option<Arc<dyn Pages>>,
     range: Range<usize>,
+}
+
+/// Memory that the system can fill from a file ahead of time, and drop and fill again.
+pub trait Pages: Send + Sync {
+    /// The bytes `range` will be read soon.
+    fn prefetch(&self, range: Range<usize>);
+
+    /// The bytes `range`, and what came into memory with them, will not be read for a while.
+    fn release(&self, range: Range<usize>);
 }
 
 impl Bytes {
@@ -276,7 +287,41 @@ impl Bytes {
             range.start <= range.end && range.end <= (*owner).as_ref().len(),
             "byte range outside its owner"
         );
-        Self { owner, range }
+        Self {
+            owner,
+            pages: None,
+            range,
+        }
+    }
+
+    /// As [`Bytes::new`], of an owner whose pages can be prefetched and released.
+    ///
+    /// # Panics
+    /// If `range` does not lie in `owner`.
+    pub fn paged<O: AsRef<[u8]> + Pages + 'static>(owner: Arc<O>, range: Range<usize>) -> Self {
+        Self {
+            pages: Some(Arc::clone(&owner) as Arc<dyn Pages>),
+            ..Self::new(owner, range)
+        }
+    }
+
+    /// Whether the system can drop them and read them again.
+    pub fn is_paged(&self) -> bool {
+        self.pages.is_some()
+    }
+
+    /// The bytes `part` of these will be read soon.
+    pub fn prefetch(&self, part: Range<usize>) {
+        if let Some(pages) = &self.pages {
+            pages.prefetch(self.range.start + part.start..self.range.start + part.end);
+        }
+    }
+
+    /// The bytes `part` of these will not be read for a while.
+    pub fn release(&self, part: Range<usize>) {
+        if let Some(pages) = &self.pages {
+            pages.release(self.range.start + part.start..self.range.start + part.end);
+        }
     }
 }
 

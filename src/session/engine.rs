@@ -4,15 +4,18 @@
 
 use std::any::Any;
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 
 use super::{LoadOptions, Threads};
 use crate::backend::cpu::Cpu;
 use crate::backend::cpu::pool::Pool;
+use crate::backend::cpu::residency::Residency;
 #[cfg(feature = "ggml")]
 use crate::backend::ggml::Ggml;
+use crate::backend::planner::{Planner, Tally};
 use crate::backend::tracer::Tracer;
-use crate::backend::{Backend, BackendKind, KvTypes};
+use crate::backend::{Backend, BackendKind, KvTypes, NoMemory};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::model::config::Config;
@@ -72,6 +75,9 @@ pub(super) trait Engine: Send {
 
     /// What was traced since the last call, if the model was loaded for that.
     fn take_trace(&mut self) -> Option<Trace>;
+
+    /// The same for each operation, where the backend tells them apart.
+    fn tallies(&self) -> Vec<Tally>;
 }
 
 /// What the layers of a timeline remember, apart from an engine.
@@ -82,6 +88,7 @@ pub(super) fn load(
     gguf: &Gguf,
     options: &LoadOptions,
     threads: Threads,
+    residency: &Arc<Residency>,
 ) -> Result<Box<dyn Loaded>> {
     let Threads { decode, prefill } = threads;
     match options.backend {
@@ -96,8 +103,10 @@ pub(super) fn load(
                 true => Arc::clone(&for_decode),
                 false => pool(prefill)?,
             };
+            let pools = [for_decode, for_prefill];
+            let residency = Arc::clone(residency);
             placed(gguf, options, move || {
-                Ok(Cpu::with_pools(for_decode.clone(), for_prefill.clone()))
+                Ok(Cpu::within(pools.clone(), Arc::clone(&residency)))
             })
         }
         #[cfg(feature = "ggml")]
@@ -105,6 +114,12 @@ pub(super) fn load(
         #[cfg(feature = "ggml")]
         BackendKind::GgmlRepack => placed(gguf, options, move || Ggml::repacking(decode)),
     }
+}
+
+/// Builds the network of a header for sessions that count and do not compute.
+pub(super) fn outline(gguf: &Gguf, threads: Threads) -> Result<Box<dyn Loaded>> {
+    let n_threads = threads.decode.max(threads.prefill);
+    on_backend(gguf, move || Ok(Planner::new(n_threads)))
 }
 
 fn placed<B, F>(gguf: &Gguf, options: &LoadOptions, backend: F) -> Result<Box<dyn Loaded>>
@@ -168,10 +183,21 @@ impl<B: Backend + Send + 'static> Engine for Runner<B> {
 
     fn forward(&mut self, pass: &Pass, logits: &mut Vec<f32>) -> Result<()> {
         self.backend.begin(pass.step);
-        let wanted = self
-            .network
-            .forward(&mut self.backend, &mut self.state, pass);
-        match wanted {
+        let run = || {
+            self.network
+                .forward(&mut self.backend, &mut self.state, pass)
+        };
+        // Whatever unwinds, buffers have gone back to their list, and a session forgets a pass that failed.
+        let wanted = catch_unwind(AssertUnwindSafe(run)).map_err(|payload| {
+            match payload.downcast::<NoMemory>() {
+                Ok(no_memory) => Error::OutOfMemory {
+                    what: "activations".into(),
+                    bytes: no_memory.bytes,
+                },
+                Err(payload) => resume_unwind(payload),
+            }
+        });
+        match wanted? {
             Some(wanted) => self.backend.read(&wanted, logits),
             None => {
                 logits.clear();
@@ -231,5 +257,9 @@ impl<B: Backend + Send + 'static> Engine for Runner<B> {
 
     fn take_trace(&mut self) -> Option<Trace> {
         self.backend.take_trace()
+    }
+
+    fn tallies(&self) -> Vec<Tally> {
+        self.backend.tallies()
     }
 }

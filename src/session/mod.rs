@@ -2,25 +2,32 @@
 //!
 //! The one place where file, tokenizer, network and backend are put together.
 
+mod budget;
 mod chat;
 mod engine;
 mod file;
 mod generate;
+mod plan;
 mod replace;
 mod timeline;
 
+pub use self::budget::{Concession, OnExceed};
 pub use self::chat::{Chat, Resumed};
 pub use self::file::{Extra, MAX_NOTE_BYTES, StateFile};
 pub use self::generate::{Event, Finish, GenerateOptions, Reply, Stats, generate};
+pub use self::plan::{Footprint, Plan, Rates, Speed, UNCERTAINTY};
 pub use self::timeline::Snapshot;
 
 use std::ops::{ControlFlow, Range};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
+use self::budget::{Claim, Ledger};
 use self::engine::{Engine, Loaded};
 use self::file::Hashes;
 use self::timeline::Timeline;
+use crate::backend::cpu::residency::Residency;
+use crate::backend::planner::Tally;
 use crate::backend::{BackendKind, KvTypes, Step};
 use crate::error::{Error, Result};
 use crate::gguf::{Gguf, ReadAhead, TensorInfo};
@@ -51,6 +58,11 @@ pub struct LoadOptions {
     pub backend: BackendKind,
     /// Whether sessions keep an account of their time: see [`Session::take_trace`].
     pub trace: bool,
+    /// Bytes that the process may have in memory, all together: the model, its sessions, the program and what else the
+    /// process holds. `None`: as many as the system gives.
+    pub memory: Option<u64>,
+    /// What to do where they do not suffice for a session.
+    pub on_exceed: OnExceed,
 }
 
 /// How a session is made.
@@ -75,11 +87,17 @@ struct Inner {
     network: Box<dyn Loaded>,
     backend: BackendKind,
     threads: Threads,
-    _ahead: Option<ReadAhead>,
+    /// What is being read; held so that it goes on.
+    ahead: Option<ReadAhead>,
+    is_outline: bool,
+    /// Of an outline, where a plan starts from.
+    base: OnceLock<Footprint>,
+    /// Where a budget is kept.
+    ledger: Option<Arc<Ledger>>,
     info: ModelInfo,
     /// For state files: computed when the first is written or read.
     hashes: OnceLock<Hashes>,
-    loading: [(&'static str, Range<u64>); 2],
+    loading: Vec<(&'static str, Range<u64>)>,
 }
 
 /// What a model is.
@@ -115,21 +133,71 @@ impl Model {
         let start = now();
         let gguf = Gguf::open(path)?;
         let mapped = now();
-        let ahead = read_ahead(&gguf);
-        let decode = match options.threads {
-            0 => Topology::of_this_machine().threads(),
-            n => n,
+        // A budget decides itself which weights are in memory.
+        let ahead = match options.memory {
+            None => read_ahead(&gguf),
+            Some(_) => None,
         };
-        let prefill = match options.threads_batch {
-            0 => decode,
-            n => n,
-        };
-        let threads = Threads { decode, prefill };
+        let threads = Threads::of(options);
+        let residency = Arc::new(Residency::unlimited());
         let (tokenizer, network) = rayon::join(
             || Tokenizer::from_gguf(&gguf),
-            || engine::load(&gguf, options, threads),
+            || engine::load(&gguf, options, threads, &residency),
         );
         let network = network?;
+        // Both at once.
+        let loading = vec![
+            ("file", start..mapped),
+            ("network, tokenizer", mapped..now()),
+        ];
+        let ledger = Ledger::open(&gguf, options, threads.most(), residency)?;
+        let mut model = Self::assemble(gguf, tokenizer, network, options, threads)?;
+        let inner = model.inner();
+        (inner.ahead, inner.loading, inner.ledger) = (ahead, loading, ledger);
+        Ok(model)
+    }
+
+    /// The model as the header of the file at `path` describes it; the weights may be missing. A session on it counts
+    /// what the CPU would do, read and hold, and computes nothing.
+    ///
+    /// # Errors
+    /// As [`Model::load`].
+    pub fn outline(path: &Path, options: &LoadOptions) -> Result<Self> {
+        let gguf = Gguf::open_header(path)?;
+        let threads = Threads::of(options);
+        let network = engine::outline(&gguf, threads)?;
+        let tokenizer = Err(Error::BadModel("an outline has no vocabulary".into()));
+        let mut outline = Self::assemble(gguf, tokenizer, network, options, threads)?;
+        outline.inner().is_outline = true;
+        Ok(outline)
+    }
+
+    /// The parts of a model that was just made.
+    fn inner(&mut self) -> &mut Inner {
+        Arc::get_mut(&mut self.0).expect("nobody else has it yet")
+    }
+
+    /// The outline of the same file.
+    fn outlined(&self) -> Result<Self> {
+        if self.0.is_outline {
+            return Ok(self.clone());
+        }
+        let options = LoadOptions {
+            threads: self.n_threads(),
+            threads_batch: self.n_threads_batch(),
+            ..LoadOptions::default()
+        };
+        Self::outline(self.gguf().path(), &options)
+    }
+
+    fn assemble(
+        gguf: Gguf,
+        tokenizer: Result<Tokenizer>,
+        network: Box<dyn Loaded>,
+        options: &LoadOptions,
+        threads: Threads,
+    ) -> Result<Self> {
+        let path = gguf.path();
         let file_name = || {
             path.file_name()
                 .map_or_else(String::new, |name| name.to_string_lossy().into_owned())
@@ -143,21 +211,19 @@ impl Model {
             weight_bytes: gguf.tensors().map(|t| t.bytes as u64).sum(),
             config: network.config().clone(),
         };
-        // Both at once.
-        let loading = [
-            ("file", start..mapped),
-            ("network, tokenizer", mapped..now()),
-        ];
         Ok(Self(Arc::new(Inner {
             gguf,
             tokenizer,
             network,
             backend: options.backend,
             threads,
-            _ahead: ahead,
+            ahead: None,
+            is_outline: false,
+            base: OnceLock::new(),
+            ledger: None,
             info,
             hashes: OnceLock::new(),
-            loading,
+            loading: Vec::new(),
         })))
     }
 
@@ -218,6 +284,26 @@ struct Threads {
     prefill: usize,
 }
 
+impl Threads {
+    /// Those that `options` ask for.
+    fn of(options: &LoadOptions) -> Self {
+        let decode = match options.threads {
+            0 => Topology::of_this_machine().threads(),
+            n => n,
+        };
+        let prefill = match options.threads_batch {
+            0 => decode,
+            n => n,
+        };
+        Self { decode, prefill }
+    }
+
+    /// The larger number.
+    fn most(self) -> usize {
+        self.decode.max(self.prefill)
+    }
+}
+
 /// Begins to read what every token needs, the layers first, while the vocabulary is being built. Not if that is much
 /// of the memory there is: pages that come when they are used do not push each other out.
 fn read_ahead(gguf: &Gguf) -> Option<ReadAhead> {
@@ -242,14 +328,22 @@ pub struct Session {
     batch: usize,
     kv: KvTypes,
     n_replayed: usize,
+    /// Its part of the model's budget.
+    claim: Option<Claim>,
 }
 
 impl Session {
     /// An empty timeline.
     ///
     /// # Errors
-    /// If the options are out of range, or the backend cannot be had.
+    /// If the options are out of range, the backend cannot be had, or the model's budget does not suffice.
     pub fn new(model: &Model, options: &SessionOptions) -> Result<Self> {
+        let admitted = model.0.ledger.as_ref();
+        let admitted = admitted.map(|ledger| ledger.admit(model, options));
+        let (options, claim) = match admitted.transpose()? {
+            Some((options, claim)) => (&options.clone(), Some(claim)),
+            None => (options, None),
+        };
         let n_ctx_train = model.info().config.n_ctx_train;
         let n_ctx = if options.n_ctx == 0 {
             n_ctx_train.min(MAX_DEFAULT_CTX)
@@ -295,6 +389,7 @@ impl Session {
             batch,
             kv: options.kv,
             n_replayed: 0,
+            claim,
         })
     }
 
@@ -327,6 +422,16 @@ impl Session {
         self.n_ctx
     }
 
+    /// What was given up for the model's budget.
+    pub fn concessions(&self) -> &[Concession] {
+        self.claim.as_ref().map_or(&[], |claim| &claim.concessions)
+    }
+
+    /// How often more than the model's budget was in memory after a step, so that weights were dropped.
+    pub fn overruns(&self) -> u64 {
+        self.claim.as_ref().map_or(0, Claim::overruns)
+    }
+
     /// The logits after the last token, `(n_vocab)`. Empty if there is none, and after [`Session::truncate`], unless
     /// the position was [marked](Session::mark), until [`Session::recall_logits`].
     pub fn logits(&self) -> &[f32] {
@@ -337,7 +442,8 @@ impl Session {
     /// step; if it breaks, the session holds what was done.
     ///
     /// # Errors
-    /// If the tokens do not fit, are none of the vocabulary, memory is missing, or `progress` breaks.
+    /// If the tokens do not fit, are none of the vocabulary, memory is missing, or `progress` breaks. If memory was
+    /// missing in the middle of a step, or the backend failed, the session is empty then.
     pub fn prefill(
         &mut self,
         tokens: &[u32],
@@ -416,6 +522,11 @@ impl Session {
         self.engine.take_trace()
     }
 
+    /// What the operations have done so far, where the backend tells them apart: on an outline.
+    pub fn tallies(&self) -> Vec<Tally> {
+        self.engine.tallies()
+    }
+
     fn check(&self, tokens: &[u32]) -> Result<()> {
         let n_vocab = self.model.info().config.n_vocab;
         if let Some(token) = tokens.iter().find(|t| **t as usize >= n_vocab) {
@@ -449,6 +560,9 @@ impl Session {
         self.line.exact_from = exact_from;
         self.line.tokens.extend_from_slice(tokens);
         self.line.steps.resize(self.line.tokens.len(), step);
+        if let Some(claim) = &self.claim {
+            claim.enforce();
+        }
         Ok(())
     }
 

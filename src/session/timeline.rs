@@ -10,6 +10,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use super::budget::Claim;
 use super::engine::Memory;
 use super::{Model, Session};
 use crate::backend::{KvTypes, Step};
@@ -159,6 +160,7 @@ impl Session {
             engine: self.model.0.network.engine(self.kv)?,
             line: Timeline::default(),
             n_replayed: 0,
+            claim: self.claim.as_ref().map(Claim::again).transpose()?,
             ..*self
         };
         fork.restore(&self.snapshot()?)?;

@@ -39,7 +39,7 @@ use self::pretokenize::Pretokenizer;
 use self::special::{Part, Specials};
 use self::spm::Spm;
 use self::vocab::bad;
-use crate::gguf::{Gguf, StringArray};
+use crate::gguf::{Array, Gguf, Metadata, StringArray};
 use crate::{Error, Result};
 
 /// Tokens that end a reply in some family of models, where the file has them as control tokens. A text that spells one
@@ -121,6 +121,24 @@ impl Tokenizer {
     /// the metadata are incomplete or contradict each other.
     pub fn from_gguf(gguf: &Gguf) -> Result<Self> {
         Tokenizer::new(Vocab::from_metadata(gguf.metadata())?)
+    }
+
+    /// Bytes that the tokenizer of these metadata will take: its tables by their sizes, and what was found for the
+    /// spellings of a BPE's inner pieces.
+    pub(crate) fn planned_bytes(metadata: &Metadata) -> usize {
+        let strings = |key: &str| match metadata.get(key).and_then(|value| value.as_array()) {
+            Some(Array::String(strings)) => (strings.len(), strings.iter().map(<[u8]>::len).sum()),
+            _ => (0, 0),
+        };
+        let slots = |n: usize| (n + n / 2 + 1).next_power_of_two();
+        let (n, text): (usize, usize) = strings("tokenizer.ggml.tokens");
+        let (n_merges, _) = strings("tokenizer.ggml.merges");
+        let merges = if n_merges > 0 {
+            size_of::<index::Merge>() * slots(n_merges) + 19 * n_merges
+        } else {
+            size_of::<f32>() * n
+        };
+        text + n * (size_of::<u32>() + 1) + size_of::<u32>() * slots(n) + merges
     }
 
     /// The tokenizer of a vocabulary.

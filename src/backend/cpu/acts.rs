@@ -19,6 +19,17 @@ pub const BF16_TOKENS: usize = 32;
 /// Values of a token in a bf16 tile.
 pub const BF16_LEN: usize = 32;
 
+/// Floats of a buffer for `n_tokens` quantized rows of `n_in` values.
+pub(crate) fn q8_floats(n_tokens: usize, n_in: usize) -> usize {
+    n_tokens * Q8Row::bytes(n_in) / size_of::<f32>()
+}
+
+/// Floats of a buffer for `n_tokens` rows of `n_in` values in bf16 tiles.
+pub(crate) fn bf16_floats(n_tokens: usize, n_in: usize) -> usize {
+    let tiles = n_tokens.div_ceil(BF16_TOKENS) * (n_in / BF16_LEN);
+    tiles * size_of::<[Tile; 2]>() / size_of::<f32>()
+}
+
 /// What a tile register of a matrix unit holds: 16 rows of 64 bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
 #[repr(C, align(64))]

@@ -47,6 +47,19 @@ pub struct KvCache {
 
 type Page = Vec<u8>;
 
+/// Bytes of a page of keys and the same page of values.
+pub(in crate::backend) fn page_bytes(shape: &Attention, kinds: KvTypes) -> usize {
+    kinds.row_bytes(shape.n_kv_heads * PAGE * shape.head_dim)
+}
+
+/// The type that kernels read: floats where there are some, half floats made of blocks.
+fn read_as(kinds: KvTypes) -> KvType {
+    match kinds.keys == KvType::F32 || kinds.values == KvType::F32 {
+        true => KvType::F32,
+        false => KvType::F16,
+    }
+}
+
 impl KvCache {
     pub(super) fn new(attention: &Attention, kinds: KvTypes) -> Self {
         let (n_kv_heads, head_dim) = (attention.n_kv_heads, attention.head_dim);
@@ -129,6 +142,11 @@ impl KvCache {
         Ok(())
     }
 
+    /// Types of the elements.
+    pub(super) fn kinds(&self) -> KvTypes {
+        self.kinds
+    }
+
     /// Bytes of all pages.
     pub(super) fn bytes(&self) -> usize {
         self.keys
@@ -153,14 +171,6 @@ impl KvCache {
                     KvType::Q8_0 | KvType::Q4_0 => quant::quantize(kind.dtype(), x, out),
                 }
             }
-        }
-    }
-
-    /// The type that kernels read: floats where there are some, half floats made of blocks.
-    fn read_as(&self) -> KvType {
-        match self.kinds.keys == KvType::F32 || self.kinds.values == KvType::F32 {
-            true => KvType::F32,
-            false => KvType::F16,
         }
     }
 
@@ -235,16 +245,10 @@ fn seen_from(shape: &Attention, position: usize) -> Range<usize> {
     first..position + 1
 }
 
-fn tiles(cache: &KvCache, step: Step, operations: &Operations) -> Option<Ready<AttendTokens>> {
-    let fits = step == Step::Prefill
-        && cache.read_as() == KvType::F16
-        && cache.head_dim.is_multiple_of(TILE_HEAD);
-    operations.attend_tiles.filter(|_| fits)
-}
-
 /// The kernel that attends to `cache`.
 pub(super) fn kernel(cache: &KvCache, step: Step, operations: &Operations) -> &'static str {
-    match (tiles(cache, step, operations), cache.read_as()) {
+    let tiles = tiles(operations, cache.head_dim, cache.kinds, step);
+    match (tiles, read_as(cache.kinds)) {
         (Some(tiles), _) => tiles.name(),
         (None, KvType::F32) => operations.attend_f32.name(),
         (None, _) => operations.attend_f16.name(),
@@ -253,14 +257,96 @@ pub(super) fn kernel(cache: &KvCache, step: Step, operations: &Operations) -> &'
 
 /// What queries at `positions` do: each cached key and value that any of them sees is read, and each query multiplies
 /// and adds those that it sees.
-pub(super) fn work(cache: &KvCache, shape: &Attention, positions: Range<usize>) -> Work {
+pub(in crate::backend) fn work(shape: &Attention, kinds: KvTypes, positions: Range<usize>) -> Work {
     let read = positions.end - seen_from(shape, positions.start).start;
     let seen: usize = positions.map(|p| seen_from(shape, p).len()).sum();
     Work {
-        kv_bytes: (read * cache.n_kv_heads * cache.kinds.row_bytes(cache.head_dim)) as u64,
+        kv_bytes: (read * shape.n_kv_heads * kinds.row_bytes(shape.head_dim)) as u64,
         attention_ops: 4 * (seen * shape.n_heads * shape.head_dim) as u64,
         ..Work::default()
     }
+}
+
+/// Pages that queries at `positions` see.
+fn pages(shape: &Attention, positions: Range<usize>) -> Range<usize> {
+    seen_from(shape, positions.start).start / PAGE..positions.end.div_ceil(PAGE)
+}
+
+/// Tokens of a task of `many_in_tiles`.
+fn tile_tokens(group: usize) -> usize {
+    (TILE_QUERIES / group).next_multiple_of(TILE_TOKENS)
+}
+
+/// Tokens of a task of `many`.
+fn task_tokens(group: usize) -> usize {
+    (MAX_QUERIES / group).max(1)
+}
+
+/// Floats of the buffers in which a task widens the keys and values of `n_pages` pages.
+fn wide_floats(shape: &Attention, kinds: KvTypes, n_pages: usize) -> Vec<usize> {
+    let (n, wanted) = (shape.head_dim, read_as(kinds));
+    let kinds = [kinds.keys, kinds.values];
+    let n_wide = n_pages * kinds.iter().filter(|kind| **kind != wanted).count();
+    let mut floats = vec![wanted.row_bytes(PAGE * n) / size_of::<f32>(); n_wide];
+    if n_wide > 0 && wanted == KvType::F16 {
+        floats.push(WIDEN_ROWS * n);
+    }
+    floats
+}
+
+/// The floats of the buffers that queries at `positions` take on `n_threads`, those that may be held together side by
+/// side.
+pub(in crate::backend) fn scratch(
+    operations: &Operations,
+    shape: &Attention,
+    kinds: KvTypes,
+    step: Step,
+    positions: Range<usize>,
+    n_threads: usize,
+) -> Vec<Vec<usize>> {
+    let (n, group) = (shape.head_dim, shape.n_heads / shape.n_kv_heads);
+    let tasks = |task: Vec<usize>, n_tasks: usize| task.repeat(n_tasks.min(n_threads));
+    if tiles(operations, shape.head_dim, kinds, step).is_some() {
+        let tokens = tile_tokens(group);
+        let last = positions.len().saturating_sub(1) / tokens * tokens;
+        let n_pages = pages(shape, positions.start + last..positions.end).len();
+        let n_tasks = positions.len().div_ceil(tokens) * shape.n_kv_heads;
+        return vec![tasks(wide_floats(shape, kinds, n_pages), n_tasks)];
+    }
+    if step == Step::Decode {
+        let one = |p: usize| {
+            let n_tasks = shape.n_kv_heads * pages(shape, p..p + 1).len();
+            let mut floats = vec![shape.n_heads * n, n_tasks * Sums::floats(group, n)];
+            floats.extend(tasks(wide_floats(shape, kinds, 1), n_tasks));
+            floats
+        };
+        return positions.map(one).collect();
+    }
+    let tokens = task_tokens(group);
+    let many = |n_tokens: usize, n_tasks: usize| {
+        let queries = n_tokens * group;
+        let mut task = vec![queries * n, Sums::floats(queries, n)];
+        task.extend(wide_floats(shape, kinds, 1));
+        tasks(task, n_tasks)
+    };
+    // The last tokens come first.
+    let (whole, rest) = (positions.len() / tokens, positions.len() % tokens);
+    let rest = (rest > 0).then(|| many(rest, shape.n_kv_heads));
+    let whole = (whole > 0).then(|| many(tokens, whole * shape.n_kv_heads));
+    rest.into_iter().chain(whole).collect()
+}
+
+/// The kernel that works in tiles, if there is one for this step and this cache.
+fn tiles(
+    operations: &Operations,
+    head_dim: usize,
+    kinds: KvTypes,
+    step: Step,
+) -> Option<Ready<AttendTokens>> {
+    let fits = step == Step::Prefill
+        && read_as(kinds) == KvType::F16
+        && head_dim.is_multiple_of(TILE_HEAD);
+    operations.attend_tiles.filter(|_| fits)
 }
 
 impl Attend<'_> {
@@ -274,7 +360,7 @@ impl Attend<'_> {
 
     /// Pages that the queries at `positions` see.
     fn pages(&self, positions: Range<usize>) -> Range<usize> {
-        self.visible(positions.start).start / PAGE..positions.end.div_ceil(PAGE)
+        pages(self.shape, positions)
     }
 
     /// Keys and values of a head in a page, as kernels read them; unspecified where a position is not in `seen`.
@@ -283,7 +369,7 @@ impl Attend<'_> {
         // Whole tiles: a row in one that nobody sees weighs nothing, but it must be a number.
         let seen = in_page(seen.start) / TILE_KEYS * TILE_KEYS..in_page(seen.end);
         let cache = self.cache;
-        let wanted = cache.read_as();
+        let wanted = read_as(cache.kinds);
         let pages = [
             (cache.kinds.keys, &cache.keys),
             (cache.kinds.values, &cache.values),
@@ -325,7 +411,7 @@ impl Attend<'_> {
     /// Adds one page to the sums of queries `q`, of which the first is at `position` and each position has a group.
     fn add_page(&self, page: usize, kv_head: usize, q: &[f32], position: usize, sums: &mut Sums) {
         let n = self.shape.head_dim;
-        let kernel = match self.cache.read_as() {
+        let kernel = match read_as(self.cache.kinds) {
             KvType::F32 => self.operations.attend_f32,
             _ => self.operations.attend_f16,
         };
@@ -404,7 +490,7 @@ impl Attend<'_> {
     pub(super) fn many(&self, pool: &Pool, q: &[f32], out: &mut [f32]) {
         let (n, group) = (self.shape.head_dim, self.group());
         let n_cols = self.shape.n_heads * n;
-        let n_tokens = (MAX_QUERIES / group).max(1);
+        let n_tokens = task_tokens(group);
         let mut outputs = [Output::new(out, n_cols)];
         pool.run_tiles(&mut outputs, (n_tokens, group * n), &|mut tile| {
             let kv_head = tile.first_col / (group * n);
@@ -438,7 +524,8 @@ impl Attend<'_> {
 
     /// The kernel that works in tiles, if this step and this cache have one.
     pub(super) fn tiles(&self, step: Step) -> Option<Ready<AttendTokens>> {
-        tiles(self.cache, step, self.operations)
+        let (shape, kinds) = (self.shape, self.cache.kinds);
+        tiles(self.operations, shape.head_dim, kinds, step)
     }
 
     /// As `many`, by a kernel that walks the pages itself and turns each into tiles once for a task.
@@ -451,7 +538,7 @@ impl Attend<'_> {
     ) {
         let (n, group) = (self.shape.head_dim, self.group());
         let n_cols = self.shape.n_heads * n;
-        let n_tokens = (TILE_QUERIES / group).next_multiple_of(TILE_TOKENS);
+        let n_tokens = tile_tokens(group);
         let mut outputs = [Output::new(out, n_cols)];
         pool.run_tiles(&mut outputs, (n_tokens, group * n), &|tile| {
             let kv_head = tile.first_col / (group * n);

@@ -3,7 +3,7 @@
 pub mod acts;
 #[cfg(target_arch = "x86_64")]
 mod amx;
-mod attention;
+pub(super) mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -17,9 +17,10 @@ mod neon;
 mod neon_dotprod;
 mod pace;
 pub mod pool;
+pub mod residency;
 pub mod roofline;
 mod scalar;
-mod scratch;
+pub(super) mod scratch;
 pub mod table;
 #[cfg(target_arch = "x86_64")]
 mod x86;
@@ -28,14 +29,16 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use self::acts::{Acts, BF16_LEN, BF16_TOKENS, Q8Row, Q8RowMut, Tile};
+use self::acts::{Acts, BF16_LEN, BF16_TOKENS, Q8Row, Q8RowMut, Tile, bf16_floats, q8_floats};
 use self::attention::KvCache;
 use self::isa::Isa;
 use self::pool::{Output, Pool};
+use self::residency::{Place, Residency};
 use self::scratch::{Buffer, Scratch};
 use self::table::{ActFormat, Gated, GatedRows, MatMul, Operations, Ready, ShortConvRows};
 use super::{
-    Activation, Attention, Backend, GatedFfn, KvTypes, Linear, Rope, RopePairs, Runs, Step,
+    Activation, Attention, Backend, GatedFfn, GatedFfnOf, KvTypes, Linear, Rope, RopePairs, Runs,
+    Step,
 };
 use crate::error::{Error, Result};
 use crate::profile::Work;
@@ -47,6 +50,7 @@ pub struct Cpu {
     pool: Arc<Pool>,
     decode_pool: Arc<Pool>,
     prefill_pool: Arc<Pool>,
+    residency: Arc<Residency>,
     operations: Operations,
     scratch: Scratch,
     work: Work,
@@ -61,6 +65,14 @@ pub struct Matrix {
     n_in: usize,
     n_out: usize,
     row_bytes: usize,
+    kernels: Kernels,
+    place: Place,
+}
+
+/// The kernels of a matrix, chosen when it is loaded.
+#[derive(Clone, Copy)]
+pub(super) struct Kernels {
+    dtype: DType,
     gemv: Ready<MatMul>,
     gemm: Ready<MatMul>,
     tiles: Option<Ready<MatMul>>,
@@ -85,8 +97,16 @@ pub struct ConvState {
 /// Tokens that a convolution can take back: those of a rejected draft. A longer way back is rebuilt.
 const REWIND: usize = 16;
 
+/// Floats of the memory of a convolution that reads `n_rows`.
+pub(super) fn conv_floats(n_rows: usize, n_channels: usize) -> usize {
+    (n_rows + 2 * REWIND) * n_channels
+}
+
 /// Weight bytes that a task of a decode step reads at most: long streams for the memory, an end that is not waited for.
 const TASK_BYTES: usize = 256 << 10;
+
+/// Rows of weights that a task of a prefill step reads at most.
+const MAX_TASK_ROWS: usize = 256;
 
 /// Rows whose logits are wanted below which unpacking weights costs more than reading them again.
 const FEW: usize = 4;
@@ -95,17 +115,18 @@ const FEW: usize = 4;
 const PARALLEL_ROWS: usize = 8;
 
 impl Cpu {
-    /// A backend on `pool` with the best kernels of this machine.
+    /// A backend on `pool` with the best kernels of this machine. Its weights stay in memory.
     pub fn new(pool: Arc<Pool>) -> Self {
-        Self::with_pools(Arc::clone(&pool), pool)
+        Self::within([Arc::clone(&pool), pool], Arc::new(Residency::unlimited()))
     }
 
-    /// The same with a pool for the passes of each step.
-    pub fn with_pools(decode_pool: Arc<Pool>, prefill_pool: Arc<Pool>) -> Self {
+    /// The same with a pool for decoding and one for prompts, and with weights of which as many stay as `residency` says.
+    pub fn within([decode_pool, prefill_pool]: [Arc<Pool>; 2], residency: Arc<Residency>) -> Self {
         Self {
             pool: Arc::clone(&prefill_pool),
             decode_pool,
             prefill_pool,
+            residency,
             operations: Operations::best(),
             scratch: Scratch::default(),
             work: Work::default(),
@@ -147,7 +168,7 @@ impl Cpu {
 
     fn quantize(&self, x: &Tensor) -> Buffer {
         let row_bytes = Q8Row::bytes(x.n_cols);
-        let mut rows = self.scratch.take(x.n_tokens * row_bytes / size_of::<f32>());
+        let mut rows = self.scratch.take(q8_floats(x.n_tokens, x.n_cols));
         let quantize = |i: usize, bytes: &mut [u8]| {
             let mut row = Q8RowMut::new(bytes, x.n_cols);
             self.operations.quantize.run(x.row(i), &mut row);
@@ -164,15 +185,9 @@ impl Cpu {
         rows
     }
 
-    /// Memory for `n` pairs of tiles.
-    fn tiles(&self, n: usize) -> Buffer {
-        let floats = n * size_of::<[Tile; 2]>() / size_of::<f32>();
-        self.scratch.take(floats)
-    }
-
     fn pack(&self, x: &Tensor) -> Buffer {
         let n_k = x.n_cols / BF16_LEN;
-        let mut groups = self.tiles(x.n_tokens.div_ceil(BF16_TOKENS) * n_k);
+        let mut groups = self.scratch.take(bf16_floats(x.n_tokens, x.n_cols));
         self.pool
             .run_pieces(bytemuck::cast_slice_mut(&mut groups), n_k, &|i, group| {
                 let first = i * BF16_TOKENS * x.n_cols;
@@ -181,18 +196,6 @@ impl Cpu {
                 self.operations.pack_bf16.run(rows, x.n_cols, group);
             });
         groups
-    }
-
-    /// The kernel that joins the products of a gated unit, where this step and the formats have one.
-    fn gated(&self, ffn: &GatedFfn<Self>) -> Option<Ready<Gated>> {
-        let (gate, up, down) = (&ffn.gate, &ffn.up, &ffn.down.weight);
-        let fits = self.step == Step::Prefill
-            && gate.weight.dtype == up.weight.dtype
-            && gate.bias.is_none()
-            && up.bias.is_none()
-            && gate.weight.tiles.is_some()
-            && down.tiles.is_some();
-        gate.weight.gated.filter(|_| fits)
     }
 
     fn count(&mut self, weight: &Matrix, n_tokens: usize) {
@@ -205,7 +208,7 @@ impl Cpu {
         for layer in layers {
             self.count(&layer.weight, acts.n_tokens);
         }
-        let kernels = layers.map(|l| l.weight.kernel(self.step));
+        let kernels = layers.map(|l| l.weight.kernels.of(self.step));
         let mut outs = layers.map(|l| self.tensor(acts.n_tokens, l.weight.n_out));
         let n_rows: usize = layers.iter().map(|l| l.weight.n_out).sum();
         let grain = if acts.n_tokens == 1 {
@@ -222,20 +225,20 @@ impl Cpu {
         } else {
             // Whole pairs of panels of the GEMM kernels; a few tasks a thread, for each reads all activations.
             (n_rows / (4 * self.pool.n_threads()))
-                .clamp(32, 256)
+                .clamp(32, MAX_TASK_ROWS)
                 .next_multiple_of(32)
         };
-        let weights = layers.map(|l| &*l.weight.data);
+        prefetch_after(&layers.map(|l| &l.weight));
         let mut outputs = outs
             .each_mut()
             .map(|out| Output::new(&mut out.data, out.n_cols));
         self.pool
             .run_tiles(&mut outputs, (acts.n_tokens, grain), &|mut tile| {
                 let layer = layers[tile.which];
-                let bytes = layer.weight.row_bytes;
                 let cols = tile.first_col..tile.first_col + tile.out.n_cols();
-                let rows = &weights[tile.which][cols.start * bytes..cols.end * bytes];
-                kernels[tile.which].run(rows, acts, &mut tile.out);
+                layer.weight.read(cols.clone(), |rows| {
+                    kernels[tile.which].run(rows, acts, &mut tile.out);
+                });
                 if let Some(bias) = &layer.bias {
                     for t in 0..tile.out.n_tokens() {
                         self.operations
@@ -248,12 +251,78 @@ impl Cpu {
     }
 }
 
-impl Matrix {
-    fn kernel(&self, step: Step) -> Ready<MatMul> {
+impl Kernels {
+    /// Those for `n_out` rows of `n_in` weights in `dtype`.
+    ///
+    /// # Errors
+    /// If there are none; `name` is whose they would be.
+    pub(super) fn new(dtype: DType, n_in: usize, n_out: usize, name: &str) -> Result<Self> {
+        let gemv = table::gemv(dtype).ok_or_else(|| Error::Unsupported {
+            kind: "tensor type on the CPU",
+            found: format!("{dtype} of {name}"),
+            supported: table::formats(),
+        })?;
+        Ok(Self {
+            dtype,
+            gemv,
+            // A GEMV with vectors beats a GEMM without.
+            gemm: table::gemm(dtype)
+                .filter(|gemm| gemm.isa() > Isa::Scalar)
+                .unwrap_or(gemv),
+            tiles: table::tiles(dtype).filter(|_| n_in.is_multiple_of(BF16_LEN)),
+            gated: table::gated(dtype).filter(|_| n_out.is_multiple_of(BF16_LEN)),
+        })
+    }
+
+    pub(super) fn of(&self, step: Step) -> Ready<MatMul> {
         match step {
             Step::Decode => self.gemv,
             Step::Prefill => self.tiles.unwrap_or(self.gemm),
         }
+    }
+}
+
+/// The kernel that joins the products of a gated unit, where this step and the formats have one.
+pub(super) fn gated<M, V>(
+    step: Step,
+    ffn: &GatedFfnOf<M, V>,
+    kernels: impl Fn(&M) -> &Kernels,
+) -> Option<Ready<Gated>> {
+    let [gate, up, down] = [&ffn.gate, &ffn.up, &ffn.down].map(|l| kernels(&l.weight));
+    let fits = step == Step::Prefill
+        && gate.dtype == up.dtype
+        && ffn.gate.bias.is_none()
+        && ffn.up.bias.is_none()
+        && gate.tiles.is_some()
+        && down.tiles.is_some();
+    gate.gated.filter(|_| fits)
+}
+
+fn of_matrix(matrix: &Matrix) -> &Kernels {
+    &matrix.kernels
+}
+
+impl Matrix {
+    /// Calls `with` with the bytes of some rows, which leave memory again if they are streamed.
+    #[inline]
+    fn read(&self, rows: Range<usize>, with: impl FnOnce(&[u8])) {
+        let bytes = rows.start * self.row_bytes..rows.end * self.row_bytes;
+        let streamed = self.place.is_streamed();
+        if streamed {
+            self.data.prefetch(bytes.clone());
+        }
+        with(&self.data[bytes.clone()]);
+        if streamed {
+            self.data.release(bytes);
+        }
+    }
+}
+
+/// Asks for the weights that are streamed after these.
+fn prefetch_after(weights: &[&Matrix]) {
+    let streamed = weights.iter().rfind(|weight| weight.place.is_streamed());
+    if let Some(weight) = streamed {
+        weight.place.prefetch_next();
     }
 }
 
@@ -272,12 +341,7 @@ impl Backend for Cpu {
 
     fn matrix(&self, tensor: &FileTensor) -> Result<Matrix> {
         let dtype = tensor.dtype;
-        let missing = || Error::Unsupported {
-            kind: "tensor type on the CPU",
-            found: format!("{dtype} of {}", tensor.name),
-            supported: table::formats(),
-        };
-        let gemv = table::gemv(dtype).ok_or_else(missing)?;
+        let kernels = Kernels::new(dtype, tensor.n_in(), tensor.n_out(), &tensor.name)?;
         let row_bytes = dtype.row_bytes(tensor.n_in()).filter(|bytes| *bytes > 0);
         let row_bytes =
             row_bytes.filter(|bytes| bytes.checked_mul(tensor.n_out()) == Some(tensor.data.len()));
@@ -291,18 +355,13 @@ impl Backend for Cpu {
             ))
         })?;
         Ok(Matrix {
+            place: self.residency.enter(&tensor.data),
             data: tensor.data.clone(),
             dtype,
             n_in: tensor.n_in(),
             n_out: tensor.n_out(),
             row_bytes,
-            gemv,
-            // A GEMV with vectors beats a GEMM without.
-            gemm: table::gemm(dtype)
-                .filter(|gemm| gemm.isa() > Isa::Scalar)
-                .unwrap_or(gemv),
-            tiles: table::tiles(dtype).filter(|_| tensor.n_in().is_multiple_of(BF16_LEN)),
-            gated: table::gated(dtype).filter(|_| tensor.n_out().is_multiple_of(BF16_LEN)),
+            kernels,
         })
     }
 
@@ -350,7 +409,7 @@ impl Backend for Cpu {
 
     fn conv(&self, n_rows: usize, n_channels: usize) -> ConvState {
         let mut conv = ConvState {
-            u: Vec::with_capacity((n_rows + 2 * REWIND) * n_channels),
+            u: Vec::with_capacity(conv_floats(n_rows, n_channels)),
             n_rows,
             n_channels,
         };
@@ -396,10 +455,11 @@ impl Backend for Cpu {
 
     fn embed(&mut self, table: &Matrix, tokens: &[u32], scale: f32) -> Tensor {
         let mut out = self.tensor(tokens.len(), table.n_in);
-        let data: &[u8] = &table.data;
         self.for_rows(&mut out, &|i, out| {
-            let bytes = &data[tokens[i] as usize * table.row_bytes..][..table.row_bytes];
-            quant::dequantize(table.dtype, bytes, out);
+            let token = tokens[i] as usize;
+            table.read(token..token + 1, |row| {
+                quant::dequantize(table.dtype, row, out);
+            });
             if scale != 1.0 {
                 out.iter_mut().for_each(|x| *x *= scale);
             }
@@ -422,7 +482,7 @@ impl Backend for Cpu {
     }
 
     fn linear<const N: usize>(&mut self, x: &Tensor, layers: [&Linear<Self>; N]) -> [Tensor; N] {
-        let kernels = layers.map(|l| l.weight.kernel(self.step));
+        let kernels = layers.map(|l| l.weight.kernels.of(self.step));
         let asked = |format| kernels.iter().any(|k| k.acts() == format);
         let q8 = asked(ActFormat::Q8).then(|| self.quantize(x));
         let bf16 = asked(ActFormat::Bf16).then(|| self.pack(x));
@@ -437,7 +497,7 @@ impl Backend for Cpu {
     }
 
     fn gated_ffn(&mut self, x: &Tensor, ffn: &GatedFfn<Self>) -> Tensor {
-        let Some(kernel) = self.gated(ffn) else {
+        let Some(kernel) = gated(self.step, ffn, of_matrix) else {
             let [gate, up] = self.linear(x, [&ffn.gate, &ffn.up]);
             let h = self.glu(gate, &up, ffn.activation);
             let [out] = self.linear(&h, [&ffn.down]);
@@ -455,22 +515,26 @@ impl Backend for Cpu {
         self.count(gate, x.n_tokens);
         self.count(up, x.n_tokens);
         let (n_groups, n_chunks) = (x.n_tokens.div_ceil(BF16_TOKENS), gate.n_out / BF16_LEN);
-        let mut h = self.tiles(n_groups * n_chunks);
+        let mut h = self.scratch.take(bf16_floats(x.n_tokens, gate.n_out));
         let h: &mut [[Tile; 2]] = bytemuck::cast_slice_mut(&mut h);
         // As much unpacked in the second-level cache as `products` has; a few tasks a thread.
         let grain = (n_chunks / (4 * self.pool.n_threads())).clamp(1, 4);
+        prefetch_after(&[gate, up]);
         let mut outputs = [Output::new(h, n_chunks)];
         self.pool
             .run_tiles(&mut outputs, (n_groups, grain), &|tile| {
                 let first = tile.first_col * BF16_LEN;
                 let rows = first..first + tile.out.n_cols() * BF16_LEN;
-                let bytes = rows.start * gate.row_bytes..rows.end * gate.row_bytes;
-                kernel.run(&mut GatedRows {
-                    gate: &gate.data[bytes.clone()],
-                    up: &up.data[bytes],
-                    x: &acts,
-                    activation: ffn.activation,
-                    out: tile.out,
+                gate.read(rows.clone(), |gate| {
+                    up.read(rows, |up| {
+                        kernel.run(&mut GatedRows {
+                            gate,
+                            up,
+                            x: &acts,
+                            activation: ffn.activation,
+                            out: tile.out,
+                        });
+                    });
                 });
             });
         let acts = Acts {
@@ -524,7 +588,19 @@ impl Backend for Cpu {
         attention: &Attention,
     ) -> Tensor {
         let mut out = self.tensor(q.n_tokens, q.n_cols);
-        self.work += attention::work(kv, attention, start..start + q.n_tokens);
+        let (kinds, positions) = (kv.kinds(), start..start + q.n_tokens);
+        self.work += attention::work(attention, kinds, positions.clone());
+        // Taken first what tasks will take, so that it is there whichever thread is faster, and a worker never meets missing
+        // memory. Tasks of one token take nothing unless they widen.
+        if self.step == Step::Prefill || kinds.is_quantized() {
+            let (operations, n_threads) = (&self.operations, self.pool.n_threads());
+            for together in attention::scratch(
+                operations, attention, kinds, self.step, positions, n_threads,
+            ) {
+                let taken = together.into_iter().map(|len| self.scratch.take(len));
+                drop(taken.collect::<Vec<_>>());
+            }
+        }
         let attend = attention::Attend {
             cache: kv,
             shape: attention,
@@ -590,9 +666,7 @@ impl Backend for Cpu {
 
     fn rows_from(&mut self, x: Tensor, from: usize) -> Tensor {
         // What follows leaves no trace in the caches: the kernels that are best for what is left.
-        if x.n_tokens - from < FEW {
-            self.step = Step::Decode;
-        }
+        self.step = step_of_wanted(self.step, x.n_tokens - from);
         if from == 0 {
             return x;
         }
@@ -603,6 +677,11 @@ impl Backend for Cpu {
 
     fn read(&mut self, x: &Tensor, out: &mut Vec<f32>) -> Result<()> {
         out.clear();
+        out.try_reserve_exact(x.data.len())
+            .map_err(|_| Error::OutOfMemory {
+                what: "logits".into(),
+                bytes: size_of_val(&*x.data),
+            })?;
         out.extend_from_slice(&x.data);
         Ok(())
     }
@@ -631,8 +710,10 @@ impl Backend for Cpu {
         let operations = &self.operations;
         match of {
             Runs::RmsNorm => operations.rms_norm.name(),
-            Runs::Linear(matrix) => matrix.kernel(self.step).name(),
-            Runs::GatedFfn(ffn) => self.gated(ffn).map_or("", |kernel| kernel.name()),
+            Runs::Linear(matrix) => matrix.kernels.of(self.step).name(),
+            Runs::GatedFfn(ffn) => {
+                gated(self.step, ffn, of_matrix).map_or("", |kernel| kernel.name())
+            }
             Runs::Rope(RopePairs::Halves) => operations.rope_halves.name(),
             Runs::Rope(RopePairs::Neighbours) => operations.rope_neighbours.name(),
             Runs::KvWrite(kv) => kv.write_kernel(operations),
@@ -655,6 +736,11 @@ impl Backend for Cpu {
     fn worked(&self) -> Duration {
         self.pool.worked()
     }
+}
+
+/// The step whose kernels compute logits of `n_tokens` after a pass of `step`.
+pub(super) fn step_of_wanted(step: Step, n_tokens: usize) -> Step {
+    if n_tokens < FEW { Step::Decode } else { step }
 }
 
 impl ConvState {

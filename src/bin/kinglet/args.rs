@@ -7,13 +7,14 @@ use std::time::Duration;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kinglet::sampler::{Settings, Source, preset};
-use kinglet::session::GenerateOptions;
+use kinglet::session::{GenerateOptions, OnExceed};
 use kinglet::{BackendKind, KvType, KvTypes, Model, Session, SessionOptions};
 
 use crate::failure::Outcome;
+use crate::ui;
 
 const EXIT_CODES: &str = "\
-Exit codes: 0 done, 2 wrong arguments, 3 bad or unsupported model file, 4 out of memory, 5 input or output failed, \
+Exit codes: 0 done, 2 wrong arguments, 3 bad or unsupported model file, 4 out of memory or over budget, 5 input or output failed, \
 7 context full, 130 Ctrl-C.
 
 MODEL is the path of a GGUF file. Without it: $KINGLET_MODEL, else models/lfm2-smol-Q4_0.gguf here or beside the program.";
@@ -32,6 +33,8 @@ pub enum Command {
     Chat(ChatArgs),
     /// Answer one prompt, or continue a text.
     Run(RunArgs),
+    /// Show what a model will need and how fast it will be, from its header alone.
+    Plan(PlanArgs),
     /// Show what a model file holds: header, metadata, tensors, problems.
     Inspect(InspectArgs),
     /// Show what a model is, and with which values it is sampled.
@@ -122,6 +125,59 @@ impl ModelArgs {
     }
 }
 
+/// How much memory there is.
+#[derive(Args)]
+pub struct BudgetArgs {
+    /// Memory for everything together: 800M, 2G; weights, keys and values, scratch, vocabulary, program
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    memory: Option<u64>,
+    /// Where it does not suffice: give something up, or refuse [default: degrade]
+    #[arg(long, value_name = "WHAT", requires = "memory")]
+    on_exceed: Option<Exceed>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Exceed {
+    Degrade,
+    Refuse,
+}
+
+impl BudgetArgs {
+    pub fn memory(&self) -> Option<u64> {
+        self.memory
+    }
+
+    pub fn on_exceed(&self) -> OnExceed {
+        match self.on_exceed {
+            Some(Exceed::Refuse) => OnExceed::Refuse,
+            Some(Exceed::Degrade) | None => OnExceed::Degrade,
+        }
+    }
+}
+
+/// `800M`, `1.5GiB`, `2g`, `1000000`: units of 1024.
+fn size(text: &str) -> Result<u64, String> {
+    let bad = || format!("expected a size like 800M or 1.5G, found `{text}`");
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = text[digits.len()..].to_ascii_lowercase();
+    let unit = unit.trim_end_matches('b').trim_end_matches('i');
+    let shift = match unit {
+        "" => 0,
+        "k" => 10,
+        "m" => 20,
+        "g" => 30,
+        "t" => 40,
+        _ => return Err(bad()),
+    };
+    let number: f64 = digits.parse().map_err(|_| bad())?;
+    let bytes = number * (1u64 << shift) as f64;
+    // More than an exabyte is a slip, and less than nothing too.
+    match bytes {
+        _ if !(1.0..=1e18).contains(&bytes) => Err(bad()),
+        _ => Ok(bytes as u64),
+    }
+}
+
 /// The types of cached keys and values, for a parser.
 fn cache_types() -> impl TypedValueParser<Value = KvType> {
     PossibleValuesParser::new(KvType::ALL.map(KvType::name)).map(|name| {
@@ -189,8 +245,13 @@ fn positive(text: &str) -> Result<usize, String> {
 }
 
 impl SessionArgs {
+    /// Says what had to be given up for a budget.
     pub fn open(&self, model: &Model) -> Outcome<Session> {
-        Ok(Session::new(model, &self.options())?)
+        let session = Session::new(model, &self.options())?;
+        for concession in session.concessions() {
+            ui::note(&format!("note: to stay within --memory, {concession}"));
+        }
+        Ok(session)
     }
 
     pub fn options(&self) -> SessionOptions {
@@ -318,6 +379,8 @@ pub struct ChatArgs {
     #[command(flatten)]
     pub session: SessionArgs,
     #[command(flatten)]
+    pub budget: BudgetArgs,
+    #[command(flatten)]
     pub sampling: SamplingArgs,
 }
 
@@ -354,7 +417,25 @@ pub struct RunArgs {
     #[command(flatten)]
     pub session: SessionArgs,
     #[command(flatten)]
+    pub budget: BudgetArgs,
+    #[command(flatten)]
     pub sampling: SamplingArgs,
+}
+
+#[derive(Args)]
+pub struct PlanArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Tokens of the prompt whose time is told
+    #[arg(short = 'p', long, value_name = "N", default_value = "512", value_parser = positive)]
+    pub n_prompt: usize,
+    #[command(flatten)]
+    pub session: SessionArgs,
+    #[command(flatten)]
+    pub budget: BudgetArgs,
+    /// One JSON object
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Args)]
@@ -582,6 +663,8 @@ pub struct BenchArgs {
     /// Type of cached values; also `-ctv` [default: f16]
     #[arg(long, value_name = "TYPE", value_delimiter = ',', value_parser = cache_types())]
     pub cache_type_v: Vec<KvType>,
+    #[command(flatten)]
+    pub budget: BudgetArgs,
     /// Times that each test is run
     #[arg(short, long, value_name = "N", default_value = "5", value_parser = positive)]
     pub repetitions: usize,

@@ -78,7 +78,7 @@ impl Failure {
                 | Error::BadModel(_)
                 | Error::Unsupported { .. }
                 | Error::Template(_) => 3,
-                Error::OutOfMemory { .. } => 4,
+                Error::OutOfMemory { .. } | Error::OverBudget { .. } => 4,
                 Error::Io { .. } => 5,
                 Error::ContextFull { .. } => 7,
                 _ => 1,

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use kinglet::{LoadOptions, Model};
 
-use crate::args::ModelArgs;
+use crate::args::{BudgetArgs, ModelArgs};
 use crate::failure::{Failure, Outcome};
 
 /// The file of the small model.
@@ -15,13 +15,32 @@ const VARIABLE: &str = "KINGLET_MODEL";
 /// Loads what the arguments name.
 pub fn load(args: &ModelArgs) -> Outcome<Model> {
     let path = locate(args.name())?;
-    let options = LoadOptions {
+    Ok(Model::load(&path, &options(args))?)
+}
+
+/// The same within a budget.
+pub fn load_within(args: &ModelArgs, budget: &BudgetArgs) -> Outcome<Model> {
+    let path = locate(args.name())?;
+    Ok(Model::load(&path, &options_within(args, budget))?)
+}
+
+/// How it is loaded within a budget.
+pub fn options_within(args: &ModelArgs, budget: &BudgetArgs) -> LoadOptions {
+    LoadOptions {
+        memory: budget.memory(),
+        on_exceed: budget.on_exceed(),
+        ..options(args)
+    }
+}
+
+/// How it is loaded.
+pub fn options(args: &ModelArgs) -> LoadOptions {
+    LoadOptions {
         threads: args.n_threads(),
         threads_batch: args.n_threads_batch(),
         backend: args.backend(),
         ..LoadOptions::default()
-    };
-    Ok(Model::load(&path, &options)?)
+    }
 }
 
 /// The file that MODEL means.

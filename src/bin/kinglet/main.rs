@@ -13,6 +13,7 @@ mod inspect;
 mod interrupt;
 mod limits;
 mod locate;
+mod plan;
 mod profile;
 mod quantize;
 mod run;
@@ -52,6 +53,7 @@ fn dispatch(command: Command) -> Outcome {
     match command {
         Command::Chat(args) => chat::run(&args),
         Command::Run(args) => run::run(&args),
+        Command::Plan(args) => plan::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Show(args) => show::run(&args),
         Command::Tokenize(args) => tokenize::run(&args),

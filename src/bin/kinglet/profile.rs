@@ -114,10 +114,8 @@ fn profile(args: &ProfileArgs) -> Outcome<Profile> {
 
 fn load(args: &ProfileArgs, path: &Path, recorder: &mut Recorder) -> Outcome<Session> {
     let options = LoadOptions {
-        threads: args.model.n_threads(),
-        threads_batch: args.model.n_threads_batch(),
-        backend: args.model.backend(),
         trace: true,
+        ..locate::options(&args.model)
     };
     let model = Model::load(path, &options)?;
     for (part, time) in model.loading() {

@@ -3,6 +3,7 @@
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 
+use kinglet::profile::machine::Resident;
 use kinglet::sampler::Sampler;
 use kinglet::session::{Chat, Event, Extra, Finish, GenerateOptions, Reply, generate};
 use kinglet::tokenizer::Special;
@@ -26,7 +27,7 @@ pub fn run(args: &RunArgs) -> Outcome {
         }
         (None, None) => ui::read_prompt(Path::new("-"))?,
     };
-    let model = locate::load(&args.model)?;
+    let model = locate::load_within(&args.model, &args.budget)?;
     let mut sampler = Sampler::new(&args.sampling.settings(&model)?);
     let session = match &args.prompt_cache {
         Some(path) if path.exists() => cached(path, &model, args)?,
@@ -149,6 +150,11 @@ fn print_json(reply: &Reply, sampler: &Sampler) -> Outcome {
         "tokens": reply.tokens,
         "finish": reply.finish.name(),
         "seed": sampler.seed(),
+        "memory": Resident::now().map(|held| json!({
+            "anonymous_bytes": held.anonymous,
+            "file_bytes": held.file,
+            "peak_bytes": held.peak,
+        })),
         "timings": {
             "prompt_tokens": stats.prompt_tokens,
             "reused_tokens": stats.reused_tokens,

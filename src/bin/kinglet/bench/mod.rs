@@ -81,7 +81,7 @@ fn run_group(group: &Group, args: &BenchArgs, shown: &Shown, printer: &mut Print
     let engines = plan::engines(args);
     let mut sessions = engines
         .iter()
-        .map(|engine| open(group, *engine))
+        .map(|engine| open(group, *engine, args))
         .collect::<Outcome<Vec<_>>>()?;
     let model = sessions[0].model().clone();
     let card = card(&model, group.kv);
@@ -118,11 +118,13 @@ fn run_group(group: &Group, args: &BenchArgs, shown: &Shown, printer: &mut Print
 }
 
 /// A session with room for all tests of a group.
-fn open(group: &Group, backend: BackendKind) -> Outcome<Session> {
+fn open(group: &Group, backend: BackendKind, args: &BenchArgs) -> Outcome<Session> {
     let load = LoadOptions {
         threads: group.n_threads,
         threads_batch: group.n_threads_batch,
         backend,
+        memory: args.budget.memory(),
+        on_exceed: args.budget.on_exceed(),
         ..LoadOptions::default()
     };
     let n_ctx = group
@@ -134,15 +136,18 @@ fn open(group: &Group, backend: BackendKind) -> Outcome<Session> {
         kv: group.kv,
         batch: group.n_ubatch,
     };
-    let model = Model::load(&group.model, &load)?;
-    Ok(Session::new(&model, &options)?)
+    let session = Session::new(&Model::load(&group.model, &load)?, &options)?;
+    for concession in session.concessions() {
+        ui::note(&format!("{}: {concession}", backend.name()));
+    }
+    Ok(session)
 }
 
 /// Decoding for a long time, instead of the tests.
 fn run_sustained(groups: &[Group], total: Duration, args: &BenchArgs) -> Outcome {
     let mut printer = Printer::new(args.output, sustained::columns(), Vec::new());
     let mut measured = groups.iter().try_for_each(|group| -> Outcome {
-        let mut session = open(group, BackendKind::Cpu)?;
+        let mut session = open(group, BackendKind::Cpu, args)?;
         let model = session.model().clone();
         let card = card(&model, group.kv);
         let mut runner = Runner::new(&mut session, &model, group.n_batch);

@@ -1,0 +1,386 @@
+//! The planner: a forward pass on shapes alone. No weight is read and no number computed; what each operation would do,
+//! read and hold on the CPU is counted, so a plan is the forward pass and cannot drift from it.
+//!
+//! Scratch is the CPU's own free list, run on sizes.
+
+use super::cpu::acts::{bf16_floats, q8_floats};
+use super::cpu::attention;
+use super::cpu::scratch::{Buffer, Scratch};
+use super::cpu::table::{ActFormat, Operations};
+use std::ops::Range;
+
+use super::cpu::{Kernels, conv_floats, gated, step_of_wanted};
+use super::{
+    Activation, Attention, Backend, GatedFfn, KV_PAGE, KvTypes, Linear, Rope, RopePairs, Step,
+};
+use crate::error::{Error, Result};
+use crate::profile::Work;
+use crate::profile::roofline::Resource;
+use crate::quant::Tensor as FileTensor;
+
+/// An operation of [`Backend`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Op {
+    /// [`Backend::embed`].
+    Embed,
+    /// [`Backend::rms_norm`].
+    RmsNorm,
+    /// [`Backend::linear`].
+    Linear,
+    /// [`Backend::rope_angles`].
+    RopeAngles,
+    /// [`Backend::rope`].
+    Rope,
+    /// [`Backend::kv_write`].
+    KvWrite,
+    /// [`Backend::attention`].
+    Attention,
+    /// [`Backend::short_conv`].
+    ShortConv,
+    /// [`Backend::glu`].
+    Glu,
+    /// [`Backend::add`].
+    Add,
+    /// [`Backend::rows_from`].
+    RowsFrom,
+}
+
+impl Op {
+    /// The name of the method.
+    pub fn name(self) -> &'static str {
+        match self {
+            Op::Embed => "embed",
+            Op::RmsNorm => "rms_norm",
+            Op::Linear => "linear",
+            Op::RopeAngles => "rope_angles",
+            Op::Rope => "rope",
+            Op::KvWrite => "kv_write",
+            Op::Attention => "attention",
+            Op::ShortConv => "short_conv",
+            Op::Glu => "glu",
+            Op::Add => "add",
+            Op::RowsFrom => "rows_from",
+        }
+    }
+}
+
+/// What the calls of one operation with one kind of arithmetic do together.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Tally {
+    /// The operation.
+    pub op: Op,
+    /// What it multiplies with, where that is what it does.
+    pub resource: Option<Resource>,
+    /// Calls.
+    pub count: u64,
+    /// What they do, but for regions, which are the pool's affair.
+    pub work: Work,
+    /// Numbers that they write.
+    pub values: u64,
+}
+
+/// A backend that counts.
+pub struct Planner {
+    operations: Operations,
+    n_threads: usize,
+    scratch: Scratch<usize>,
+    step: Step,
+    tallies: Vec<Tally>,
+}
+
+/// A weight matrix, of which the shape and the kernels matter.
+pub struct Matrix {
+    bytes: usize,
+    n_in: usize,
+    n_out: usize,
+    kernels: Kernels,
+}
+
+/// The shape of activations, and the buffer that they would lie in.
+pub struct Tensor {
+    n_tokens: usize,
+    n_cols: usize,
+    _buffer: Buffer<usize>,
+}
+
+/// The pages that keys and values would lie in.
+pub struct Kv {
+    shape: Attention,
+    kinds: KvTypes,
+    n_pages: usize,
+}
+
+impl Planner {
+    /// A planner for the CPU with `n_threads`.
+    pub fn new(n_threads: usize) -> Self {
+        Self {
+            operations: Operations::best(),
+            n_threads,
+            scratch: Scratch::default(),
+            step: Step::Prefill,
+            tallies: Vec::new(),
+        }
+    }
+
+    fn count(&mut self, op: Op, resource: Option<Resource>, work: Work, values: usize) {
+        let same = |t: &&mut Tally| t.op == op && t.resource == resource;
+        match self.tallies.iter_mut().find(same) {
+            Some(tally) => {
+                tally.count += 1;
+                tally.work += work;
+                tally.values += values as u64;
+            }
+            None => self.tallies.push(Tally {
+                op,
+                resource,
+                count: 1,
+                work,
+                values: values as u64,
+            }),
+        }
+    }
+
+    fn count_product(&mut self, weight: &Matrix, format: ActFormat, n_tokens: usize) {
+        let resource = match format {
+            ActFormat::F32 => Resource::F32,
+            ActFormat::Q8 => Resource::Int8,
+            ActFormat::Bf16 => Resource::Bf16,
+        };
+        let work = Work {
+            weight_bytes: weight.bytes as u64,
+            matmul_ops: 2 * (weight.n_in * weight.n_out * n_tokens) as u64,
+            ..Work::default()
+        };
+        self.count(Op::Linear, Some(resource), work, n_tokens * weight.n_out);
+    }
+
+    fn tensor(&self, n_tokens: usize, n_cols: usize) -> Tensor {
+        Tensor {
+            n_tokens,
+            n_cols,
+            _buffer: self.scratch.take(n_tokens * n_cols),
+        }
+    }
+
+    /// An elementwise operation: a new tensor.
+    fn elementwise(&mut self, op: Op, n_tokens: usize, n_cols: usize) -> Tensor {
+        self.count(op, None, Work::default(), n_tokens * n_cols);
+        self.tensor(n_tokens, n_cols)
+    }
+}
+
+/// What a planner has to say where contents are asked for.
+fn no_numbers() -> Error {
+    Error::Invalid("an outline has no keys and values to save or load".into())
+}
+
+impl Backend for Planner {
+    type Matrix = Matrix;
+    type Vector = usize;
+    type Tensor = Tensor;
+    type Kv = Kv;
+    type Conv = (usize, usize);
+
+    fn matrix(&self, tensor: &FileTensor) -> Result<Matrix> {
+        let (n_in, n_out) = (tensor.n_in(), tensor.n_out());
+        let row_bytes = tensor.dtype.row_bytes(n_in).filter(|bytes| *bytes > 0);
+        let row_bytes = row_bytes.ok_or_else(|| {
+            Error::BadModel(format!(
+                "tensor {}: expected rows of whole blocks, found {n_in} weights",
+                tensor.name
+            ))
+        })?;
+        Ok(Matrix {
+            bytes: row_bytes * n_out,
+            n_in,
+            n_out,
+            kernels: Kernels::new(tensor.dtype, n_in, n_out, &tensor.name)?,
+        })
+    }
+
+    /// Zeros: the file may hold no weights.
+    fn floats(&self, tensor: &FileTensor) -> Vec<f32> {
+        vec![0.0; tensor.shape.iter().product()]
+    }
+
+    fn vector(&self, data: Vec<f32>) -> usize {
+        data.len()
+    }
+
+    fn kv(&self, attention: &Attention, kinds: KvTypes) -> Kv {
+        Kv {
+            shape: *attention,
+            kinds,
+            n_pages: 0,
+        }
+    }
+
+    fn kv_reserve(&self, kv: &mut Kv, positions: Range<usize>) -> Result<()> {
+        kv.n_pages = kv.n_pages.max(positions.end.div_ceil(KV_PAGE));
+        Ok(())
+    }
+
+    fn kv_copy(&self, kv: &Kv) -> Result<Kv> {
+        Ok(Kv { ..*kv })
+    }
+
+    fn kv_save(&self, _: &Kv, _: usize, _: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        Err(no_numbers())
+    }
+
+    fn kv_load(
+        &self,
+        _: &mut Kv,
+        _: usize,
+        _: &mut dyn FnMut(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        Err(no_numbers())
+    }
+
+    fn kv_bytes(&self, kv: &Kv) -> usize {
+        kv.n_pages * attention::page_bytes(&kv.shape, kv.kinds)
+    }
+
+    fn conv_bytes(&self, (n_rows, n_channels): &(usize, usize)) -> usize {
+        conv_floats(*n_rows, *n_channels) * size_of::<f32>()
+    }
+
+    fn conv(&self, n_rows: usize, n_channels: usize) -> (usize, usize) {
+        (n_rows, n_channels)
+    }
+
+    fn conv_reset(&self, _: &mut (usize, usize)) {}
+
+    /// A way back is replayed, however short.
+    fn conv_rewind(&self, _: &mut (usize, usize), _: usize) -> bool {
+        false
+    }
+
+    fn conv_rows(&self, (n_rows, n_channels): &(usize, usize), out: &mut Vec<f32>) {
+        out.resize(out.len() + n_rows * n_channels, 0.0);
+    }
+
+    fn conv_set(&self, _: &mut (usize, usize), _: &[f32]) {}
+
+    fn begin(&mut self, step: Step) {
+        self.step = step;
+    }
+
+    fn embed(&mut self, table: &Matrix, tokens: &[u32], _: f32) -> Tensor {
+        self.elementwise(Op::Embed, tokens.len(), table.n_in)
+    }
+
+    fn rms_norm(&mut self, x: &Tensor, _: &usize, _: f32) -> Tensor {
+        self.elementwise(Op::RmsNorm, x.n_tokens, x.n_cols)
+    }
+
+    fn linear<const N: usize>(&mut self, x: &Tensor, layers: [&Linear<Self>; N]) -> [Tensor; N] {
+        let formats = layers.map(|l| l.weight.kernels.of(self.step).acts());
+        let take = |format, floats: fn(usize, usize) -> usize| {
+            let asked = formats.contains(&format);
+            asked.then(|| self.scratch.take(floats(x.n_tokens, x.n_cols)))
+        };
+        let _q8 = take(ActFormat::Q8, q8_floats);
+        let _bf16 = take(ActFormat::Bf16, bf16_floats);
+        for (layer, format) in layers.iter().zip(formats) {
+            self.count_product(&layer.weight, format, x.n_tokens);
+        }
+        layers.map(|l| self.tensor(x.n_tokens, l.weight.n_out))
+    }
+
+    fn gated_ffn(&mut self, x: &Tensor, ffn: &GatedFfn<Self>) -> Tensor {
+        if gated(self.step, ffn, |matrix: &Matrix| &matrix.kernels).is_none() {
+            let [gate, up] = self.linear(x, [&ffn.gate, &ffn.up]);
+            let h = self.glu(gate, &up, ffn.activation);
+            let [out] = self.linear(&h, [&ffn.down]);
+            return out;
+        }
+        let (gate, up, down) = (&ffn.gate.weight, &ffn.up.weight, &ffn.down.weight);
+        let _bf16 = self.scratch.take(bf16_floats(x.n_tokens, x.n_cols));
+        let _h = self.scratch.take(bf16_floats(x.n_tokens, gate.n_out));
+        for weight in [gate, up, down] {
+            self.count_product(weight, ActFormat::Bf16, x.n_tokens);
+        }
+        self.tensor(x.n_tokens, down.n_out)
+    }
+
+    fn rope_angles(&mut self, rope: &Rope, _: usize, n: usize) -> Tensor {
+        self.elementwise(Op::RopeAngles, n, 2 * rope.inv_freq.len())
+    }
+
+    fn rope(&mut self, x: &mut Tensor, _: usize, _: RopePairs, _: &Tensor) {
+        self.count(Op::Rope, None, Work::default(), x.n_tokens * x.n_cols);
+    }
+
+    fn kv_write(&mut self, _: &mut Kv, k: &Tensor, v: &Tensor, _: usize) {
+        let values = k.n_tokens * (k.n_cols + v.n_cols);
+        self.count(Op::KvWrite, None, Work::default(), values);
+    }
+
+    fn attention(&mut self, q: &Tensor, kv: &Kv, start: usize, shape: &Attention) -> Tensor {
+        let out = self.tensor(q.n_tokens, q.n_cols);
+        let positions = start..start + q.n_tokens;
+        let (step, n_threads) = (self.step, self.n_threads);
+        let work = attention::work(shape, kv.kinds, positions.clone());
+        let values = q.n_tokens * q.n_cols;
+        self.count(Op::Attention, Some(Resource::F32), work, values);
+        for together in attention::scratch(
+            &self.operations,
+            shape,
+            kv.kinds,
+            step,
+            positions,
+            n_threads,
+        ) {
+            let taken = together.into_iter().map(|len| self.scratch.take(len));
+            drop(taken.collect::<Vec<_>>());
+        }
+        out
+    }
+
+    fn short_conv(&mut self, bcx: &Tensor, _: &usize, conv: &mut (usize, usize)) -> Tensor {
+        self.elementwise(Op::ShortConv, bcx.n_tokens, conv.1)
+    }
+
+    fn glu(&mut self, gate: Tensor, _: &Tensor, _: Activation) -> Tensor {
+        self.count(Op::Glu, None, Work::default(), gate.n_tokens * gate.n_cols);
+        gate
+    }
+
+    fn add(&mut self, x: &mut Tensor, _: &Tensor) {
+        self.count(Op::Add, None, Work::default(), x.n_tokens * x.n_cols);
+    }
+
+    fn rows_from(&mut self, x: Tensor, from: usize) -> Tensor {
+        self.step = step_of_wanted(self.step, x.n_tokens - from);
+        if from == 0 {
+            return x;
+        }
+        self.elementwise(Op::RowsFrom, x.n_tokens - from, x.n_cols)
+    }
+
+    /// As many zeros as there would be numbers.
+    fn read(&mut self, x: &Tensor, out: &mut Vec<f32>) -> Result<()> {
+        out.clear();
+        out.resize(x.n_tokens * x.n_cols, 0.0);
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn scratch_bytes(&self) -> usize {
+        self.scratch.bytes()
+    }
+
+    fn work(&self) -> Work {
+        let mut sum = Work::default();
+        self.tallies.iter().for_each(|tally| sum += tally.work);
+        sum
+    }
+
+    fn tallies(&self) -> Vec<Tally> {
+        self.tallies.clone()
+    }
+}

@@ -1,0 +1,351 @@
+//! A total for everything in memory: planned before it is taken, given up step by step where it does not suffice, and
+//! measured while it is used.
+//!
+//! The total is over the whole process as the kernel counts it: weights in memory, keys and values, convolutions,
+//! scratch, vocabulary, the program and what else the process holds.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use super::plan::{Footprint, Plan};
+use super::{LoadOptions, Model, SessionOptions};
+use crate::backend::cpu::residency::{Residency, window};
+use crate::backend::{BackendKind, KvType, KvTypes};
+use crate::error::{Error, Result};
+use crate::gguf::{Advice, Gguf};
+use crate::profile::machine::{Resident, statm};
+
+/// What to do where a budget does not suffice for what was asked.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum OnExceed {
+    /// Say so.
+    #[default]
+    Refuse,
+    /// Give up something, and say what.
+    Degrade,
+}
+
+/// Something that was given up for a budget.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Concession {
+    /// A prompt is read in smaller steps.
+    Batch(usize, usize),
+    /// Keys and values are kept in fewer bytes.
+    Kv(KvTypes, KvTypes),
+    /// The context is smaller.
+    Context(usize, usize),
+    /// So many bytes of so many of weights stay in memory; the others are read again for each step.
+    Streaming(u64, u64),
+}
+
+impl fmt::Display for Concession {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mib = |bytes: &u64| *bytes as f64 / f64::from(1 << 20);
+        match self {
+            Self::Batch(from, to) => write!(f, "prompts are read in steps of {to}, not {from}"),
+            Self::Kv(from, to) => write!(f, "keys and values are kept in {}, not {}", to, from),
+            Self::Context(from, to) => write!(f, "the context holds {to} tokens, not {from}"),
+            Self::Streaming(kept, all) => write!(
+                f,
+                "weights are streamed: {:.1} of {:.1} MiB stay in memory, which is slower",
+                mib(kept),
+                mib(all)
+            ),
+        }
+    }
+}
+
+/// The smallest step that a prompt is read in for the sake of a budget: below it weights are read too often.
+const MIN_BATCH: usize = 32;
+
+/// The smallest context that is given for the sake of a budget.
+const MIN_CTX: usize = 512;
+
+/// Contexts end with a page of keys and values.
+const CTX_STEP: usize = 256;
+
+/// What is asked for, and then less and less: first what costs least.
+fn ladder(model: &Model, asked: &SessionOptions) -> Result<Vec<SessionOptions>> {
+    let mut rungs = vec![asked.clone()];
+    let mut last = asked.clone();
+    while last.batch > MIN_BATCH {
+        last.batch = (last.batch / 2).max(MIN_BATCH);
+        rungs.push(last.clone());
+    }
+    let bytes = |kv: KvTypes| -> Result<usize> {
+        let options = SessionOptions { kv, ..last.clone() };
+        Ok(Plan::new(model, &options, 1)?.memory.kv)
+    };
+    // Those that the heads of the model can be cached in.
+    let kinds = KvType::ALL.iter().map(|kv| KvTypes::from(*kv));
+    let mut kinds: Vec<_> = kinds.filter_map(|kv| Some((bytes(kv).ok()?, kv))).collect();
+    let least = bytes(asked.kv)?;
+    kinds.sort_by_key(|(bytes, _)| std::cmp::Reverse(*bytes));
+    for (_, kv) in kinds.into_iter().filter(|(bytes, _)| *bytes < least) {
+        last.kv = kv;
+        rungs.push(last.clone());
+    }
+    while last.n_ctx > MIN_CTX {
+        let less = (last.n_ctx - last.n_ctx / 8) / CTX_STEP * CTX_STEP;
+        last.n_ctx = less.min(last.n_ctx - 1).max(MIN_CTX);
+        rungs.push(last.clone());
+    }
+    Ok(rungs)
+}
+
+/// The first rung of the ladder that `memory` suffices for; with streamed weights, if `may_stream`, where none does
+/// without.
+pub(super) fn fit(
+    model: &Model,
+    asked: &SessionOptions,
+    n_prompt: usize,
+    room: &Room,
+) -> Result<Plan> {
+    let plan = |options: &SessionOptions| -> Result<Plan> {
+        let mut plan = Plan::new(model, options, n_prompt)?;
+        plan.footprint.add_base(&room.base);
+        Ok(plan)
+    };
+    let first = plan(asked)?;
+    let needed = first.footprint.total();
+    if needed <= room.memory {
+        return Ok(first);
+    }
+    let weights = first.footprint.weights;
+    let asked = &first.options.clone();
+    let rungs = match room.on_exceed {
+        OnExceed::Refuse => Vec::new(),
+        OnExceed::Degrade => ladder(model, asked)?,
+    };
+    for streamed in [false, true] {
+        if streamed && !room.may_stream {
+            break;
+        }
+        for rung in &rungs {
+            let mut plan = plan(rung)?;
+            let others = plan.footprint.total() - weights;
+            let least = if streamed { room.window } else { weights };
+            if others + least > room.memory {
+                continue;
+            }
+            if streamed {
+                // Faults of what stays bring along some of its neighbours: of 279 runs without this, two were over, by 0.4 %.
+                let kept = (room.memory - others - room.window).saturating_sub(room.memory / 50);
+                let kept = kept.min(weights);
+                plan.footprint.weights = kept + room.window;
+                plan.kept_weights = kept;
+            }
+            plan.concessions = concessions(asked, &plan, weights);
+            return Ok(plan);
+        }
+    }
+    Err(Error::OverBudget {
+        needed,
+        memory: room.memory,
+        advice: match room.on_exceed {
+            OnExceed::Refuse => {
+                "allow less context, smaller steps or streaming by degrading".into()
+            }
+            OnExceed::Degrade => format!(
+                "even the smallest context, with weights streamed, needs {} bytes",
+                rungs.last().map_or(Ok(needed), |rung| {
+                    plan(rung).map(|p| p.footprint.total() - weights + room.window.min(weights))
+                })?
+            ),
+        },
+    })
+}
+
+fn concessions(asked: &SessionOptions, plan: &Plan, weights: u64) -> Vec<Concession> {
+    let given = &plan.options;
+    let mut list = Vec::new();
+    if given.batch != asked.batch {
+        list.push(Concession::Batch(asked.batch, given.batch));
+    }
+    if given.kv != asked.kv {
+        list.push(Concession::Kv(asked.kv, given.kv));
+    }
+    if given.n_ctx != asked.n_ctx {
+        list.push(Concession::Context(asked.n_ctx, given.n_ctx));
+    }
+    if plan.kept_weights < weights {
+        list.push(Concession::Streaming(plan.kept_weights, weights));
+    }
+    list
+}
+
+/// What there is for a session.
+pub(super) struct Room {
+    pub memory: u64,
+    pub on_exceed: OnExceed,
+    /// What the process holds without it, and without weights.
+    pub base: Footprint,
+    /// The least that streamed weights take.
+    pub window: u64,
+    pub may_stream: bool,
+}
+
+impl Room {
+    /// Of an empty process that will load the model of `gguf`.
+    pub fn new(gguf: &Gguf, options: &LoadOptions, n_threads: usize, base: Footprint) -> Self {
+        let rows = |t: &crate::gguf::TensorInfo| t.shape[1..].iter().product::<usize>().max(1);
+        let row_bytes = gguf.tensors().map(|t| t.bytes / rows(t)).max();
+        Self {
+            memory: options.memory.unwrap_or(u64::MAX),
+            on_exceed: options.on_exceed,
+            base,
+            window: window(n_threads, row_bytes.unwrap_or(0)) as u64,
+            may_stream: options.backend == BackendKind::Cpu && cfg!(unix),
+        }
+    }
+}
+
+/// The account of a model and its sessions.
+pub(super) struct Ledger {
+    memory: u64,
+    room: Room,
+    residency: Arc<Residency>,
+    held: Mutex<Held>,
+    overruns: AtomicU64,
+}
+
+/// What sessions have been promised.
+#[derive(Default)]
+struct Held {
+    sessions: u64,
+    weights: u64,
+}
+
+impl Ledger {
+    /// Of a model that has been loaded: what the process holds now is the base, but for weights, which are dropped.
+    pub fn open(
+        gguf: &Gguf,
+        options: &LoadOptions,
+        n_threads: usize,
+        residency: Arc<Residency>,
+    ) -> Result<Option<Arc<Self>>> {
+        let Some(memory) = options.memory else {
+            return Ok(None);
+        };
+        gguf.advise_all(Advice::DontNeed)?;
+        let base = Footprint::of_loaded_process(gguf);
+        Ok(Some(Arc::new(Self {
+            memory,
+            room: Room::new(gguf, options, n_threads, base),
+            residency,
+            held: Mutex::default(),
+            overruns: AtomicU64::new(0),
+        })))
+    }
+
+    fn held(&self) -> MutexGuard<'_, Held> {
+        self.held
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// What fits beside the sessions that there are, promised to a new one.
+    pub fn admit(
+        self: &Arc<Self>,
+        model: &Model,
+        asked: &SessionOptions,
+    ) -> Result<(SessionOptions, Claim)> {
+        let mut held = self.held();
+        let room = Room {
+            memory: self.memory.saturating_sub(held.sessions),
+            ..self.room
+        };
+        let plan = fit(&model.outlined()?, asked, 1, &room)?;
+        let bytes = (plan.memory.kv + plan.memory.conv + plan.memory.scratch) as u64;
+        let kept = plan.kept_weights;
+        if held.sessions == 0 || kept < held.weights {
+            held.weights = kept;
+            self.limit(kept);
+        }
+        held.sessions += bytes;
+        Ok((
+            plan.options,
+            Claim {
+                ledger: Arc::clone(self),
+                bytes,
+                concessions: plan.concessions,
+            },
+        ))
+    }
+
+    /// Lets `kept` bytes of weights stay.
+    fn limit(&self, kept: u64) {
+        let all = kept >= self.room.base.weights;
+        let bytes = usize::try_from(kept).unwrap_or(usize::MAX);
+        self.residency.limit(if all { usize::MAX } else { bytes });
+    }
+}
+
+/// A session's part of the budget, given back when it ends.
+pub(super) struct Claim {
+    ledger: Arc<Ledger>,
+    bytes: u64,
+    pub concessions: Vec<Concession>,
+}
+
+impl Claim {
+    /// Looks at what the kernel counts, and drops weights from memory if it is too much.
+    pub fn enforce(&self) {
+        let ledger = &self.ledger;
+        let over = statm().map_or(0, |held| {
+            (held.anonymous + held.file).saturating_sub(ledger.memory)
+        });
+        if over > 0 {
+            let mut held = ledger.held();
+            held.weights = held.weights.saturating_sub(over);
+            ledger.limit(held.weights);
+            ledger.overruns.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// How often it was too much.
+    pub fn overruns(&self) -> u64 {
+        self.ledger.overruns.load(Ordering::Relaxed)
+    }
+}
+
+impl Claim {
+    /// As much once more, for another session of the same kind.
+    pub fn again(&self) -> Result<Self> {
+        let ledger = &self.ledger;
+        let mut held = ledger.held();
+        let room = &ledger.room;
+        let others = room.base.total() - room.base.weights + held.sessions + self.bytes;
+        let needed = others + held.weights;
+        if needed > ledger.memory {
+            let kept = ledger.memory.checked_sub(others + room.window);
+            let allowed = room.may_stream && room.on_exceed == OnExceed::Degrade;
+            let kept = kept.filter(|_| allowed).ok_or(Error::OverBudget {
+                needed,
+                memory: ledger.memory,
+                advice: "another session of this size does not fit beside those that there are"
+                    .into(),
+            })?;
+            held.weights = kept;
+            ledger.limit(kept);
+        }
+        held.sessions += self.bytes;
+        Ok(Self {
+            ledger: Arc::clone(ledger),
+            bytes: self.bytes,
+            concessions: self.concessions.clone(),
+        })
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.ledger.held().sessions -= self.bytes;
+    }
+}
+
+/// Anonymous and file-resident bytes of this process now; what a small program has where the system does not tell.
+pub(super) fn resident() -> (u64, u64) {
+    Resident::now().map_or((2 << 20, 4 << 20), |r| (r.anonymous, r.file))
+}
