@@ -14,61 +14,15 @@ use super::{
     Activation, Attention, Backend, GatedFfn, KV_PAGE, KvTypes, Linear, Rope, RopePairs, Step,
 };
 use crate::error::{Error, Result};
-use crate::profile::Work;
 use crate::profile::roofline::Resource;
+use crate::profile::{Operation, Work};
 use crate::quant::Tensor as FileTensor;
-
-/// An operation of [`Backend`].
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Op {
-    /// [`Backend::embed`].
-    Embed,
-    /// [`Backend::rms_norm`].
-    RmsNorm,
-    /// [`Backend::linear`].
-    Linear,
-    /// [`Backend::rope_angles`].
-    RopeAngles,
-    /// [`Backend::rope`].
-    Rope,
-    /// [`Backend::kv_write`].
-    KvWrite,
-    /// [`Backend::attention`].
-    Attention,
-    /// [`Backend::short_conv`].
-    ShortConv,
-    /// [`Backend::glu`].
-    Glu,
-    /// [`Backend::add`].
-    Add,
-    /// [`Backend::rows_from`].
-    RowsFrom,
-}
-
-impl Op {
-    /// The name of the method.
-    pub fn name(self) -> &'static str {
-        match self {
-            Op::Embed => "embed",
-            Op::RmsNorm => "rms_norm",
-            Op::Linear => "linear",
-            Op::RopeAngles => "rope_angles",
-            Op::Rope => "rope",
-            Op::KvWrite => "kv_write",
-            Op::Attention => "attention",
-            Op::ShortConv => "short_conv",
-            Op::Glu => "glu",
-            Op::Add => "add",
-            Op::RowsFrom => "rows_from",
-        }
-    }
-}
 
 /// What the calls of one operation with one kind of arithmetic do together.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Tally {
     /// The operation.
-    pub op: Op,
+    pub op: Operation,
     /// What it multiplies with, where that is what it does.
     pub resource: Option<Resource>,
     /// Calls.
@@ -122,7 +76,7 @@ impl Planner {
         }
     }
 
-    fn count(&mut self, op: Op, resource: Option<Resource>, work: Work, values: usize) {
+    fn count(&mut self, op: Operation, resource: Option<Resource>, work: Work, values: usize) {
         let same = |t: &&mut Tally| t.op == op && t.resource == resource;
         match self.tallies.iter_mut().find(same) {
             Some(tally) => {
@@ -151,7 +105,12 @@ impl Planner {
             matmul_ops: 2 * (weight.n_in * weight.n_out * n_tokens) as u64,
             ..Work::default()
         };
-        self.count(Op::Linear, Some(resource), work, n_tokens * weight.n_out);
+        self.count(
+            Operation::Linear,
+            Some(resource),
+            work,
+            n_tokens * weight.n_out,
+        );
     }
 
     fn tensor(&self, n_tokens: usize, n_cols: usize) -> Tensor {
@@ -163,7 +122,7 @@ impl Planner {
     }
 
     /// An elementwise operation: a new tensor.
-    fn elementwise(&mut self, op: Op, n_tokens: usize, n_cols: usize) -> Tensor {
+    fn elementwise(&mut self, op: Operation, n_tokens: usize, n_cols: usize) -> Tensor {
         self.count(op, None, Work::default(), n_tokens * n_cols);
         self.tensor(n_tokens, n_cols)
     }
@@ -267,11 +226,11 @@ impl Backend for Planner {
     }
 
     fn embed(&mut self, table: &Matrix, tokens: &[u32], _: f32) -> Tensor {
-        self.elementwise(Op::Embed, tokens.len(), table.n_in)
+        self.elementwise(Operation::Embed, tokens.len(), table.n_in)
     }
 
     fn rms_norm(&mut self, x: &Tensor, _: &usize, _: f32) -> Tensor {
-        self.elementwise(Op::RmsNorm, x.n_tokens, x.n_cols)
+        self.elementwise(Operation::RmsNorm, x.n_tokens, x.n_cols)
     }
 
     fn linear<const N: usize>(&mut self, x: &Tensor, layers: [&Linear<Self>; N]) -> [Tensor; N] {
@@ -305,16 +264,21 @@ impl Backend for Planner {
     }
 
     fn rope_angles(&mut self, rope: &Rope, _: usize, n: usize) -> Tensor {
-        self.elementwise(Op::RopeAngles, n, 2 * rope.inv_freq.len())
+        self.elementwise(Operation::RopeAngles, n, 2 * rope.inv_freq.len())
     }
 
     fn rope(&mut self, x: &mut Tensor, _: usize, _: RopePairs, _: &Tensor) {
-        self.count(Op::Rope, None, Work::default(), x.n_tokens * x.n_cols);
+        self.count(
+            Operation::Rope,
+            None,
+            Work::default(),
+            x.n_tokens * x.n_cols,
+        );
     }
 
     fn kv_write(&mut self, _: &mut Kv, k: &Tensor, v: &Tensor, _: usize) {
         let values = k.n_tokens * (k.n_cols + v.n_cols);
-        self.count(Op::KvWrite, None, Work::default(), values);
+        self.count(Operation::KvWrite, None, Work::default(), values);
     }
 
     fn attention(&mut self, q: &Tensor, kv: &Kv, start: usize, shape: &Attention) -> Tensor {
@@ -323,7 +287,7 @@ impl Backend for Planner {
         let (step, n_threads) = (self.step, self.n_threads);
         let work = attention::work(shape, kv.kinds, positions.clone());
         let values = q.n_tokens * q.n_cols;
-        self.count(Op::Attention, Some(Resource::F32), work, values);
+        self.count(Operation::Attention, Some(Resource::F32), work, values);
         for together in attention::scratch(
             &self.operations,
             shape,
@@ -339,16 +303,21 @@ impl Backend for Planner {
     }
 
     fn short_conv(&mut self, bcx: &Tensor, _: &usize, conv: &mut (usize, usize)) -> Tensor {
-        self.elementwise(Op::ShortConv, bcx.n_tokens, conv.1)
+        self.elementwise(Operation::ShortConv, bcx.n_tokens, conv.1)
     }
 
     fn glu(&mut self, gate: Tensor, _: &Tensor, _: Activation) -> Tensor {
-        self.count(Op::Glu, None, Work::default(), gate.n_tokens * gate.n_cols);
+        self.count(
+            Operation::Glu,
+            None,
+            Work::default(),
+            gate.n_tokens * gate.n_cols,
+        );
         gate
     }
 
     fn add(&mut self, x: &mut Tensor, _: &Tensor) {
-        self.count(Op::Add, None, Work::default(), x.n_tokens * x.n_cols);
+        self.count(Operation::Add, None, Work::default(), x.n_tokens * x.n_cols);
     }
 
     fn rows_from(&mut self, x: Tensor, from: usize) -> Tensor {
@@ -356,7 +325,7 @@ impl Backend for Planner {
         if from == 0 {
             return x;
         }
-        self.elementwise(Op::RowsFrom, x.n_tokens - from, x.n_cols)
+        self.elementwise(Operation::RowsFrom, x.n_tokens - from, x.n_cols)
     }
 
     /// As many zeros as there would be numbers.

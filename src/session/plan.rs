@@ -6,9 +6,10 @@ use std::ops::ControlFlow;
 use super::budget::{self, Concession, Room};
 use super::{LoadOptions, MemoryReport, Model, Session, SessionOptions};
 use crate::backend::Step;
-use crate::backend::planner::{Op, Tally};
+use crate::backend::planner::Tally;
 use crate::error::Result;
 use crate::gguf::Gguf;
+use crate::profile::Operation;
 use crate::profile::roofline::Resource;
 use crate::tokenizer::Tokenizer;
 
@@ -277,7 +278,7 @@ impl Rates {
             let ops = tally.work.ops() as f64 / peak;
             let busy = match (tally.op, tally.resource) {
                 // Keys and values are not read ahead as rows of weights are.
-                (Op::Attention, _) => read + ops / efficiency.attention,
+                (Operation::Attention, _) => read + ops / efficiency.attention,
                 (_, Some(Resource::Int8)) if decode => {
                     let unpack = tally.work.weight_bytes as f64 / (UNPACKED_PER_OP * self.int8);
                     // Reading and unpacking go on side by side, but for where they meet.

@@ -19,9 +19,8 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::sync::OnceLock;
 
-use bytemuck::Pod;
-
 use super::acts::Tile;
+use super::avx512vnni::{load, load128, load256, store};
 
 /// Asks the operating system for the tile registers, once a process.
 pub(super) fn permitted() -> bool {
@@ -300,42 +299,6 @@ impl Drop for Tiles {
 fn to_bf16(low: __m512, high: __m512) -> __m512i {
     // SAFETY: both types are 64 bytes without padding.
     unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low)) }
-}
-
-/// The 64 bytes of `x`.
-#[inline]
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
-fn load<T: Pod>(x: &T) -> __m512i {
-    const { assert!(size_of::<T>() == 64) };
-    // SAFETY: reads the 64 bytes of a borrowed plain value; no alignment is asked.
-    unsafe { _mm512_loadu_si512((x as *const T).cast()) }
-}
-
-/// The 32 bytes of `x`.
-#[inline]
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
-fn load256<T: Pod>(x: &T) -> __m256i {
-    const { assert!(size_of::<T>() == 32) };
-    // SAFETY: reads the 32 bytes of a borrowed plain value; no alignment is asked.
-    unsafe { _mm256_loadu_si256((x as *const T).cast()) }
-}
-
-/// The 16 bytes of `x`.
-#[inline]
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
-fn load128<T: Pod>(x: &T) -> __m128i {
-    const { assert!(size_of::<T>() == 16) };
-    // SAFETY: reads the 16 bytes of a borrowed plain value; no alignment is asked.
-    unsafe { _mm_loadu_si128((x as *const T).cast()) }
-}
-
-/// Writes the 64 bytes of `x`.
-#[inline]
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
-fn store<T: Pod>(x: __m512i, out: &mut T) {
-    const { assert!(size_of::<T>() == 64) };
-    // SAFETY: writes the 64 bytes of an exclusively borrowed plain value; no alignment is asked.
-    unsafe { _mm512_storeu_si512((out as *mut T).cast(), x) }
 }
 
 /// Lane `j` of row `i` goes to lane `i` of row `j`; lanes are 32 bits.

@@ -42,7 +42,7 @@ pub(in crate::backend::cpu) fn load<T: Pod>(x: &T) -> __m512i {
 /// Writes the 64 bytes of `x`.
 #[inline]
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn store<T: Pod>(x: __m512i, out: &mut T) {
+pub(in crate::backend::cpu) fn store<T: Pod>(x: __m512i, out: &mut T) {
     const { assert!(size_of::<T>() == 64) };
     // SAFETY: writes the 64 bytes of an exclusively borrowed plain value; no alignment is asked.
     unsafe { _mm512_storeu_si512((out as *mut T).cast(), x) }
@@ -51,7 +51,7 @@ fn store<T: Pod>(x: __m512i, out: &mut T) {
 /// The 32 bytes of `x`.
 #[inline]
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn load256<T: Pod>(x: &T) -> __m256i {
+pub(in crate::backend::cpu) fn load256<T: Pod>(x: &T) -> __m256i {
     const { assert!(size_of::<T>() == 32) };
     // SAFETY: reads the 32 bytes of a borrowed plain value; no alignment is asked.
     unsafe { _mm256_loadu_si256((x as *const T).cast()) }
@@ -60,7 +60,7 @@ fn load256<T: Pod>(x: &T) -> __m256i {
 /// The 16 bytes of `x`.
 #[inline]
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn load128<T: Pod>(x: &T) -> __m128i {
+pub(in crate::backend::cpu) fn load128<T: Pod>(x: &T) -> __m128i {
     const { assert!(size_of::<T>() == 16) };
     // SAFETY: reads the 16 bytes of a borrowed plain value; no alignment is asked.
     unsafe { _mm_loadu_si128((x as *const T).cast()) }
