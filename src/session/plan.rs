@@ -16,8 +16,7 @@ use crate::tokenizer::Tokenizer;
 /// Bytes in memory by kind, when a context is full.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Footprint {
-    /// Weights: pages of the file. Of a table whose rows are looked up, and that is no head, as many as texts need; with
-    /// a budget all.
+    /// Weights: pages of the file, which is read ahead.
     pub weights: u64,
     /// Keys and values.
     pub kv: u64,
@@ -42,15 +41,6 @@ const RUN_PROGRAM: u64 = 640 << 10;
 
 /// The same where a budget must be kept: more than was ever seen.
 const RESERVE: u64 = 640 << 10;
-
-/// What a row of a table brings into memory that no product reads, so that most of it stays in the file: the pages around
-/// it that the system maps with one fault.
-const ROW_WINDOW: f64 = 65_536.0;
-
-/// Windows that the rows of a text of `n` tokens lie in: some words come often, and have their rows side by side.
-fn row_windows(n: usize) -> f64 {
-    6.0 * (n as f64).sqrt()
-}
 
 impl Footprint {
     /// All of it.
@@ -159,11 +149,7 @@ impl Plan {
             ..Footprint::default()
         };
         footprint.add_base(outline.base());
-        let (weights, decode) = (footprint.weights, next.tallies());
-        let multiplied: u64 = decode.iter().map(|t| t.work.weight_bytes).sum();
-        let looked_up = weights.saturating_sub(multiplied);
-        let rows = (row_windows(options.n_ctx) * ROW_WINDOW) as u64;
-        footprint.weights = weights - looked_up + looked_up.min(rows);
+        let weights = footprint.weights;
         Ok(Self {
             options,
             concessions: Vec::new(),
@@ -174,7 +160,7 @@ impl Plan {
             load_seconds: load_seconds(outline.gguf()),
             n_prompt,
             prefill: prompt.tallies(),
-            decode,
+            decode: next.tallies(),
         })
     }
 
@@ -244,7 +230,7 @@ const DECODE: Efficiency = Efficiency {
 };
 
 /// Bytes of quantized weights that kernels for one token unpack in the time of one 8-bit operation, whatever the format.
-const UNPACKED_PER_OP: f64 = 0.042;
+const UNPACKED_PER_OP: f64 = 0.06;
 
 /// Of many tokens.
 const PREFILL: Efficiency = Efficiency {

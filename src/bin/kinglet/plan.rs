@@ -29,11 +29,7 @@ pub fn run(args: &PlanArgs) -> Outcome {
             Err(Error::OverBudget { .. }) => &whole,
             Err(_) => return Err(fitted.map(drop).expect_err("just seen").into()),
         },
-        // A budget has room for every row of a table.
-        needed: match args.budget.memory() {
-            None => whole.footprint.total(),
-            Some(_) => whole.footprint.total() - whole.footprint.weights + whole.weights,
-        },
+        needed: whole.footprint.total(),
         memory: args.budget.memory(),
         available: machine::memory_available(),
         rates: rates(&model)?,
