@@ -1,10 +1,14 @@
 #!/usr/bin/env python3
 """Writes a GGUF file with the exact shapes of a published model and random weights: for speed, not for sense.
 
-usage: models/synthetic.py MODEL OUT.gguf        (numpy is needed)
+usage: models/synthetic.py MODEL OUT.gguf [--sticky]       (numpy is needed)
 
-Matrices are Q4_0, the embedding, which is the head too, Q6_K, as in the published Q4_0 files of the family. There is no
-vocabulary: programs run such a file on token numbers, as `kinglet bench` does.
+Matrices are Q4_0, the head Q6_K, as in published Q4_0 files; routers are floats. There is no vocabulary: programs run such
+a file on token numbers, as `kinglet bench` does.
+
+Routers of random weights choose experts almost evenly, which no trained model does. With --sticky, embeddings carry one of
+16 topics, the same for 64 token numbers in a row, and the router of a layer prefers, for each topic, experts of its own, and
+a few of its experts for all: a text of neighbouring token numbers then keeps to the same experts.
 """
 
 import struct
@@ -17,36 +21,50 @@ BLOCK = {F32: (1, 4), Q4_0: (32, 18), Q6_K: (256, 210)}
 U32, FLOAT, STRING, ARRAY = 4, 6, 8, 9
 ALIGNMENT = 32
 
-# hidden, layers with attention, query heads, feed-forward width; 16 layers, 8 KV heads of 64.
+# hidden, query heads, feed-forward width, layers, those with attention; 8 KV heads of 64.
 LFM2 = {
-    "lfm2-350m": (1024, 16, 4608),
-    "lfm2-1.2b": (2048, 32, 8192),
+    "lfm2-350m": (1024, 16, 4608, 16, (2, 5, 8, 10, 12, 14)),
+    "lfm2-1.2b": (2048, 32, 8192, 16, (2, 5, 8, 10, 12, 14)),
+    # The same with experts behind two dense layers: 32, of which 4 are used, 1792 wide.
+    "lfm2-8b-a1b": (2048, 32, 7168, 24, (2, 6, 10, 14, 18, 21)),
 }
-ATTENTION = (2, 5, 8, 10, 12, 14)
+EXPERTS = (32, 4, 1792)
+N_DENSE = 2
 N_VOCAB = 65536
 
 
 def lfm2(name):
-    hidden, n_heads, ffn = LFM2[name]
-    kv = [8 if i in ATTENTION else 0 for i in range(16)]
+    hidden, n_heads, ffn, n_layers, attention = LFM2[name]
+    kv = [8 if i in attention else 0 for i in range(n_layers)]
+    moe = name.endswith("a1b")
+    arch = "lfm2moe" if moe else "lfm2"
+    n_experts, n_used, n_ffn = EXPERTS
     meta = [
-        ("general.architecture", STRING, "lfm2"),
+        ("general.architecture", STRING, arch),
         ("general.name", STRING, f"{name} with random weights"),
         ("general.file_type", U32, 2),
-        ("lfm2.block_count", U32, 16),
-        ("lfm2.context_length", U32, 128000),
-        ("lfm2.embedding_length", U32, hidden),
-        ("lfm2.vocab_size", U32, N_VOCAB),
-        ("lfm2.feed_forward_length", U32, ffn),
-        ("lfm2.attention.head_count", U32, n_heads),
-        ("lfm2.attention.head_count_kv", ARRAY, kv),
-        ("lfm2.attention.layer_norm_rms_epsilon", FLOAT, 1e-5),
-        ("lfm2.rope.freq_base", FLOAT, 1e6),
-        ("lfm2.shortconv.l_cache", U32, 3),
+        (f"{arch}.block_count", U32, n_layers),
+        (f"{arch}.context_length", U32, 128000),
+        (f"{arch}.embedding_length", U32, hidden),
+        (f"{arch}.vocab_size", U32, N_VOCAB),
+        (f"{arch}.feed_forward_length", U32, ffn),
+        (f"{arch}.attention.head_count", U32, n_heads),
+        (f"{arch}.attention.head_count_kv", ARRAY, kv),
+        (f"{arch}.attention.layer_norm_rms_epsilon", FLOAT, 1e-5),
+        (f"{arch}.rope.freq_base", FLOAT, 1e6),
+        (f"{arch}.shortconv.l_cache", U32, 3),
         ("tokenizer.ggml.model", STRING, "none"),
     ]
+    if moe:
+        meta += [
+            ("lfm2moe.expert_count", U32, n_experts),
+            ("lfm2moe.expert_used_count", U32, n_used),
+            ("lfm2moe.expert_feed_forward_length", U32, n_ffn),
+            ("lfm2moe.leading_dense_block_count", U32, N_DENSE),
+            ("lfm2moe.expert_gating_func", U32, 2),
+        ]
     tensors = [("token_embd.weight", Q6_K, (N_VOCAB, hidden)), ("token_embd_norm.weight", F32, (hidden,))]
-    for i in range(16):
+    for i in range(n_layers):
         blk = f"blk.{i}."
         tensors += [(blk + "attn_norm.weight", F32, (hidden,)), (blk + "ffn_norm.weight", F32, (hidden,))]
         if kv[i]:
@@ -64,11 +82,73 @@ def lfm2(name):
                 (blk + "shortconv.conv.weight", F32, (hidden, 3)),
                 (blk + "shortconv.out_proj.weight", Q4_0, (hidden, hidden)),
             ]
+        if moe and i >= N_DENSE:
+            tensors += [(blk + "exp_probs_b.bias", F32, (n_experts,))] + experts(blk, n_experts, n_ffn, hidden)
+            continue
         tensors += [
             (blk + "ffn_gate.weight", Q4_0, (ffn, hidden)),
             (blk + "ffn_up.weight", Q4_0, (ffn, hidden)),
             (blk + "ffn_down.weight", Q4_0, (hidden, ffn)),
         ]
+    return meta, tensors
+
+
+# layers, hidden, query heads, KV heads of 128, experts, of which used, their width, vocabulary.
+SMALLTHINKER = {
+    "smallthinker-4b": (32, 1536, 12, 2, 32, 4, 768, 151936),
+    # The geometry of the 4b in fewer layers and tokens: experts alone, to stream.
+    "smallthinker-stream": (8, 1536, 12, 2, 32, 4, 768, 1024),
+}
+
+
+def experts(blk, n_experts, n_ffn, hidden):
+    return [
+        (blk + "ffn_gate_inp.weight", F32, (n_experts, hidden)),
+        (blk + "ffn_gate_exps.weight", Q4_0, (n_experts, n_ffn, hidden)),
+        (blk + "ffn_up_exps.weight", Q4_0, (n_experts, n_ffn, hidden)),
+        (blk + "ffn_down_exps.weight", Q4_0, (n_experts, hidden, n_ffn)),
+    ]
+
+
+def smallthinker(name):
+    n_layers, hidden, n_heads, n_kv_heads, n_experts, n_used, n_ffn, n_vocab = SMALLTHINKER[name]
+    key = lambda name: f"smallthinker.{name}"
+    meta = [
+        ("general.architecture", STRING, "smallthinker"),
+        ("general.name", STRING, f"{name} with random weights"),
+        ("general.file_type", U32, 2),
+        (key("block_count"), U32, n_layers),
+        (key("context_length"), U32, 32768),
+        (key("embedding_length"), U32, hidden),
+        (key("vocab_size"), U32, n_vocab),
+        (key("feed_forward_length"), U32, n_ffn),
+        (key("expert_feed_forward_length"), U32, n_ffn),
+        (key("expert_count"), U32, n_experts),
+        (key("expert_used_count"), U32, n_used),
+        (key("expert_gating_func"), U32, 2),
+        (key("attention.head_count"), U32, n_heads),
+        (key("attention.head_count_kv"), U32, n_kv_heads),
+        (key("attention.key_length"), U32, 128),
+        (key("attention.value_length"), U32, 128),
+        (key("attention.layer_norm_rms_epsilon"), FLOAT, 1e-6),
+        (key("rope.freq_base"), FLOAT, 1.5e6),
+        ("tokenizer.ggml.model", STRING, "none"),
+    ]
+    tensors = [
+        ("token_embd.weight", Q4_0, (n_vocab, hidden)),
+        ("output_norm.weight", F32, (hidden,)),
+        ("output.weight", Q6_K, (n_vocab, hidden)),
+    ]
+    for i in range(n_layers):
+        blk = f"blk.{i}."
+        tensors += [
+            (blk + "attn_norm.weight", F32, (hidden,)),
+            (blk + "ffn_norm.weight", F32, (hidden,)),
+            (blk + "attn_q.weight", Q4_0, (128 * n_heads, hidden)),
+            (blk + "attn_k.weight", Q4_0, (128 * n_kv_heads, hidden)),
+            (blk + "attn_v.weight", Q4_0, (128 * n_kv_heads, hidden)),
+            (blk + "attn_output.weight", Q4_0, (hidden, 128 * n_heads)),
+        ] + experts(blk, n_experts, n_ffn, hidden)
     return meta, tensors
 
 

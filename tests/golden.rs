@@ -75,13 +75,15 @@ fn distance(found: &[f32], expected: &[f32]) -> f32 {
 
 #[test]
 fn tiny_models_match_in_one_shot_in_every_split_and_token_by_token() {
-    for model in load("tests/data/lfm2-tiny-random.gguf") {
-        matches_in_every_split(&model);
+    for name in ["lfm2", "lfm2moe", "smallthinker"] {
+        for model in load(&format!("tests/data/{name}-tiny-random.gguf")) {
+            matches_in_every_split(&model, &format!("{name}-tiny-random.json"));
+        }
     }
 }
 
-fn matches_in_every_split(model: &Model) {
-    let golden = golden("lfm2-tiny-random.json");
+fn matches_in_every_split(model: &Model, reference: &str) {
+    let golden = golden(reference);
     for sequence in golden["sequences"].as_array().expect("sequences") {
         let tokens = ids(&sequence["tokens"]);
         let expected: Vec<f32> = sequence["last_logits"]
@@ -94,7 +96,7 @@ fn matches_in_every_split(model: &Model) {
             let distance = distance(session.logits(), &expected);
             assert!(
                 distance < 1e-4,
-                "{} tokens, {how}: {distance:e} from the reference",
+                "{reference}, {} tokens, {how}: {distance:e} from the reference",
                 tokens.len()
             );
         };
@@ -141,8 +143,9 @@ fn matches_in_every_split(model: &Model) {
 
 #[test]
 fn truncate_at_any_position_equals_a_fresh_run() {
-    for model in load("tests/data/lfm2-tiny-random.gguf") {
-        truncates(&model);
+    for name in ["lfm2", "lfm2moe"] {
+        let models = load(&format!("tests/data/{name}-tiny-random.gguf"));
+        models.iter().for_each(truncates);
     }
 }
 

@@ -83,6 +83,33 @@ pub enum Activation {
     Relu,
 }
 
+/// What a router makes of its logits.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Gating {
+    /// `exp(z)`, over all experts or those chosen: their shares of each other are the same.
+    Softmax,
+    /// `1 / (1 + exp(-z))`.
+    Sigmoid,
+}
+
+/// How a token's experts and their weights follow from the logits `z` of a router: the `n_used` experts of the largest
+/// `z`, or of the largest `score(z) + bias` where there is a bias, which orders and does not weigh; of equals the first.
+/// Their weights are their scores, divided by the sum of these and `sum_eps`.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Routing {
+    /// Experts of a layer.
+    pub n_experts: usize,
+    /// Experts of a token.
+    pub n_used: usize,
+    /// The scores.
+    pub gating: Gating,
+    /// Added to the sum of scores.
+    pub sum_eps: f32,
+}
+
+/// Experts of a token at most.
+pub const MAX_USED: usize = 64;
+
 /// Which elements of a head a rotary embedding pairs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum RopePairs {
@@ -394,6 +421,14 @@ pub trait Backend {
         out
     }
 
+    /// The experts of each row of `x` and their weights, see [`Routing`]: rows of `n_used` indices, the best first, then as
+    /// many weights. Where experts are read from a file, this is where their reading begins.
+    fn route(&mut self, x: &Self::Tensor, moe: &Moe<Self>) -> Self::Tensor;
+
+    /// `sum_j weights[j] * down_j(activation(gate_j(x)) * up_j(x))` over the experts `j` of each row as
+    /// [`Backend::route`] gave them, in that order.
+    fn moe(&mut self, x: &Self::Tensor, routes: Self::Tensor, moe: &Moe<Self>) -> Self::Tensor;
+
     /// `x += y`.
     fn add(&mut self, x: &mut Self::Tensor, y: &Self::Tensor);
 
@@ -457,6 +492,10 @@ pub enum Runs<'a, B: Backend + ?Sized> {
     Linear(&'a B::Matrix),
     /// [`Backend::gated_ffn`], if one kernel runs more than a matrix of it.
     GatedFfn(&'a GatedFfn<B>),
+    /// [`Backend::route`].
+    Route(&'a Moe<B>),
+    /// [`Backend::moe`].
+    Moe(&'a Moe<B>),
     /// [`Backend::rope`].
     Rope(RopePairs),
     /// [`Backend::kv_write`].
@@ -497,4 +536,44 @@ pub struct GatedFfnOf<M, V> {
     pub down: LinearOf<M, V>,
     /// Applied to the gate.
     pub activation: Activation,
+}
+
+impl<M, V> GatedFfnOf<M, V> {
+    /// Gate, up, down.
+    pub fn layers(&self) -> [&LinearOf<M, V>; 3] {
+        [&self.gate, &self.up, &self.down]
+    }
+}
+
+/// A mixture of experts of a backend.
+pub type Moe<B> = MoeOf<<B as Backend>::Matrix, <B as Backend>::Vector>;
+
+/// A mixture of gated feed-forward layers with weights of these types (Shazeer et al., arXiv:1701.06538). The rows of all
+/// experts lie one after the other.
+pub struct MoeOf<M, V> {
+    /// `(n_experts, hidden)`, floats.
+    pub router: LinearOf<M, V>,
+    /// `(n_experts)`: added to scores where experts are chosen.
+    pub selection_bias: Option<V>,
+    /// From logits to experts.
+    pub routing: Routing,
+    /// `(n_experts * n_ffn, hidden)`.
+    pub gate: LinearOf<M, V>,
+    /// `(n_experts * n_ffn, hidden)`.
+    pub up: LinearOf<M, V>,
+    /// `(n_experts * hidden, n_ffn)`, or `(n_experts * n_ffn, hidden)` if [`MoeOf::down_by_neuron`].
+    pub down: LinearOf<M, V>,
+    /// Whether a row of `down` is what one neuron adds, not what one output sums.
+    pub down_by_neuron: bool,
+    /// Neurons of an expert.
+    pub n_ffn: usize,
+    /// Applied to the gate.
+    pub activation: Activation,
+}
+
+impl<M, V> MoeOf<M, V> {
+    /// Gate, up, down.
+    pub fn layers(&self) -> [&LinearOf<M, V>; 3] {
+        [&self.gate, &self.up, &self.down]
+    }
 }

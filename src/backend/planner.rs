@@ -3,15 +3,16 @@
 //!
 //! Scratch is the CPU's own free list, run on sizes.
 
-use super::cpu::acts::{bf16_floats, q8_floats};
+use super::cpu::acts::{BF16_TOKENS, bf16_floats, q8_floats};
 use super::cpu::attention;
 use super::cpu::scratch::{Buffer, Scratch};
 use super::cpu::table::{ActFormat, Operations};
 use std::ops::Range;
 
+use super::cpu::moe::{chunk_rows, max_groups, n_chunks};
 use super::cpu::{Kernels, conv_floats, gated, step_of_wanted};
 use super::{
-    Activation, Attention, Backend, GatedFfn, KV_PAGE, KvTypes, Linear, Rope, RopePairs, Step,
+    Activation, Attention, Backend, GatedFfn, KV_PAGE, KvTypes, Linear, Moe, Rope, RopePairs, Step,
 };
 use crate::error::{Error, Result};
 use crate::profile::roofline::Resource;
@@ -64,6 +65,12 @@ pub struct Kv {
     n_pages: usize,
 }
 
+impl Matrix {
+    fn row_bytes(&self) -> usize {
+        self.bytes / self.n_out
+    }
+}
+
 impl Planner {
     /// A planner for the CPU with `n_threads`.
     pub fn new(n_threads: usize) -> Self {
@@ -95,11 +102,6 @@ impl Planner {
     }
 
     fn count_product(&mut self, weight: &Matrix, format: ActFormat, n_tokens: usize) {
-        let resource = match format {
-            ActFormat::F32 => Resource::F32,
-            ActFormat::Q8 => Resource::Int8,
-            ActFormat::Bf16 => Resource::Bf16,
-        };
         let work = Work {
             weight_bytes: weight.bytes as u64,
             matmul_ops: 2 * (weight.n_in * weight.n_out * n_tokens) as u64,
@@ -107,7 +109,7 @@ impl Planner {
         };
         self.count(
             Operation::Linear,
-            Some(resource),
+            Some(resource(format)),
             work,
             n_tokens * weight.n_out,
         );
@@ -126,6 +128,21 @@ impl Planner {
         self.count(op, None, Work::default(), n_tokens * n_cols);
         self.tensor(n_tokens, n_cols)
     }
+}
+
+/// What products with activations of `format` are made with.
+fn resource(format: ActFormat) -> Resource {
+    match format {
+        ActFormat::F32 => Resource::F32,
+        ActFormat::Q8 => Resource::Int8,
+        ActFormat::Bf16 => Resource::Bf16,
+    }
+}
+
+/// Experts of `n` that `n_tokens` with `k` each need together, if all are as likely.
+fn distinct(n: usize, k: usize, n_tokens: usize) -> f64 {
+    let (n, k) = (n as f64, k as f64);
+    n * (1.0 - (1.0 - k / n).powf(n_tokens as f64))
 }
 
 /// What a planner has to say where contents are asked for.
@@ -248,7 +265,7 @@ impl Backend for Planner {
     }
 
     fn gated_ffn(&mut self, x: &Tensor, ffn: &GatedFfn<Self>) -> Tensor {
-        if gated(self.step, ffn, |matrix: &Matrix| &matrix.kernels).is_none() {
+        if gated(self.step, ffn.layers(), |matrix: &Matrix| &matrix.kernels).is_none() {
             let [gate, up] = self.linear(x, [&ffn.gate, &ffn.up]);
             let h = self.glu(gate, &up, ffn.activation);
             let [out] = self.linear(&h, [&ffn.down]);
@@ -261,6 +278,83 @@ impl Backend for Planner {
             self.count_product(weight, ActFormat::Bf16, x.n_tokens);
         }
         self.tensor(x.n_tokens, down.n_out)
+    }
+
+    fn route(&mut self, x: &Tensor, moe: &Moe<Self>) -> Tensor {
+        let [_logits] = self.linear(x, [&moe.router]);
+        self.elementwise(Operation::Route, x.n_tokens, 2 * moe.routing.n_used)
+    }
+
+    fn moe(&mut self, x: &Tensor, _: Tensor, moe: &Moe<Self>) -> Tensor {
+        let out = self.tensor(x.n_tokens, x.n_cols);
+        let (n_experts, k) = (moe.routing.n_experts, moe.routing.n_used);
+        let (n_rows, n_ffn, n_threads) = (x.n_tokens * k, moe.n_ffn, self.n_threads);
+        let weights = moe.layers().map(|layer| &layer.weight);
+        let formats = weights.map(|weight| weight.kernels.of(self.step).acts());
+        let joined = !moe.down_by_neuron
+            && gated(self.step, moe.layers(), |matrix: &Matrix| &matrix.kernels).is_some();
+        let read = match self.step {
+            Step::Decode => n_rows as f64,
+            Step::Prefill => distinct(n_experts, k, x.n_tokens),
+        };
+        for (weight, format) in weights.iter().zip(formats) {
+            let work = Work {
+                weight_bytes: (weight.bytes as f64 / n_experts as f64 * read) as u64,
+                matmul_ops: (2 * weight.n_in * (weight.n_out / n_experts) * n_rows) as u64,
+                ..Work::default()
+            };
+            let values = n_rows * (weight.n_out / n_experts);
+            self.count(Operation::Moe, Some(resource(format)), work, values);
+        }
+        // What follows takes what the CPU takes, in its order.
+        let scratch = &self.scratch;
+        let (gate_up, down) = (&formats[..2], &formats[2..]);
+        if self.step == Step::Decode {
+            for _ in 0..x.n_tokens {
+                let q8 = |formats: &[ActFormat], n: usize, n_in: usize| {
+                    let asked = formats.contains(&ActFormat::Q8);
+                    asked.then(|| scratch.take(q8_floats(n, n_in)))
+                };
+                let _row = q8(gate_up, 1, x.n_cols);
+                let row_bytes = weights[..2].iter().map(|weight| weight.row_bytes()).max();
+                let row_bytes = row_bytes.expect("two of them");
+                let chunk = chunk_rows(n_ffn, row_bytes, n_chunks(k, n_threads));
+                let _h = scratch.take(k * n_ffn.div_ceil(chunk) * 2 * chunk);
+                let _rows = scratch.take(k * x.n_cols);
+                if !moe.down_by_neuron {
+                    let _q8 = q8(down, k, n_ffn);
+                }
+            }
+            return out;
+        }
+        let sorted = |formats: &[ActFormat], n_in: usize, floats: bool| {
+            let q8 = formats
+                .contains(&ActFormat::Q8)
+                .then(|| scratch.take(q8_floats(n_rows, n_in)));
+            let f32 = (floats && formats.contains(&ActFormat::F32))
+                .then(|| scratch.take(n_rows * n_in));
+            let bf16 = formats.contains(&ActFormat::Bf16).then(|| {
+                let groups = max_groups(n_rows, n_experts) * BF16_TOKENS;
+                let tiles = scratch.take(bf16_floats(groups, n_in));
+                let taken = (0..n_threads).map(|_| scratch.take(BF16_TOKENS * n_in));
+                drop(taken.collect::<Vec<_>>());
+                tiles
+            });
+            (q8, f32, bf16)
+        };
+        let _inputs = sorted(gate_up, x.n_cols, true);
+        let _rows = scratch.take(n_rows * x.n_cols);
+        if joined {
+            let groups = max_groups(n_rows, n_experts) * BF16_TOKENS;
+            let _h = scratch.take(bf16_floats(groups, n_ffn));
+            return out;
+        }
+        let _gate = scratch.take(n_rows * n_ffn);
+        drop(scratch.take(n_rows * n_ffn));
+        if !moe.down_by_neuron {
+            let _inputs = sorted(down, n_ffn, false);
+        }
+        out
     }
 
     fn rope_angles(&mut self, rope: &Rope, _: usize, n: usize) -> Tensor {

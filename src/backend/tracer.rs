@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use super::{
-    Activation, Attention, Backend, GatedFfn, KvTypes, Linear, Rope, RopePairs, Runs, Step,
+    Activation, Attention, Backend, GatedFfn, KvTypes, Linear, Moe, Rope, RopePairs, Runs, Step,
 };
 use crate::error::Result;
 use crate::profile::span::now;
@@ -385,6 +385,36 @@ impl<B: Backend> Backend for Tracer<B> {
             (names[0].0, Label::new(Operation::GatedFfn, &name, &kernel))
         };
         self.timed_as(key, label, |b| b.gated_ffn(x, ffn))
+    }
+
+    fn route(&mut self, x: &B::Tensor, moe: &Moe<B>) -> B::Tensor {
+        let kernel = self.inner.kernel(Runs::Route(moe));
+        let key = Key {
+            operation: Operation::Route,
+            matrix: moe.router.name.as_ptr().addr(),
+            kernel: kernel.as_ptr().addr(),
+        };
+        let label = || {
+            let (layer, _) = short_name(&moe.router.name);
+            (layer, Label::new(Operation::Route, "router", kernel))
+        };
+        self.timed_as(key, label, |b| b.route(x, moe))
+    }
+
+    fn moe(&mut self, x: &B::Tensor, routes: B::Tensor, moe: &Moe<B>) -> B::Tensor {
+        let kernel = self.inner.kernel(Runs::Moe(moe));
+        let key = Key {
+            operation: Operation::Moe,
+            matrix: moe.gate.name.as_ptr().addr(),
+            kernel: kernel.as_ptr().addr(),
+        };
+        let down = self.inner.kernel(Runs::Linear(&moe.down.weight));
+        let label = || {
+            let (layer, _) = short_name(&moe.gate.name);
+            let kernel = joined([kernel, down].into_iter());
+            (layer, Label::new(Operation::Moe, "experts", &kernel))
+        };
+        self.timed_as(key, label, |b| b.moe(x, routes, moe))
     }
 
     fn rope_angles(&mut self, rope: &Rope, start: usize, n: usize) -> B::Tensor {

@@ -1,15 +1,17 @@
 //! LFM2 (arXiv:2511.23404): gated short convolutions in most layers, grouped-query attention with normed heads in the
-//! others. Which is which stands in `attention.head_count_kv`: 0 is a convolution.
+//! others. Which is which stands in `attention.head_count_kv`: 0 is a convolution. `lfm2moe` has experts in all layers but
+//! the first few.
 
 use super::config::Config;
 use super::layer::attention::SelfAttention;
 use super::layer::embedding::Embedding;
 use super::layer::ffn;
+use super::layer::moe::{self, FeedForward, Sizes};
 use super::layer::short_conv::ShortConv;
 use super::state::{LayerState, State};
 use super::weights::Weights;
 use super::{Network, Pass};
-use crate::backend::{Activation, Backend, GatedFfn, KvTypes, Rope, RopePairs};
+use crate::backend::{Activation, Backend, Gating, KvTypes, Rope, RopePairs};
 use crate::error::{Error, Result};
 
 struct Lfm2<B: Backend> {
@@ -25,7 +27,7 @@ struct Layer<B: Backend> {
     mixer_norm: B::Vector,
     mixer: Mixer<B>,
     ffn_norm: B::Vector,
-    ffn: GatedFfn<B>,
+    ffn: FeedForward<B>,
 }
 
 enum Mixer<B: Backend> {
@@ -33,26 +35,45 @@ enum Mixer<B: Backend> {
     ShortConv(ShortConv<B>),
 }
 
+/// What keeps the sum of the weights of experts from 0.
+const SUM_EPS: f32 = 1e-6;
+
 pub(super) fn load<B: Backend + 'static>(w: &Weights<B>) -> Result<Box<dyn Network<B>>> {
+    layers(w, None)
+}
+
+pub(super) fn load_moe<B: Backend + 'static>(w: &Weights<B>) -> Result<Box<dyn Network<B>>> {
+    let sizes = Sizes::read(w.gguf, Gating::Sigmoid, SUM_EPS)?;
+    let n_dense = w.gguf.metadata().opt_usize("lfm2moe.leading_dense_block_count")?;
+    layers(w, Some((sizes, n_dense.unwrap_or(0))))
+}
+
+/// `experts`: their sizes, and the first layer that has them.
+fn layers<B: Backend + 'static>(
+    w: &Weights<B>,
+    experts: Option<(Sizes, usize)>,
+) -> Result<Box<dyn Network<B>>> {
     let mut config = Config::read(w.gguf)?;
     let meta = w.gguf.metadata();
-    if meta.opt_bool("lfm2.attention.causal")? == Some(false) {
+    let key = |name: &str| format!("{}.{name}", w.architecture);
+    if meta.opt_bool(&key("attention.causal"))? == Some(false) {
         return Err(Error::Unsupported {
             kind: "lfm2 variant",
             found: "bidirectional encoder (attention.causal = false)".to_owned(),
             supported: "causal".to_owned(),
         });
     }
-    let n_taps = meta.usize("lfm2.shortconv.l_cache")?;
+    let n_taps = meta.usize(&key("shortconv.l_cache"))?;
     let n_convs = config.n_kv_heads.iter().filter(|n| **n == 0).count();
     if n_taps == 0 || n_taps > MAX_TAPS {
         return Err(Error::BadModel(format!(
-            "lfm2.shortconv.l_cache: expected 1 to {MAX_TAPS}, found {n_taps}"
+            "{}: expected 1 to {MAX_TAPS}, found {n_taps}",
+            key("shortconv.l_cache")
         )));
     }
     config.conv_reach = (n_taps - 1) * n_convs;
     let window = meta
-        .opt_usize("lfm2.attention.sliding_window")?
+        .opt_usize(&key("attention.sliding_window"))?
         .filter(|n| *n > 0);
     let rope = config.rope(w.gguf, config.rope_base, RopePairs::Halves, None)?;
     let layer = |i: usize| {
@@ -74,7 +95,12 @@ pub(super) fn load<B: Backend + 'static>(w: &Weights<B>) -> Result<Box<dyn Netwo
             mixer_norm: w.vector(&format!("blk.{i}.attn_norm.weight"), config.hidden)?,
             mixer,
             ffn_norm: w.vector(&format!("blk.{i}.ffn_norm.weight"), config.hidden)?,
-            ffn: ffn::gated(w, &config, i, Activation::Silu)?,
+            ffn: match &experts {
+                Some((sizes, first)) if i >= *first => {
+                    FeedForward::Moe(moe::load(w, &config, i, sizes, Activation::Silu)?)
+                }
+                _ => FeedForward::Dense(ffn::gated(w, &config, i, Activation::Silu)?),
+            },
         })
     };
     let layers = (0..config.n_layers).map(layer).collect::<Result<_>>()?;
@@ -129,7 +155,7 @@ impl<B: Backend> Network<B> for Lfm2<B> {
                 x = pass.wanted(b, x)?;
             }
             let h = b.rms_norm(&x, &layer.ffn_norm, eps);
-            let h = b.gated_ffn(&h, &layer.ffn);
+            let h = layer.ffn.forward(b, &h);
             b.add(&mut x, &h);
         }
         Some(self.embedding.logits(b, &x))

@@ -32,5 +32,5 @@ pub(super) fn load<B: Backend + 'static>(w: &Weights<B>) -> Result<Box<dyn Netwo
         RopePairs::Neighbours,
         factors.as_deref(),
     )?;
-    Ok(Box::new(Decoder::load(w, config, rope)?))
+    Ok(Box::new(Decoder::load(w, config, rope, None)?))
 }

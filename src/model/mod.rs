@@ -11,6 +11,7 @@ mod lfm2;
 mod llama;
 mod qwen2;
 mod qwen3;
+mod smallthinker;
 
 use self::config::Config;
 use self::state::State;
@@ -56,13 +57,16 @@ pub trait Network<B: Backend>: Send + Sync {
 type Loader<B> = fn(&Weights<B>) -> Result<Box<dyn Network<B>>>;
 
 /// Architectures by the name in `general.architecture`.
-fn architectures<B: Backend + 'static>() -> [(&'static str, Loader<B>); 5] {
+fn architectures<B: Backend + 'static>() -> [(&'static str, Loader<B>); 8] {
     [
         ("gemma3", gemma3::load),
         ("lfm2", lfm2::load),
+        ("lfm2moe", lfm2::load_moe),
         ("llama", llama::load),
         ("qwen2", qwen2::load),
         ("qwen3", qwen3::load),
+        ("qwen3moe", qwen3::load_moe),
+        ("smallthinker", smallthinker::load),
     ]
 }
 

@@ -10,5 +10,5 @@ use crate::error::Result;
 pub(super) fn load<B: Backend + 'static>(w: &Weights<B>) -> Result<Box<dyn Network<B>>> {
     let config = Config::read(w.gguf)?;
     let rope = config.rope(w.gguf, config.rope_base, RopePairs::Halves, None)?;
-    Ok(Box::new(Decoder::load(w, config, rope)?))
+    Ok(Box::new(Decoder::load(w, config, rope, None)?))
 }

@@ -1,9 +1,11 @@
 //! Tensors of a file, checked for their shape and given to a backend.
 
+use std::sync::Arc;
+
 use crate::backend::{Backend, Linear, LinearOf};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
-use crate::quant::Tensor;
+use crate::quant::{Bytes, DType, Tensor};
 
 /// Where an architecture takes its weights from.
 pub struct Weights<'a, B> {
@@ -82,5 +84,46 @@ impl<B: Backend> Weights<'_, B> {
             weight: self.matrix(&format!("{name}.weight"), n_in, n_out)?,
             bias: self.opt_vector(&format!("{name}.bias"), n_out)?,
         })
+    }
+
+    /// The linear layer `name.weight` as floats, whatever the file has: for a router, whose choice a rounded weight changes.
+    ///
+    /// # Errors
+    /// As [`Weights::matrix`].
+    pub fn float_linear(&self, name: &str, n_in: usize, n_out: usize) -> Result<Linear<B>> {
+        let mut tensor = self.tensor(&format!("{name}.weight"), &[n_in, n_out])?;
+        if tensor.dtype != DType::F32 {
+            let floats = Floats(self.backend.floats(&tensor));
+            let n_bytes = floats.as_ref().len();
+            tensor.data = Bytes::new(Arc::new(floats), 0..n_bytes);
+            tensor.dtype = DType::F32;
+        }
+        Ok(LinearOf {
+            name: name.into(),
+            weight: self.backend.matrix(&tensor)?,
+            bias: None,
+        })
+    }
+
+    /// The linear layers `name.weight`, `[n_in, n_out, n]` in the order of the file, as one with the outputs of all.
+    ///
+    /// # Errors
+    /// As [`Weights::matrix`].
+    pub fn stacked(&self, name: &str, shape: [usize; 3]) -> Result<Linear<B>> {
+        let tensor = self.tensor(&format!("{name}.weight"), &shape)?;
+        Ok(LinearOf {
+            name: name.into(),
+            weight: self.backend.matrix(&tensor)?,
+            bias: None,
+        })
+    }
+}
+
+/// Weights in memory of our own.
+struct Floats(Vec<f32>);
+
+impl AsRef<[u8]> for Floats {
+    fn as_ref(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
     }
 }

@@ -29,6 +29,10 @@ pub enum Operation {
     Linear,
     /// A gated feed-forward layer, where kernels join its matrices.
     GatedFfn,
+    /// The experts of each token.
+    Route,
+    /// The experts.
+    Moe,
     /// Sines and cosines of positions.
     RopeAngles,
     /// Rotary embedding.
@@ -64,6 +68,8 @@ impl Operation {
             Operation::RmsNorm => "rms_norm",
             Operation::Linear => "linear",
             Operation::GatedFfn => "gated_ffn",
+            Operation::Route => "route",
+            Operation::Moe => "moe",
             Operation::RopeAngles => "rope_angles",
             Operation::Rope => "rope",
             Operation::KvWrite => "kv_write",

@@ -11,6 +11,7 @@ mod avx512vbmi;
 #[cfg(target_arch = "x86_64")]
 mod avx512vnni;
 pub mod isa;
+pub(super) mod moe;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 #[cfg(target_arch = "aarch64")]
@@ -37,7 +38,7 @@ use self::residency::{Place, Residency};
 use self::scratch::{Buffer, Scratch};
 use self::table::{ActFormat, Gated, GatedRows, MatMul, Operations, Ready, ShortConvRows};
 use super::{
-    Activation, Attention, Backend, GatedFfn, GatedFfnOf, KvTypes, Linear, Rope, RopePairs, Runs,
+    Activation, Attention, Backend, GatedFfn, KvTypes, Linear, LinearOf, Moe, Rope, RopePairs, Runs,
     Step,
 };
 use crate::error::{Error, Result};
@@ -166,15 +167,21 @@ impl Cpu {
         });
     }
 
-    fn quantize(&self, x: &Tensor) -> Buffer {
-        let row_bytes = Q8Row::bytes(x.n_cols);
-        let mut rows = self.scratch.take(q8_floats(x.n_tokens, x.n_cols));
+    /// Quantizes `n` rows of `n_in`.
+    fn quantize<'x>(
+        &self,
+        n: usize,
+        n_in: usize,
+        row: &(dyn Fn(usize) -> &'x [f32] + Sync),
+    ) -> Buffer {
+        let row_bytes = Q8Row::bytes(n_in);
+        let mut rows = self.scratch.take(q8_floats(n, n_in));
         let quantize = |i: usize, bytes: &mut [u8]| {
-            let mut row = Q8RowMut::new(bytes, x.n_cols);
-            self.operations.quantize.run(x.row(i), &mut row);
+            let mut quantized = Q8RowMut::new(bytes, n_in);
+            self.operations.quantize.run(row(i), &mut quantized);
         };
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut rows);
-        if x.n_tokens < PARALLEL_ROWS {
+        if n < PARALLEL_ROWS {
             bytes
                 .chunks_exact_mut(row_bytes)
                 .enumerate()
@@ -282,17 +289,16 @@ impl Kernels {
     }
 }
 
-/// The kernel that joins the products of a gated unit, where this step and the formats have one.
+/// The kernel that joins the products of a gated unit, gate, up and down, where this step and the formats have one.
 pub(super) fn gated<M, V>(
     step: Step,
-    ffn: &GatedFfnOf<M, V>,
+    layers: [&LinearOf<M, V>; 3],
     kernels: impl Fn(&M) -> &Kernels,
 ) -> Option<Ready<Gated>> {
-    let [gate, up, down] = [&ffn.gate, &ffn.up, &ffn.down].map(|l| kernels(&l.weight));
+    let [gate, up, down] = layers.map(|l| kernels(&l.weight));
     let fits = step == Step::Prefill
         && gate.dtype == up.dtype
-        && ffn.gate.bias.is_none()
-        && ffn.up.bias.is_none()
+        && layers[..2].iter().all(|layer| layer.bias.is_none())
         && gate.tiles.is_some()
         && down.tiles.is_some();
     gate.gated.filter(|_| fits)
@@ -484,7 +490,7 @@ impl Backend for Cpu {
     fn linear<const N: usize>(&mut self, x: &Tensor, layers: [&Linear<Self>; N]) -> [Tensor; N] {
         let kernels = layers.map(|l| l.weight.kernels.of(self.step));
         let asked = |format| kernels.iter().any(|k| k.acts() == format);
-        let q8 = asked(ActFormat::Q8).then(|| self.quantize(x));
+        let q8 = asked(ActFormat::Q8).then(|| self.quantize(x.n_tokens, x.n_cols, &|i| x.row(i)));
         let bf16 = asked(ActFormat::Bf16).then(|| self.pack(x));
         let acts = Acts {
             n_tokens: x.n_tokens,
@@ -497,7 +503,7 @@ impl Backend for Cpu {
     }
 
     fn gated_ffn(&mut self, x: &Tensor, ffn: &GatedFfn<Self>) -> Tensor {
-        let Some(kernel) = gated(self.step, ffn, of_matrix) else {
+        let Some(kernel) = gated(self.step, ffn.layers(), of_matrix) else {
             let [gate, up] = self.linear(x, [&ffn.gate, &ffn.up]);
             let h = self.glu(gate, &up, ffn.activation);
             let [out] = self.linear(&h, [&ffn.down]);
@@ -544,6 +550,14 @@ impl Backend for Cpu {
         };
         let [out] = self.products(&acts, [&ffn.down]);
         out
+    }
+
+    fn route(&mut self, x: &Tensor, moe: &Moe<Self>) -> Tensor {
+        self.run_route(x, moe)
+    }
+
+    fn moe(&mut self, x: &Tensor, routes: Tensor, moe: &Moe<Self>) -> Tensor {
+        self.run_moe(x, &routes, moe)
     }
 
     fn rope_angles(&mut self, rope: &Rope, start: usize, n: usize) -> Tensor {
@@ -712,7 +726,11 @@ impl Backend for Cpu {
             Runs::RmsNorm => operations.rms_norm.name(),
             Runs::Linear(matrix) => matrix.kernels.of(self.step).name(),
             Runs::GatedFfn(ffn) => {
-                gated(self.step, ffn, of_matrix).map_or("", |kernel| kernel.name())
+                gated(self.step, ffn.layers(), of_matrix).map_or("", |kernel| kernel.name())
+            }
+            Runs::Route(moe) => moe.router.weight.kernels.of(self.step).name(),
+            Runs::Moe(moe) => {
+                gated(self.step, moe.layers(), of_matrix).map_or_else(|| moe.gate.weight.kernels.of(self.step).name(), |kernel| kernel.name())
             }
             Runs::Rope(RopePairs::Halves) => operations.rope_halves.name(),
             Runs::Rope(RopePairs::Neighbours) => operations.rope_neighbours.name(),

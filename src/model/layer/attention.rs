@@ -15,17 +15,18 @@ pub(crate) struct SelfAttention<B: Backend> {
     /// Gains of the norms over each head of queries and keys.
     norms: Option<(B::Vector, B::Vector)>,
     pub(crate) shape: Attention,
-    pairs: RopePairs,
+    /// `None`: positions do not enter.
+    pairs: Option<RopePairs>,
     eps: f32,
 }
 
 impl<B: Backend> SelfAttention<B> {
-    /// Reads `blk.i.attn_*`; `scale` is the factor on scores.
+    /// Reads `blk.i.attn_*`; `pairs` is what the rotary embedding rotates, `scale` the factor on scores.
     pub(crate) fn load(
         w: &Weights<B>,
         config: &Config,
         i: usize,
-        pairs: RopePairs,
+        pairs: impl Into<Option<RopePairs>>,
         scale: f32,
         window: Option<usize>,
     ) -> Result<Self> {
@@ -50,7 +51,7 @@ impl<B: Backend> SelfAttention<B> {
                 scale,
                 window,
             },
-            pairs,
+            pairs: pairs.into(),
             eps: config.eps,
         })
     }
@@ -70,8 +71,10 @@ impl<B: Backend> SelfAttention<B> {
             q = b.rms_norm(&q, q_norm, self.eps);
             k = b.rms_norm(&k, k_norm, self.eps);
         }
-        b.rope(&mut q, n, self.pairs, angles);
-        b.rope(&mut k, n, self.pairs, angles);
+        if let Some(pairs) = self.pairs {
+            b.rope(&mut q, n, pairs, angles);
+            b.rope(&mut k, n, pairs, angles);
+        }
         if pass.write_kv {
             b.kv_write(kv, &k, &v, pass.start);
         }

@@ -1,9 +1,10 @@
-//! The plain pre-norm decoder that Llama and Qwen share: norm, attention, add; norm, gated unit, add.
+//! The plain pre-norm decoder that Llama and Qwen share: norm, attention, add; norm, gated unit or experts, add.
 
 use super::attention::SelfAttention;
 use super::embedding::Embedding;
 use super::ffn;
-use crate::backend::{Activation, Backend, GatedFfn, KvTypes, Rope};
+use super::moe::{self, FeedForward, Sizes};
+use crate::backend::{Activation, Backend, KvTypes, Rope};
 use crate::error::{Error, Result};
 use crate::model::config::Config;
 use crate::model::state::{LayerState, State};
@@ -22,12 +23,17 @@ struct Layer<B: Backend> {
     attention_norm: B::Vector,
     attention: SelfAttention<B>,
     ffn_norm: B::Vector,
-    ffn: GatedFfn<B>,
+    ffn: FeedForward<B>,
 }
 
 impl<B: Backend> Decoder<B> {
-    /// Reads all layers; every one has attention.
-    pub(crate) fn load(w: &Weights<B>, config: Config, rope: Rope) -> Result<Self> {
+    /// Reads all layers; every one has attention, and experts if their sizes are given.
+    pub(crate) fn load(
+        w: &Weights<B>,
+        config: Config,
+        rope: Rope,
+        experts: Option<Sizes>,
+    ) -> Result<Self> {
         if let Some(i) = config.n_kv_heads.iter().position(|n| *n == 0) {
             let name = &config.architecture;
             return Err(Error::BadModel(format!(
@@ -40,7 +46,12 @@ impl<B: Backend> Decoder<B> {
                 attention_norm: w.vector(&format!("blk.{i}.attn_norm.weight"), config.hidden)?,
                 attention: SelfAttention::load(w, &config, i, rope.pairs, scale, None)?,
                 ffn_norm: w.vector(&format!("blk.{i}.ffn_norm.weight"), config.hidden)?,
-                ffn: ffn::gated(w, &config, i, Activation::Silu)?,
+                ffn: match &experts {
+                    None => FeedForward::Dense(ffn::gated(w, &config, i, Activation::Silu)?),
+                    Some(sizes) => {
+                        FeedForward::Moe(moe::load(w, &config, i, sizes, Activation::Silu)?)
+                    }
+                },
             })
         };
         let layers = (0..config.n_layers).map(layer).collect::<Result<_>>()?;
@@ -80,7 +91,7 @@ impl<B: Backend> Network<B> for Decoder<B> {
                 x = pass.wanted(b, x)?;
             }
             let h = b.rms_norm(&x, &layer.ffn_norm, eps);
-            let h = b.gated_ffn(&h, &layer.ffn);
+            let h = layer.ffn.forward(b, &h);
             b.add(&mut x, &h);
         }
         Some(self.embedding.logits(b, &x))
