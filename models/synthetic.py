@@ -3,7 +3,7 @@
 
 usage: models/synthetic.py MODEL OUT.gguf [--sticky]       (numpy is needed)
 
-Matrices are Q4_0, the head Q6_K, as in published Q4_0 files; routers are floats. There is no vocabulary: programs run such
+Matrices are Q4_0, a dense model's head Q6_K, as in published Q4_0 files; routers are floats. There is no vocabulary: programs run such
 a file on token numbers, as `kinglet bench` does.
 
 Routers of random weights choose experts almost evenly, which no trained model does. With --sticky, embeddings carry one of
@@ -63,7 +63,8 @@ def lfm2(name):
             ("lfm2moe.leading_dense_block_count", U32, N_DENSE),
             ("lfm2moe.expert_gating_func", U32, 2),
         ]
-    tensors = [("token_embd.weight", Q6_K, (N_VOCAB, hidden)), ("token_embd_norm.weight", F32, (hidden,))]
+    table = Q4_0 if moe else Q6_K
+    tensors = [("token_embd.weight", table, (N_VOCAB, hidden)), ("token_embd_norm.weight", F32, (hidden,))]
     for i in range(n_layers):
         blk = f"blk.{i}."
         tensors += [(blk + "attn_norm.weight", F32, (hidden,)), (blk + "ffn_norm.weight", F32, (hidden,))]
@@ -188,8 +189,51 @@ def weights(rng, kind, shape):
     return blocks.tobytes()
 
 
-def write(path, meta, tensors):
+class Sticky:
+    """Embeddings with topics, and routers that listen to them.
+
+    An embedding is a direction that all share, one of its topic, and noise of its own, at 2 : 4 : 1. They outlast what the
+    layers add, so a router row that is a sum of these directions gives a token the logits that it wants for its topic.
+    """
+
+    SHARED, TOPIC = 2.0, 4.0
+    N_TOPICS, RUN = 16, 64
+
+    def __init__(self, rng, hidden):
+        directions, _ = np.linalg.qr(rng.normal(size=(hidden, 1 + self.N_TOPICS)))
+        self.directions = directions.T.astype("<f4")
+        self.size = hidden**0.5
+
+    def embedding(self, rng, shape):
+        n_vocab, hidden = shape
+        for first in range(0, n_vocab, 8192):
+            ids = np.arange(first, min(first + 8192, n_vocab))
+            x = rng.normal(size=(len(ids), hidden)).astype("<f4")
+            x += self.SHARED * self.size * self.directions[0]
+            x += self.TOPIC * self.size * self.directions[1 + ids // self.RUN % self.N_TOPICS]
+            yield q4_0(x)
+
+    def router(self, rng, shape):
+        n_experts, hidden = shape
+        shared = rng.normal(size=(n_experts, 1)) / (self.SHARED * self.size)
+        topics = 1.5 * rng.normal(size=(n_experts, self.N_TOPICS)) / (self.TOPIC * self.size)
+        wanted = np.concatenate([shared, topics], axis=1) @ self.directions
+        return (wanted + rng.normal(0, 0.3 / self.size, shape)).astype("<f4").tobytes()
+
+
+def q4_0(x):
+    """Blocks of 32 as ggml has them: the largest magnitude is -8."""
+    x = x.reshape(-1, 32)
+    largest = np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1)
+    d = (largest / -8).astype("<f2")
+    scale = d.astype("<f4")
+    q = np.clip(np.rint(np.divide(x, scale, out=np.zeros_like(x), where=scale != 0)) + 8, 0, 15).astype(np.uint8)
+    return np.concatenate([d.view(np.uint8), q[:, :16] | q[:, 16:] << 4], axis=1).tobytes()
+
+
+def write(path, meta, tensors, sticky):
     rng = np.random.default_rng(1)
+    sticky = Sticky(rng, tensors[0][2][1]) if sticky else None
     padding = lambda n: -n % ALIGNMENT
     head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(meta))
     for key, kind, x in meta:
@@ -202,12 +246,21 @@ def write(path, meta, tensors):
         offset += padding(offset)
     with open(path, "wb") as out:
         out.write(head + bytes(padding(len(head))))
-        for _, kind, shape in tensors:
-            data = weights(rng, kind, shape)
-            out.write(data + bytes(padding(len(data))))
+        for name, kind, shape in tensors:
+            if sticky and name == "token_embd.weight":
+                parts = sticky.embedding(rng, shape)
+            elif sticky and name.endswith("ffn_gate_inp.weight"):
+                parts = [sticky.router(rng, shape)]
+            else:
+                parts = [weights(rng, kind, shape)]
+            for data in parts:
+                out.write(data)
+            out.write(bytes(padding(out.tell())))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] not in LFM2:
-        sys.exit(f"usage: synthetic.py {'|'.join(LFM2)} OUT.gguf")
-    write(sys.argv[2], *lfm2(sys.argv[1]))
+    args = [arg for arg in sys.argv[1:] if arg != "--sticky"]
+    if len(args) != 2 or args[0] not in {**LFM2, **SMALLTHINKER}:
+        sys.exit(f"usage: synthetic.py {'|'.join([*LFM2, *SMALLTHINKER])} OUT.gguf [--sticky]")
+    meta, tensors = (lfm2 if args[0] in LFM2 else smallthinker)(args[0])
+    write(args[1], meta, tensors, "--sticky" in sys.argv)
