@@ -183,6 +183,7 @@ fn kernels_are_rows_of_the_table() {
         .chain(names(table::GEMM))
         .chain(names(table::TILES))
         .chain(names(table::GATED))
+        .chain(names(table::PICKED))
         .chain(names(table::RMS_NORM))
         .chain(names(table::ROPE_HALVES))
         .chain(names(table::TO_F16))

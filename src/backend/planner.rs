@@ -331,8 +331,8 @@ impl Backend for Planner {
             let q8 = formats
                 .contains(&ActFormat::Q8)
                 .then(|| scratch.take(q8_floats(n_rows, n_in)));
-            let f32 = (floats && formats.contains(&ActFormat::F32))
-                .then(|| scratch.take(n_rows * n_in));
+            let f32 =
+                (floats && formats.contains(&ActFormat::F32)).then(|| scratch.take(n_rows * n_in));
             let bf16 = formats.contains(&ActFormat::Bf16).then(|| {
                 let groups = max_groups(n_rows, n_experts) * BF16_TOKENS;
                 let tiles = scratch.take(bf16_floats(groups, n_in));

@@ -200,6 +200,8 @@ const EMPTY: Span = Span {
         kv_bytes: 0,
         matmul_ops: 0,
         attention_ops: 0,
+        neurons: 0,
+        skipped_neurons: 0,
         regions: 0,
     },
     waited: 0,

@@ -44,7 +44,10 @@ pub(super) fn load<B: Backend + 'static>(w: &Weights<B>) -> Result<Box<dyn Netwo
 
 pub(super) fn load_moe<B: Backend + 'static>(w: &Weights<B>) -> Result<Box<dyn Network<B>>> {
     let sizes = Sizes::read(w.gguf, Gating::Sigmoid, SUM_EPS)?;
-    let n_dense = w.gguf.metadata().opt_usize("lfm2moe.leading_dense_block_count")?;
+    let n_dense = w
+        .gguf
+        .metadata()
+        .opt_usize("lfm2moe.leading_dense_block_count")?;
     layers(w, Some((sizes, n_dense.unwrap_or(0))))
 }
 

@@ -28,6 +28,12 @@ pub struct Work {
     pub matmul_ops: u64,
     /// Multiplications and additions of attention.
     pub attention_ops: u64,
+    /// Neurons of experts that decoded tokens used.
+    #[serde(default)]
+    pub neurons: u64,
+    /// Those of them whose gate was 0, so that no other product was made for them.
+    #[serde(default)]
+    pub skipped_neurons: u64,
     /// Regions that threads entered and left together: each is a barrier.
     pub regions: u64,
 }
@@ -40,6 +46,8 @@ impl Work {
             kv_bytes: self.kv_bytes - before.kv_bytes,
             matmul_ops: self.matmul_ops - before.matmul_ops,
             attention_ops: self.attention_ops - before.attention_ops,
+            neurons: self.neurons - before.neurons,
+            skipped_neurons: self.skipped_neurons - before.skipped_neurons,
             // Backends count them modulo 2^32.
             regions: u64::from(self.regions.wrapping_sub(before.regions) as u32),
         }
@@ -62,6 +70,8 @@ impl std::ops::AddAssign for Work {
         self.kv_bytes += other.kv_bytes;
         self.matmul_ops += other.matmul_ops;
         self.attention_ops += other.attention_ops;
+        self.neurons += other.neurons;
+        self.skipped_neurons += other.skipped_neurons;
         self.regions += other.regions;
     }
 }

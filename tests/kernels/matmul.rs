@@ -209,6 +209,42 @@ fn gemm_rows_agree() {
     check(table::GEMM, &[1, 2, 3, 5, 17], &[1, 4, 9, 16, 33]);
 }
 
+/// Some rows of a product are those of the whole one, whichever are beside them.
+#[test]
+fn picked_rows_are_those_of_the_gemv() {
+    let mut random = Random::new(77);
+    for row in table::PICKED {
+        let same = |k: &&MatMul| k.weights == row.weights && k.isa() == row.isa();
+        let gemv = table::GEMV.iter().find(same).expect("a GEMV beside it");
+        let (Some(picked), Some(gemv)) = (Ready::new(row), Ready::new(gemv)) else {
+            continue;
+        };
+        for n_in in lengths(row.weights) {
+            let n_rows = 37;
+            let n_blocks = n_rows * n_in / row.weights.block_len();
+            let w = random_blocks(row.weights, n_blocks, Fill::Random, &mut random);
+            let inputs = Inputs::random(1, n_in, &mut random);
+            let whole = run(gemv, &w, &inputs, n_rows);
+            for n_picks in [0, 1, 3, 4, 6, 19, n_rows] {
+                let mut picks: Vec<u32> = (0..n_rows as u32).collect();
+                while picks.len() > n_picks {
+                    picks.remove(random.below(picks.len()));
+                }
+                let mut y = vec![f32::NAN; n_picks];
+                picked.run(&w, &picks, &inputs.acts(), &mut y);
+                for (pick, y) in picks.iter().zip(y) {
+                    let expected = whole[*pick as usize];
+                    assert!(
+                        y.to_bits() == expected.to_bits(),
+                        "{} n_in {n_in} row {pick}: {y}, in the whole product {expected}",
+                        picked.name()
+                    );
+                }
+            }
+        }
+    }
+}
+
 /// Rows of a matrix unit round each weight to bf16: a relative 2^-8 at most, and a few roundings before that.
 #[test]
 fn tile_rows_are_near() {

@@ -36,10 +36,10 @@ use self::isa::Isa;
 use self::pool::{Output, Pool};
 use self::residency::{Place, Residency};
 use self::scratch::{Buffer, Scratch};
-use self::table::{ActFormat, Gated, GatedRows, MatMul, Operations, Ready, ShortConvRows};
+use self::table::{ActFormat, Gated, GatedRows, MatMul, Operations, Picked, Ready, ShortConvRows};
 use super::{
-    Activation, Attention, Backend, GatedFfn, KvTypes, Linear, LinearOf, Moe, Rope, RopePairs, Runs,
-    Step,
+    Activation, Attention, Backend, GatedFfn, KvTypes, Linear, LinearOf, Moe, Rope, RopePairs,
+    Runs, Step,
 };
 use crate::error::{Error, Result};
 use crate::profile::Work;
@@ -75,6 +75,7 @@ pub struct Matrix {
 pub(super) struct Kernels {
     dtype: DType,
     gemv: Ready<MatMul>,
+    picked: Option<Ready<Picked>>,
     gemm: Ready<MatMul>,
     tiles: Option<Ready<MatMul>>,
     gated: Option<Ready<Gated>>,
@@ -272,6 +273,8 @@ impl Kernels {
         Ok(Self {
             dtype,
             gemv,
+            // All rows at a higher level beat some at a lower one.
+            picked: table::picked(dtype).filter(|picked| picked.isa() >= gemv.isa()),
             // A GEMV with vectors beats a GEMM without.
             gemm: table::gemm(dtype)
                 .filter(|gemm| gemm.isa() > Isa::Scalar)
@@ -729,9 +732,10 @@ impl Backend for Cpu {
                 gated(self.step, ffn.layers(), of_matrix).map_or("", |kernel| kernel.name())
             }
             Runs::Route(moe) => moe.router.weight.kernels.of(self.step).name(),
-            Runs::Moe(moe) => {
-                gated(self.step, moe.layers(), of_matrix).map_or_else(|| moe.gate.weight.kernels.of(self.step).name(), |kernel| kernel.name())
-            }
+            Runs::Moe(moe) => gated(self.step, moe.layers(), of_matrix).map_or_else(
+                || moe.gate.weight.kernels.of(self.step).name(),
+                |kernel| kernel.name(),
+            ),
             Runs::Rope(RopePairs::Halves) => operations.rope_halves.name(),
             Runs::Rope(RopePairs::Neighbours) => operations.rope_neighbours.name(),
             Runs::KvWrite(kv) => kv.write_kernel(operations),

@@ -9,12 +9,16 @@ use super::pool::{OutCols, Output};
 use super::scratch::Buffer;
 use super::table::{ActFormat, GatedRows, MatMul, Ready};
 use super::{Cpu, MAX_TASK_ROWS, Matrix, TASK_BYTES, Tensor, gated, of_matrix, prefetch_after};
-use crate::backend::{Backend, Gating, Moe, Routing, Step};
+use crate::backend::{Activation, Backend, Gating, Moe, Routing, Step};
 use crate::quant;
+
+/// Rows of a task of a decoded token at most.
+const MAX_CHUNK: usize = 512;
 
 /// Rows of `gate` and `up` that a task of a decoded token computes: a chunk of an expert's neurons.
 pub(in crate::backend) fn chunk_rows(n_ffn: usize, row_bytes: usize, n_tasks: usize) -> usize {
-    let most = (TASK_BYTES / row_bytes.max(1)).min(n_ffn / n_tasks.max(1)).max(8);
+    let most = (TASK_BYTES / row_bytes.max(1)).min(n_ffn / n_tasks.max(1));
+    let most = most.clamp(8, MAX_CHUNK);
     let n_chunks = n_ffn.div_ceil(most);
     n_ffn.div_ceil(n_chunks).next_multiple_of(8)
 }
@@ -60,7 +64,9 @@ impl Sorted {
         let k = routing.n_used;
         let mut ends = vec![0usize; routing.n_experts];
         let ids = |t: usize| routes.row(t)[..k].iter().map(|id| *id as usize);
-        (0..routes.n_tokens).flat_map(ids).for_each(|id| ends[id] += 1);
+        (0..routes.n_tokens)
+            .flat_map(ids)
+            .for_each(|id| ends[id] += 1);
         let (mut segments, mut first, mut first_group) = (Vec::new(), 0, 0);
         for (expert, n) in ends.iter_mut().enumerate() {
             let n_rows = std::mem::replace(n, first);
@@ -155,7 +161,9 @@ fn route_row(z: &[f32], bias: Option<&[f32]>, routing: &Routing, out: &mut [f32]
         keys[at..end].rotate_right(1);
         (ids[at], keys[at]) = (e as f32, new);
     }
-    let largest = ids.iter().fold(f32::NEG_INFINITY, |max, id| max.max(z[*id as usize]));
+    let largest = ids
+        .iter()
+        .fold(f32::NEG_INFINITY, |max, id| max.max(z[*id as usize]));
     let mut sum = routing.sum_eps;
     for (id, weight) in ids.iter().zip(&mut *keys) {
         let z = z[*id as usize];
@@ -187,7 +195,12 @@ impl Cpu {
         if self.step == Step::Decode {
             // One, or a replay of some that came one by one.
             for t in 0..x.n_tokens {
-                self.moe_token(x.row(t), routes.row(t), moe, &mut out.data[t * x.n_cols..][..x.n_cols]);
+                self.moe_token(
+                    x.row(t),
+                    routes.row(t),
+                    moe,
+                    &mut out.data[t * x.n_cols..][..x.n_cols],
+                );
             }
         } else {
             self.moe_batch(x, routes, moe, &mut out);
@@ -219,14 +232,30 @@ impl Cpu {
         let n_chunks = n_ffn.div_ceil(chunk);
         let mut h = self.scratch.take(n_used * n_chunks * 2 * chunk);
         let operations = self.operations;
+        // A neuron whose gate is 0 needs no other product.
+        let picked = up
+            .kernels
+            .picked
+            .filter(|_| moe.activation == Activation::Relu);
         self.pool.run_pieces(&mut h, 2 * chunk, &|i, piece| {
             let (expert, first) = (ids[i / n_chunks] as usize, i % n_chunks * chunk);
             let n = chunk.min(n_ffn - first);
             let rows = expert * n_ffn + first..expert * n_ffn + first + n;
             let (g, u) = piece.split_at_mut(chunk);
             let (g, u) = (&mut g[..n], &mut u[..n]);
-            gate.read(rows.clone(), |w| kernels[0].run(w, &acts, &mut OutCols::whole(g, n)));
-            up.read(rows, |w| kernels[1].run(w, &acts, &mut OutCols::whole(u, n)));
+            gate.read(rows.clone(), |w| {
+                kernels[0].run(w, &acts, &mut OutCols::whole(g, n))
+            });
+            if let Some(picked) = picked {
+                let mut picks = [0; MAX_CHUNK];
+                let n = picks_of(g, &mut picks);
+                up.read(rows, |w| picked.run(w, &picks[..n], &acts, &mut u[..n]));
+                relu_picked(g, &picks[..n], u);
+                return;
+            }
+            up.read(rows, |w| {
+                kernels[1].run(w, &acts, &mut OutCols::whole(u, n))
+            });
             operations.glu.run(moe.activation, g, u);
         });
         // Each expert's neurons together.
@@ -238,12 +267,17 @@ impl Cpu {
             }
         }
         let h = &h[..n_used * n_ffn];
+        self.work.neurons += h.len() as u64;
+        if picked.is_some() || moe.down_by_neuron {
+            self.work.skipped_neurons += h.iter().filter(|h| **h == 0.0).count() as u64;
+        }
         let mut rows = self.tensor(n_used, out.len());
         if moe.down_by_neuron {
             let segments: Vec<Segment> = (0..n_used).map(|j| one(ids[j] as usize, j)).collect();
             self.by_neuron(h, &segments, moe, &mut rows.data);
         } else {
-            let q8 = (kernels[2].acts() == ActFormat::Q8).then(|| self.quantize(n_used, n_ffn, &|j| &h[j * n_ffn..][..n_ffn]));
+            let q8 = (kernels[2].acts() == ActFormat::Q8)
+                .then(|| self.quantize(n_used, n_ffn, &|j| &h[j * n_ffn..][..n_ffn]));
             let acts = SortedActs {
                 n_in: n_ffn,
                 f32: h,
@@ -288,7 +322,14 @@ impl Cpu {
             true => None,
             false => gated(self.step, moe.layers(), of_matrix),
         };
-        let inputs = self.sorted_acts(&sorted.segments, n_rows, n_experts, x.n_cols, &formats, &source);
+        let inputs = self.sorted_acts(
+            &sorted.segments,
+            n_rows,
+            n_experts,
+            x.n_cols,
+            &formats,
+            &source,
+        );
         let acts = inputs.acts();
         let mut rows = self.tensor(n_rows, x.n_cols);
         if let Some(kernel) = joined {
@@ -304,22 +345,23 @@ impl Cpu {
                 rest = after;
             }
             let grain = (n_chunks / (4 * self.pool.n_threads())).clamp(1, 4);
-            self.pool.run_tiles(&mut outputs, (usize::MAX, grain), &|tile| {
-                let segment = &sorted.segments[tile.which];
-                let first = segment.expert * n_ffn + tile.first_col * BF16_LEN;
-                let rows = first..first + tile.out.n_cols() * BF16_LEN;
-                gate.read(rows.clone(), |gate| {
-                    up.read(rows, |up| {
-                        kernel.run(&mut GatedRows {
-                            gate,
-                            up,
-                            x: &acts.of(segment),
-                            activation: moe.activation,
-                            out: tile.out,
+            self.pool
+                .run_tiles(&mut outputs, (usize::MAX, grain), &|tile| {
+                    let segment = &sorted.segments[tile.which];
+                    let first = segment.expert * n_ffn + tile.first_col * BF16_LEN;
+                    let rows = first..first + tile.out.n_cols() * BF16_LEN;
+                    gate.read(rows.clone(), |gate| {
+                        up.read(rows, |up| {
+                            kernel.run(&mut GatedRows {
+                                gate,
+                                up,
+                                x: &acts.of(segment),
+                                activation: moe.activation,
+                                out: tile.out,
+                            });
                         });
                     });
                 });
-            });
             drop(outputs);
             let acts = SortedActs {
                 n_in: n_ffn,
@@ -343,7 +385,8 @@ impl Cpu {
             let formats = [kernels[2].acts()];
             let formats = &formats[..usize::from(formats[0] != ActFormat::F32)];
             let source = |i: usize| h.row(i);
-            let inputs = self.sorted_acts(&sorted.segments, n_rows, n_experts, n_ffn, formats, &source);
+            let inputs =
+                self.sorted_acts(&sorted.segments, n_rows, n_experts, n_ffn, formats, &source);
             let acts = SortedActs {
                 f32: &h.data,
                 ..inputs.acts()
@@ -400,29 +443,30 @@ impl Cpu {
             outputs.push(Output::new(part, n));
             rest = after;
         }
-        self.pool.run_tiles(&mut outputs, (usize::MAX, LEN), &|mut tile| {
-            let segment = &segments[tile.which];
-            let (n_cols, mut floats) = (tile.out.n_cols(), [0.0; LEN]);
-            let bytes = tile.first_col / block * down.dtype.block_bytes();
-            let bytes = bytes..bytes + n_cols / block * down.dtype.block_bytes();
-            let n_rows = segment.n_rows;
-            (0..n_rows).for_each(|t| tile.out.row(t).fill(0.0));
-            for i in 0..n_ffn {
-                let h = |t: usize| h[(segment.first + t) * n_ffn + i];
-                if (0..n_rows).all(|t| h(t) == 0.0) {
-                    continue;
+        self.pool
+            .run_tiles(&mut outputs, (usize::MAX, LEN), &|mut tile| {
+                let segment = &segments[tile.which];
+                let (n_cols, mut floats) = (tile.out.n_cols(), [0.0; LEN]);
+                let bytes = tile.first_col / block * down.dtype.block_bytes();
+                let bytes = bytes..bytes + n_cols / block * down.dtype.block_bytes();
+                let n_rows = segment.n_rows;
+                (0..n_rows).for_each(|t| tile.out.row(t).fill(0.0));
+                for i in 0..n_ffn {
+                    let h = |t: usize| h[(segment.first + t) * n_ffn + i];
+                    if (0..n_rows).all(|t| h(t) == 0.0) {
+                        continue;
+                    }
+                    let row = segment.expert * n_ffn + i;
+                    let floats = &mut floats[..n_cols];
+                    down.read(row..row + 1, |row| {
+                        quant::dequantize(down.dtype, &row[bytes.clone()], floats);
+                    });
+                    for (t, h) in (0..n_rows).map(|t| (t, h(t))).filter(|(_, h)| *h != 0.0) {
+                        let sums = tile.out.row(t).iter_mut().zip(&*floats);
+                        sums.for_each(|(sum, w)| *sum = h.mul_add(*w, *sum));
+                    }
                 }
-                let row = segment.expert * n_ffn + i;
-                let floats = &mut floats[..n_cols];
-                down.read(row..row + 1, |row| {
-                    quant::dequantize(down.dtype, &row[bytes.clone()], floats);
-                });
-                for (t, h) in (0..n_rows).map(|t| (t, h(t))).filter(|(_, h)| *h != 0.0) {
-                    let sums = tile.out.row(t).iter_mut().zip(&*floats);
-                    sums.for_each(|(sum, w)| *sum = h.mul_add(*w, *sum));
-                }
-            }
-        });
+            });
     }
 
     /// Rows in sorted order, in the formats asked for.
@@ -461,7 +505,9 @@ impl Cpu {
                 for (i, row) in rows.chunks_exact_mut(n_in).take(n).enumerate() {
                     row.copy_from_slice(source(segment.first + first + i));
                 }
-                self.operations.pack_bf16.run(&rows[..n * n_in], n_in, group);
+                self.operations
+                    .pack_bf16
+                    .run(&rows[..n * n_in], n_in, group);
             });
             tiles
         });
@@ -481,6 +527,27 @@ impl Cpu {
             self.work.matmul_ops += (ops * n_rows) as u64;
         }
     }
+}
+
+/// Writes where `gate` is above 0, in order; returns how often.
+fn picks_of(gate: &[f32], picks: &mut [u32; MAX_CHUNK]) -> usize {
+    let mut n = 0;
+    for (i, gate) in (0..).zip(gate) {
+        // Without a branch that half of the neurons would mispredict.
+        picks[n] = i;
+        n += usize::from(*gate > 0.0);
+    }
+    n
+}
+
+/// `gate = max(gate, 0) * up`, where `up` has the rows `picks` alone, all whose gate is above 0.
+fn relu_picked(gate: &mut [f32], picks: &[u32], up: &[f32]) {
+    gate.iter_mut()
+        .for_each(|gate| *gate = if *gate > 0.0 { *gate } else { 0.0 });
+    picks
+        .iter()
+        .zip(up)
+        .for_each(|(i, up)| gate[*i as usize] *= up);
 }
 
 /// The buffers behind [`SortedActs`].
@@ -546,7 +613,10 @@ mod tests {
         assert!(out[4..].iter().all(|w| (w - 0.25).abs() < 1e-6));
         let out = routes(&[0.0, f32::NAN, f32::NAN], None, 2, Gating::Softmax);
         assert_eq!(out[..2], [0.0, 1.0]);
-        assert_eq!(routes(&[-200.0; 3], None, 2, Gating::Sigmoid)[..2], [0.0, 1.0]);
+        assert_eq!(
+            routes(&[-200.0; 3], None, 2, Gating::Sigmoid)[..2],
+            [0.0, 1.0]
+        );
     }
 
     #[test]
@@ -568,7 +638,12 @@ mod tests {
 
     #[test]
     fn chunks_cover_an_experts_neurons() {
-        for (n_ffn, row_bytes, n) in [(768, 864, 1), (48, 256, 2), (1792, 1152, 3), (8, 1 << 20, 4)] {
+        for (n_ffn, row_bytes, n) in [
+            (768, 864, 1),
+            (48, 256, 2),
+            (1792, 1152, 3),
+            (8, 1 << 20, 4),
+        ] {
             let rows = chunk_rows(n_ffn, row_bytes, n);
             assert!(rows >= 8 && rows.is_multiple_of(8) && rows <= n_ffn.next_multiple_of(8));
         }

@@ -175,9 +175,51 @@ impl Ready<Gated> {
     }
 }
 
+/// Some rows of a product of one token's activations, in 8 bits, and a weight matrix: `y[i] = sum_k w[picks[i], k] x[k]`.
+pub struct Picked {
+    name: &'static str,
+    /// Format of the weights.
+    pub weights: DType,
+    isa: Isa,
+    run: unsafe fn(&[u8], &[u32], &Acts, &mut [f32]),
+}
+
+impl Kernel for Picked {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+    fn isa(&self) -> Isa {
+        self.isa
+    }
+}
+
+impl Ready<Picked> {
+    /// Computes the rows `picks` of the matrix that `w` is.
+    ///
+    /// # Panics
+    /// If the sizes contradict each other, or there is no such row.
+    pub fn run(&self, w: &[u8], picks: &[u32], x: &Acts, y: &mut [f32]) {
+        assert!(
+            picks.len() == y.len() && x.n_tokens == 1,
+            "{}: {} rows of {} tokens into {}",
+            self.0.name,
+            picks.len(),
+            x.n_tokens,
+            y.len()
+        );
+        // SAFETY: `Ready` exists, so the CPU has the features of the kernel's level.
+        unsafe { (self.0.run)(w, picks, x, y) }
+    }
+}
+
 /// The best GEMV (few tokens) for a format.
 pub fn gemv(weights: DType) -> Option<Ready<MatMul>> {
     Ready::best(GEMV.iter().filter(move |k| k.weights == weights))
+}
+
+/// The best kernel for some rows of a matrix in a format.
+pub fn picked(weights: DType) -> Option<Ready<Picked>> {
+    Ready::best(PICKED.iter().filter(move |k| k.weights == weights))
 }
 
 /// The best GEMM (many tokens) for a format.
@@ -472,6 +514,18 @@ macro_rules! matmuls {
             name: $name,
             weights: DType::$weights,
             acts: ActFormat::$acts,
+            isa: Isa::$isa,
+            run: $run,
+        },)*];
+    };
+}
+
+macro_rules! pickeds {
+    ($(#[$doc:meta])* $table:ident { $($(#[$cfg:meta])* $name:literal, $weights:ident, $isa:ident, $run:path;)* }) => {
+        $(#[$doc])*
+        pub static $table: &[Picked] = &[$($(#[$cfg])* Picked {
+            name: $name,
+            weights: DType::$weights,
             isa: Isa::$isa,
             run: $run,
         },)*];
@@ -783,6 +837,75 @@ gateds! {
         "gated_tq2_0_bf16_amx", TQ2_0, Amx, amx::gemm::gated_tq2_0;
         #[cfg(target_arch = "x86_64")]
         "gated_mxfp4_bf16_amx", MXFP4, Amx, amx::gemm::gated_mxfp4;
+    }
+}
+
+pickeds! {
+    /// Some rows of a matrix for one token: those of neurons that a gate let through.
+    PICKED {
+        #[cfg(target_arch = "x86_64")]
+        "picked_q4_0_q8_avx512vbmi", Q4_0, Avx512Vbmi, avx512vbmi::gemv_q4_0::gemv_picked;
+        #[cfg(target_arch = "x86_64")]
+        "picked_q4_0_q8_avx512vnni", Q4_0, Avx512Vnni, avx512vnni::gemv_q4_0::gemv_picked;
+        #[cfg(target_arch = "x86_64")]
+        "picked_q4_0_q8_avx2", Q4_0, Avx2, avx2::gemv_q4_0::gemv_picked;
+        "picked_q4_0_q8_scalar", Q4_0, Scalar, scalar::gemv::q8_picked::<quant::BlockQ4_0>;
+        #[cfg(target_arch = "x86_64")]
+        "picked_q4_1_q8_avx512vbmi", Q4_1, Avx512Vbmi, avx512vbmi::gemv_q4_1::gemv_picked;
+        #[cfg(target_arch = "x86_64")]
+        "picked_q4_1_q8_avx512vnni", Q4_1, Avx512Vnni, avx512vnni::gemv_q4_1::gemv_picked;
+        #[cfg(target_arch = "x86_64")]
+        "picked_q4_1_q8_avx2", Q4_1, Avx2, avx2::gemv_q4_1::gemv_picked;
+        "picked_q4_1_q8_scalar", Q4_1, Scalar, scalar::gemv::q8_picked::<quant::BlockQ4_1>;
+        #[cfg(target_arch = "x86_64")]
+        "picked_q5_0_q8_avx512vbmi", Q5_0, Avx512Vbmi, avx512vbmi::gemv_q5_0::gemv_picked;
+        #[cfg(target_arch = "x86_64")]
+        "picked_q5_0_q8_avx512vnni", Q5_0, Avx512Vnni, avx512vnni::gemv_q5_0::gemv_picked;
+        #[cfg(target_arch = "x86_64")]
+        "picked_q5_0_q8_avx2", Q5_0, Avx2, avx2::gemv_q5_0::gemv_picked;
+        "picked_q5_0_q8_scalar", Q5_0, Scalar, scalar::gemv::q8_picked::<quant::BlockQ5_0>;
+        #[cfg(target_arch = "x86_64")]
+        "picked_q8_0_q8_avx512vnni", Q8_0, Avx512Vnni, avx512vnni::gemv_q8_0::gemv_picked;
+        #[cfg(target_arch = "x86_64")]
+        "picked_q8_0_q8_avx2", Q8_0, Avx2, avx2::gemv_q8_0::gemv_picked;
+        "picked_q8_0_q8_scalar", Q8_0, Scalar, scalar::gemv::q8_picked::<quant::BlockQ8_0>;
+        #[cfg(target_arch = "x86_64")]
+        "picked_q4_k_q8_avx512vnni", Q4_K, Avx512Vnni, avx512vnni::gemv_q4_k::gemv_picked;
+        #[cfg(target_arch = "x86_64")]
+        "picked_q4_k_q8_avx2", Q4_K, Avx2, avx2::gemv_q4_k::gemv_picked;
+        "picked_q4_k_q8_scalar", Q4_K, Scalar, scalar::gemv::q8_picked::<quant::BlockQ4K>;
+        #[cfg(target_arch = "x86_64")]
+        "picked_q5_k_q8_avx512vnni", Q5_K, Avx512Vnni, avx512vnni::gemv_q5_k::gemv_picked;
+        #[cfg(target_arch = "x86_64")]
+        "picked_q5_k_q8_avx2", Q5_K, Avx2, avx2::gemv_q5_k::gemv_picked;
+        "picked_q5_k_q8_scalar", Q5_K, Scalar, scalar::gemv::q8_picked::<quant::BlockQ5K>;
+        #[cfg(target_arch = "x86_64")]
+        "picked_q6_k_q8_avx512vnni", Q6_K, Avx512Vnni, avx512vnni::gemv_q6_k::gemv_picked;
+        #[cfg(target_arch = "x86_64")]
+        "picked_q6_k_q8_avx2", Q6_K, Avx2, avx2::gemv_q6_k::gemv_picked;
+        "picked_q6_k_q8_scalar", Q6_K, Scalar, scalar::gemv::q8_picked::<quant::BlockQ6K>;
+        #[cfg(target_arch = "x86_64")]
+        "picked_q5_1_q8_avx2", Q5_1, Avx2, avx2::gemv_unpacked::q5_1::gemv_picked;
+        "picked_q5_1_q8_scalar", Q5_1, Scalar, scalar::gemv::q8_picked::<quant::BlockQ5_1>;
+        #[cfg(target_arch = "x86_64")]
+        "picked_q2_k_q8_avx2", Q2_K, Avx2, avx2::gemv_unpacked::q2_k::gemv_picked;
+        "picked_q2_k_q8_scalar", Q2_K, Scalar, scalar::gemv::q8_picked::<quant::BlockQ2K>;
+        #[cfg(target_arch = "x86_64")]
+        "picked_q3_k_q8_avx2", Q3_K, Avx2, avx2::gemv_unpacked::q3_k::gemv_picked;
+        "picked_q3_k_q8_scalar", Q3_K, Scalar, scalar::gemv::q8_picked::<quant::BlockQ3K>;
+        #[cfg(target_arch = "x86_64")]
+        "picked_iq4_nl_q8_avx2", IQ4_NL, Avx2, avx2::gemv_unpacked::iq4_nl::gemv_picked;
+        "picked_iq4_nl_q8_scalar", IQ4_NL, Scalar, scalar::gemv::q8_picked::<quant::BlockIQ4NL>;
+        #[cfg(target_arch = "x86_64")]
+        "picked_iq4_xs_q8_avx2", IQ4_XS, Avx2, avx2::gemv_unpacked::iq4_xs::gemv_picked;
+        "picked_iq4_xs_q8_scalar", IQ4_XS, Scalar, scalar::gemv::q8_picked::<quant::BlockIQ4XS>;
+        "picked_tq1_0_q8_scalar", TQ1_0, Scalar, scalar::gemv::q8_picked::<quant::BlockTQ1_0>;
+        #[cfg(target_arch = "x86_64")]
+        "picked_tq2_0_q8_avx2", TQ2_0, Avx2, avx2::gemv_unpacked::tq2_0::gemv_picked;
+        "picked_tq2_0_q8_scalar", TQ2_0, Scalar, scalar::gemv::q8_picked::<quant::BlockTQ2_0>;
+        #[cfg(target_arch = "x86_64")]
+        "picked_mxfp4_q8_avx2", MXFP4, Avx2, avx2::gemv_unpacked::mxfp4::gemv_picked;
+        "picked_mxfp4_q8_scalar", MXFP4, Scalar, scalar::gemv::q8_picked::<quant::BlockMXFP4>;
     }
 }
 

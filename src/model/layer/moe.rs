@@ -1,6 +1,6 @@
 //! Mixture of experts: a router, and gated feed-forward layers of which each token takes a few.
 
-use crate::backend::{Activation, Backend, Gating, GatedFfn, MAX_USED, Moe, MoeOf, Routing};
+use crate::backend::{Activation, Backend, GatedFfn, Gating, MAX_USED, Moe, MoeOf, Routing};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::model::config::Config;

@@ -40,3 +40,12 @@ pub(crate) fn q8<B: Block>(w: &[u8], x: &Acts, y: &mut OutCols) {
         }
     }
 }
+
+/// The rows `picks` of the same for one token.
+pub(crate) fn q8_picked<B: Block>(w: &[u8], picks: &[u32], x: &Acts, y: &mut [f32]) {
+    let row_bytes = x.n_in / B::LEN * size_of::<B>();
+    for (pick, y) in picks.iter().zip(y) {
+        let row = &w[*pick as usize * row_bytes..][..row_bytes];
+        q8::<B>(row, x, &mut OutCols::whole(std::slice::from_mut(y), 1));
+    }
+}

@@ -112,6 +112,37 @@ macro_rules! gemv_loops {
             }
         }
 
+        /// `y[i] = sum_k w[picks[i], k] x[k]`: some rows of one token's product.
+        #[target_feature(enable = $features)]
+        pub(crate) fn gemv_picked(
+            w: &[u8],
+            picks: &[u32],
+            x: &crate::backend::cpu::acts::Acts,
+            y: &mut [f32],
+        ) {
+            use crate::backend::cpu::x86::gemv::AHEAD;
+            let n_blocks = x.n_in / <$block as crate::quant::Block>::LEN;
+            if n_blocks < $unit {
+                return crate::backend::cpu::scalar::gemv::q8_picked::<$block>(w, picks, x, y);
+            }
+            let w = crate::quant::blocks::<$block>(w);
+            let x = x.q8_row(0);
+            let last = last(n_blocks, &x);
+            let row = |i: usize| &w[picks[i] as usize * n_blocks..][..n_blocks];
+            // As above: four streams.
+            let quarter = picks.len() / 4;
+            for i in 0..quarter {
+                let rows = [0, 1, 2, 3].map(|k| row(k * quarter + i));
+                let sums = products(rows, &x, &last, AHEAD);
+                for k in 0..4 {
+                    y[k * quarter + i] = sums[k];
+                }
+            }
+            for i in 4 * quarter..picks.len() {
+                [y[i], ..] = products([row(i); 4], &x, &last, AHEAD);
+            }
+        }
+
         /// What rows share of the activations of a last unit that is not full.
         #[inline]
         #[target_feature(enable = $features)]

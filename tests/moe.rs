@@ -1,0 +1,315 @@
+//! Mixture of experts in quantized formats: against floats, in every way that the same tokens can be computed.
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use kinglet::gguf::{Metadata, TensorSpec, Writer};
+use kinglet::quant::{self, DType};
+use kinglet::sampler::Rng;
+use kinglet::{KvType, LoadOptions, Model, Session, SessionOptions};
+
+const HIDDEN: usize = 256;
+const N_FFN: usize = 512;
+const N_EXPERTS: usize = 5;
+const N_USED: usize = 3;
+const N_VOCAB: usize = 96;
+
+/// How the matrix behind the neurons is stored.
+#[derive(Clone, Copy, PartialEq)]
+enum Down {
+    ByOutput,
+    ByNeuron,
+}
+
+/// How the experts are stored.
+#[derive(Clone, Copy)]
+enum Experts {
+    /// In a format.
+    As(DType),
+    /// As the floats that a format has made of them.
+    FloatsOf(DType),
+}
+
+fn random(rng: &mut Rng, n: usize, scale: f64) -> Vec<f32> {
+    // A sum of uniform numbers is normal enough.
+    let normal = |rng: &mut Rng| (0..4).map(|_| rng.next_f64() - 0.5).sum::<f64>() * 1.732;
+    (0..n).map(|_| (normal(rng) * scale) as f32).collect()
+}
+
+/// `(n_experts, n_out, n_in)` to `(n_experts, n_in, n_out)`.
+fn transposed(x: &[f32], n_out: usize, n_in: usize) -> Vec<f32> {
+    let expert = |x: &[f32]| -> Vec<f32> {
+        let at = |i: usize| x[i % n_out * n_in + i / n_out];
+        (0..n_out * n_in).map(at).collect()
+    };
+    x.chunks_exact(n_out * n_in).flat_map(expert).collect()
+}
+
+/// Writes a SmallThinker model of `n_layers`, the same for the same arguments on every machine.
+fn write(path: &Path, n_layers: usize, experts: Experts, down: Down) {
+    let mut m = Metadata::new();
+    m.set("general.architecture", "smallthinker");
+    for (name, value) in [
+        ("block_count", n_layers),
+        ("context_length", 512),
+        ("embedding_length", HIDDEN),
+        ("feed_forward_length", N_FFN),
+        ("expert_feed_forward_length", N_FFN),
+        ("expert_count", N_EXPERTS),
+        ("expert_used_count", N_USED),
+        ("expert_gating_func", 2),
+        ("attention.head_count", 4),
+        ("attention.head_count_kv", 2),
+        ("attention.key_length", 64),
+        ("attention.value_length", 64),
+    ] {
+        m.set(&format!("smallthinker.{name}"), value as u32);
+    }
+    m.set("smallthinker.attention.layer_norm_rms_epsilon", 1e-6f32);
+    m.set("smallthinker.rope.freq_base", 1.5e6f32);
+    m.set("tokenizer.ggml.model", "none");
+
+    let mut rng = Rng::new(7);
+    let mut tensors: Vec<(TensorSpec, Vec<u8>)> = Vec::new();
+    let floats = |tensors: &mut Vec<_>, name: &str, shape: &[usize], x: &[f32]| {
+        let bytes = x.iter().flat_map(|x| x.to_le_bytes()).collect();
+        tensors.push((TensorSpec::new(name, DType::F32, shape), bytes));
+    };
+    let scale = |n_in: usize| 1.0 / (n_in as f64).sqrt();
+    for (name, scale) in [("token_embd", 1.0), ("output", scale(HIDDEN))] {
+        let x = random(&mut rng, HIDDEN * N_VOCAB, scale);
+        floats(
+            &mut tensors,
+            &format!("{name}.weight"),
+            &[HIDDEN, N_VOCAB],
+            &x,
+        );
+    }
+    floats(
+        &mut tensors,
+        "output_norm.weight",
+        &[HIDDEN],
+        &[1.0; HIDDEN],
+    );
+    for i in 0..n_layers {
+        let name = |part: &str| format!("blk.{i}.{part}.weight");
+        for part in ["attn_norm", "ffn_norm"] {
+            floats(&mut tensors, &name(part), &[HIDDEN], &[1.0; HIDDEN]);
+        }
+        for (part, n_out) in [
+            ("attn_q", 256),
+            ("attn_k", 128),
+            ("attn_v", 128),
+            ("attn_output", 256),
+            ("ffn_gate_inp", N_EXPERTS),
+        ] {
+            let x = random(&mut rng, HIDDEN * n_out, scale(HIDDEN));
+            floats(&mut tensors, &name(part), &[HIDDEN, n_out], &x);
+        }
+        for (part, n_in, n_out) in [
+            ("ffn_gate_exps", HIDDEN, N_FFN),
+            ("ffn_up_exps", HIDDEN, N_FFN),
+            ("ffn_down_exps", N_FFN, HIDDEN),
+        ] {
+            let x = random(&mut rng, N_EXPERTS * n_in * n_out, scale(n_in));
+            let (x, shape) = match part == "ffn_down_exps" && down == Down::ByNeuron {
+                true => (transposed(&x, n_out, n_in), [n_out, n_in, N_EXPERTS]),
+                false => (x, [n_in, n_out, N_EXPERTS]),
+            };
+            let (Experts::As(dtype) | Experts::FloatsOf(dtype)) = experts;
+            let spec = TensorSpec::new(name(part), dtype, shape);
+            let mut bytes = vec![0; spec.bytes().expect("whole blocks")];
+            quant::quantize(dtype, &x, &mut bytes);
+            match experts {
+                Experts::As(_) => tensors.push((spec, bytes)),
+                Experts::FloatsOf(_) => {
+                    let mut rounded = vec![0.0; x.len()];
+                    quant::dequantize(dtype, &bytes, &mut rounded);
+                    floats(&mut tensors, &name(part), &shape, &rounded);
+                }
+            }
+        }
+    }
+    let specs: Vec<_> = tensors.iter().map(|(spec, _)| spec.clone()).collect();
+    let mut writer = Writer::create(path, &m, &specs).expect("a new file");
+    for (_, bytes) in &tensors {
+        writer.tensor(bytes).expect("room on the disk");
+    }
+    writer.finish().expect("written");
+}
+
+/// A folder for one model, removed at the end.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Self {
+        let folder =
+            std::env::temp_dir().join(format!("kinglet-moe-{}-{name}", std::process::id()));
+        std::fs::create_dir_all(&folder).expect("a folder");
+        Self(folder)
+    }
+
+    fn model(&self, n_layers: usize, experts: Experts, down: Down, n_threads: usize) -> Model {
+        let path = self.0.join("model.gguf");
+        write(&path, n_layers, experts, down);
+        let options = LoadOptions {
+            threads: n_threads,
+            ..LoadOptions::default()
+        };
+        Model::load(&path, &options).expect("a model")
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+fn session(model: &Model, batch: usize) -> Session {
+    let options = SessionOptions {
+        n_ctx: 256,
+        kv: KvType::F32.into(),
+        batch,
+    };
+    Session::new(model, &options).expect("a session")
+}
+
+fn tokens(n: usize) -> Vec<u32> {
+    (0..n)
+        .map(|i| (i * i * 7 + i * 3 + 1) as u32 % N_VOCAB as u32)
+        .collect()
+}
+
+fn prefilled(model: &Model, batch: usize, tokens: &[u32]) -> Vec<f32> {
+    let mut session = session(model, batch);
+    session
+        .prefill(tokens, &mut |_, _| ControlFlow::Continue(()))
+        .expect("prefill");
+    session.logits().to_vec()
+}
+
+/// The logits after each token, all computed as a prompt is.
+fn scored(model: &Model, tokens: &[u32]) -> Vec<f32> {
+    let mut logits = Vec::new();
+    session(model, 256)
+        .score(tokens, &mut |_, row| {
+            logits.extend_from_slice(row);
+            ControlFlow::Continue(())
+        })
+        .expect("score");
+    logits
+}
+
+/// The logits after each token, computed one by one.
+fn decoded(model: &Model, tokens: &[u32]) -> Vec<f32> {
+    let mut session = session(model, 256);
+    let mut logits = Vec::new();
+    for token in tokens {
+        session.decode(*token).expect("decode");
+        logits.extend_from_slice(session.logits());
+    }
+    logits
+}
+
+/// Root of the mean squared difference, relative to that of `b`.
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let square = |x: f32| f64::from(x) * f64::from(x);
+    let difference: f64 = a.iter().zip(b).map(|(a, b)| square(a - b)).sum();
+    (difference / b.iter().map(|b| square(*b)).sum::<f64>()).sqrt()
+}
+
+/// One layer, whose router reads embeddings: both choose the same experts, and what is left is the rounding of
+/// activations to 8 bits, or to bf16.
+#[test]
+fn quantized_experts_are_near_the_same_in_floats() {
+    let (quantized, floats) = (Folder::new("quantized"), Folder::new("floats"));
+    let tokens = tokens(61);
+    for dtype in DType::ALL
+        .iter()
+        .copied()
+        .filter(|dtype| dtype.can_quantize())
+    {
+        let is_common = [DType::F16, DType::Q4_0, DType::Q6_K].contains(&dtype);
+        for down in [Down::ByOutput, Down::ByNeuron] {
+            if down == Down::ByNeuron && !is_common {
+                continue;
+            }
+            let a = quantized.model(1, Experts::As(dtype), down, 2);
+            let b = floats.model(1, Experts::FloatsOf(dtype), down, 2);
+            let expected = decoded(&b, &tokens);
+            for (how, found) in [
+                ("decoded", decoded(&a, &tokens)),
+                ("scored", scored(&a, &tokens)),
+                ("floats scored", scored(&b, &tokens)),
+            ] {
+                let distance = distance(&found, &expected);
+                let most = if how == "floats scored" { 1e-5 } else { 0.012 };
+                assert!(distance < most, "{dtype}, {how}: {distance:e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn both_ways_to_store_down_are_one_model() {
+    let folders = (Folder::new("by-output"), Folder::new("by-neuron"));
+    let by_output = folders
+        .0
+        .model(5, Experts::As(DType::F32), Down::ByOutput, 2);
+    let by_neuron = folders
+        .1
+        .model(5, Experts::As(DType::F32), Down::ByNeuron, 2);
+    let tokens = tokens(40);
+    let expected = decoded(&by_output, &tokens);
+    assert!(distance(&decoded(&by_neuron, &tokens), &expected) < 1e-5);
+    assert!(distance(&scored(&by_neuron, &tokens), &expected) < 1e-5);
+}
+
+/// What a token leaves behind depends neither on the tokens beside it nor on who computes it.
+#[test]
+fn batches_and_threads_change_nothing() {
+    let folder = Folder::new("batches");
+    let tokens = tokens(70);
+    for (dtype, down) in [
+        (DType::Q4_0, Down::ByOutput),
+        (DType::Q6_K, Down::ByOutput),
+        (DType::F16, Down::ByOutput),
+        (DType::Q8_0, Down::ByNeuron),
+    ] {
+        let one = folder.model(3, Experts::As(dtype), down, 1);
+        let expected = prefilled(&one, 256, &tokens);
+        let steps = decoded(&one, &tokens);
+        for n_threads in [1, 2, 3] {
+            let model = folder.model(3, Experts::As(dtype), down, n_threads);
+            for batch in [1, 3, 32, 33, 64] {
+                let found = prefilled(&model, batch, &tokens);
+                assert!(
+                    found == expected,
+                    "{dtype}, {n_threads} threads, steps of {batch}"
+                );
+            }
+            assert!(
+                decoded(&model, &tokens) == steps,
+                "{dtype}, {n_threads} threads, decoded"
+            );
+        }
+    }
+}
+
+/// About half of random gates are below 0: their neurons are skipped, and counted.
+#[test]
+fn skipped_neurons_are_counted() {
+    let folder = Folder::new("skipped");
+    let model = folder.model(2, Experts::As(DType::Q4_0), Down::ByOutput, 1);
+    let mut session = session(&model, 256);
+    let tokens = tokens(30);
+    for token in &tokens {
+        session.decode(*token).expect("decode");
+    }
+    let work = session.work();
+    assert_eq!(work.neurons as usize, tokens.len() * 2 * N_USED * N_FFN);
+    let share = work.skipped_neurons as f64 / work.neurons as f64;
+    assert!((0.4..0.6).contains(&share), "{share}");
+}
