@@ -7,6 +7,7 @@
 //! - [`tokenizer`]: text to tokens and back, chat templates;
 //! - [`model`]: an architecture per file, written over [`backend::Backend`];
 //! - [`backend`]: the operations of a forward pass, and the CPU that runs them;
+//! - [`experts`]: which experts are in memory, and the reads that bring them;
 //! - [`session`]: one timeline of tokens on a model;
 //! - [`sampler`]: logits to a token;
 //! - [`profile`]: what the machine can do at most, what was done, and where the time went;
@@ -14,6 +15,7 @@
 
 pub mod backend;
 pub mod error;
+pub mod experts;
 pub mod gguf;
 pub mod model;
 pub mod profile;

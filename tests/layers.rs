@@ -12,17 +12,29 @@ const RULES: &[(&str, &[&str])] = &[
     ("gguf", &["quant"]),
     ("tokenizer", &["gguf"]),
     ("backend", &["quant"]),
-    ("model", &["gguf", "quant", "backend"]),
+    ("experts", &[]),
+    ("model", &["gguf", "quant", "backend", "experts"]),
     (
         "session",
-        &["gguf", "quant", "tokenizer", "backend", "model", "sampler"],
+        &[
+            "gguf",
+            "quant",
+            "tokenizer",
+            "backend",
+            "experts",
+            "model",
+            "sampler",
+        ],
     ),
 ];
 
-/// Where `unsafe` is allowed: the map, the pool and what its workers ask of the system, the map of a measurement, the
-/// kernel table, the loads and stores of each instruction-set level, and the calls into ggml.
+/// Where `unsafe` is allowed: the map, the memory of experts and advice about their files, the pool and what its
+/// workers ask of the system, the map of a measurement, the kernel table, the loads and stores of each instruction-set
+/// level, and the calls into ggml.
 const FENCE: &[&str] = &[
     "src/gguf/map.rs",
+    "src/experts/arena.rs",
+    "src/experts/disk/sys.rs",
     "src/backend/cpu/pool.rs",
     "src/backend/cpu/pace.rs",
     "src/backend/cpu/roofline.rs",
