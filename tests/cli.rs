@@ -108,6 +108,7 @@ fn help_goes_to_stdout_and_names_every_verb() {
         "quantize",
         "eval",
         "bench",
+        "experts",
         "doctor",
         "completions",
     ];
@@ -846,6 +847,44 @@ fn doctor_names_a_kernel_for_every_operation() {
             .ends_with("_scalar"),
         "{scalar}"
     );
+}
+
+#[test]
+fn experts_replay_compares_policies() {
+    // One expert in each of two layers: always the same in the first, never the same in the second.
+    let trace = scratch("experts.trace");
+    let mut text = "kinglet-experts 1\nlayer 4 1 100\nlayer 4 1 300\n".to_owned();
+    for token in 0..4 {
+        text += &format!("begin {token} 0 2:1:h\nend {}\n", 2 * token);
+        text += &format!("begin {token} 1 {token}:0.5:m\nend {}\n", 2 * token + 1);
+    }
+    fs::write(&trace, text).unwrap();
+    let replay = |rest: &[&str]| run(&[&["experts", "replay", path(&trace)], rest].concat());
+    let lines = replay(&["--slots", "1,2", "--json"]);
+    let rows: Vec<Value> = ok(&lines)
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(rows.len(), 10);
+    for row in rows {
+        let slots = row["slots"].as_u64().unwrap();
+        // With one slot nothing stays, with two the first layer's expert.
+        let hits = if slots == 1 { 0 } else { 3 };
+        let bytes = (4 - hits) * 100 + 4 * 300;
+        // Newcomers pass through all slots where there are fewer than three.
+        if row["policy"] != "admission" {
+            assert_eq!(row["hits"], hits, "{row}");
+            assert_eq!(row["bytes_per_token"], bytes as f64 / 4.0, "{row}");
+        }
+        assert_eq!(row["used"], 8);
+    }
+    let table = replay(&[]);
+    assert!(ok(&table).contains("4 tokens, 8 uses of 8 experts"));
+    assert!(ok(&table).contains("belady"));
+    fails(&replay(&["--slots", "0"]), 2);
+    fs::write(&trace, "kinglet-experts 1\nlayer 4 9 100\n").unwrap();
+    assert!(fails(&replay(&[]), 3).contains("line 2"));
+    fails(&run(&["experts", "replay", "no such trace"]), 5);
 }
 
 #[test]

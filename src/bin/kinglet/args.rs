@@ -52,6 +52,9 @@ pub enum Command {
     Spin,
     /// Show where the time of each token goes.
     Profile(ProfileArgs),
+    /// Ask what a run of a mixture of experts would have read with other policies or more memory.
+    #[command(subcommand)]
+    Experts(ExpertsCommand),
     /// Show this machine as Kinglet sees it: CPU, kernels, memory.
     Doctor(DoctorArgs),
     /// Write a completion script for a shell.
@@ -449,6 +452,25 @@ pub struct InspectArgs {
     #[arg(long, conflicts_with_all = ["json", "tensors"])]
     pub template: bool,
     /// One JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Subcommand)]
+pub enum ExpertsCommand {
+    /// Replay the trace of a run: hits and bytes per token of each policy.
+    Replay(ReplayArgs),
+}
+
+#[derive(Args)]
+pub struct ReplayArgs {
+    /// A trace of a run
+    #[arg(value_name = "TRACE")]
+    pub trace: PathBuf,
+    /// Numbers of experts in memory [default: the least, a token's, an eighth, a quarter, a half, all]
+    #[arg(long, value_name = "N", value_delimiter = ',')]
+    pub slots: Vec<usize>,
+    /// One JSON object for each line
     #[arg(long)]
     pub json: bool,
 }

@@ -8,6 +8,7 @@ mod chat;
 mod completions;
 mod doctor;
 mod eval;
+mod experts;
 mod failure;
 mod inspect;
 mod interrupt;
@@ -62,6 +63,7 @@ fn dispatch(command: Command) -> Outcome {
         Command::Bench(args) => bench::run(&args),
         Command::Spin => bench::spin(),
         Command::Profile(args) => profile::run(&args),
+        Command::Experts(command) => experts::run(&command),
         Command::Doctor(args) => doctor::run(&args),
         Command::Completions(args) => completions::run(&args),
     }
