@@ -177,9 +177,15 @@ def weights(rng, kind, shape):
     if kind == F32:
         return (np.ones(n) if len(shape) == 1 else rng.normal(0, 0.5, n)).astype("<f4").tobytes()
     per_block, size = BLOCK[kind]
-    blocks = rng.integers(0, 256, (n // per_block, size), dtype=np.uint8)
-    # Nibbles and six bits are uniform: their deviations are 4.6 and 18.5; scales of 16 weights here are all 64.
-    unit = {Q4_0: 4.6, Q6_K: 18.5 * 64}[kind]
+    shape_of_blocks = (n // per_block, size)
+    if kind == Q4_0:
+        # From -7 to 7: with a mean that is not 0 the matrices of a deep model agree on one direction.
+        low, high = (rng.integers(1, 16, shape_of_blocks, dtype=np.uint8) for _ in range(2))
+        blocks = low | high << 4
+    else:
+        blocks = rng.integers(0, 256, shape_of_blocks, dtype=np.uint8)
+    # Uniform: the deviations are 4.3 and 18.5; scales of 16 weights here are all 64.
+    unit = {Q4_0: 4.3, Q6_K: 18.5 * 64}[kind]
     scale = np.array([1 / (unit * shape[-1] ** 0.5)], "<f2").view(np.uint8)
     if kind == Q4_0:
         blocks[:, :2] = scale

@@ -50,8 +50,9 @@ fn bindings() {
     let headers = ["ggml.h", "ggml-alloc.h", "ggml-backend.h", "ggml-cpu.h"];
     let lines = headers.map(|header| format!("#include <{header}>\n"));
     let functions = [
-        "add|build_forward_expand|concat|cont|cpy|flash_attn_ext|geglu_split|get_rows|mul|mul_mat|nbytes|new_tensor_2d",
-        "permute|reglu_split|reshape_2d|reshape_3d|rms_norm|rope_ext|scale|set_output|ssm_conv|swiglu_split|transpose",
+        "add|argsort_top_k|build_forward_expand|concat|cont|cpy|div|flash_attn_ext|geglu_split|get_rows|mul|mul_mat",
+        "mul_mat_id|nbytes|new_tensor_2d|permute|reglu_split|reshape_2d|reshape_3d|rms_norm|rope_ext|scale|scale_bias",
+        "set_output|sigmoid|soft_max|ssm_conv|sum_rows|swiglu_split|transpose",
         "view_2d|view_3d",
         "free|get_mem_size|init|log_set|new_graph_custom|reset|used_mem",
         "gallocr_(alloc_graph|free|get_buffer_size|new|reserve)|graph_(compute|overhead_custom|plan)|tensor_overhead",

@@ -11,9 +11,10 @@ const RULES: &[(&str, &[&str])] = &[
     ("sampler", &[]),
     ("gguf", &["quant"]),
     ("tokenizer", &["gguf"]),
-    ("backend", &["quant"]),
     ("experts", &[]),
-    ("model", &["gguf", "quant", "backend", "experts"]),
+    // A store knows files and numbers alone: it lies below.
+    ("backend", &["quant", "experts"]),
+    ("model", &["gguf", "quant", "backend"]),
     (
         "session",
         &[

@@ -3,10 +3,12 @@
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
+use kinglet::experts::{IoMode, Prefetch};
 use kinglet::gguf::{Metadata, TensorSpec, Writer};
 use kinglet::quant::{self, DType};
 use kinglet::sampler::Rng;
-use kinglet::{KvType, LoadOptions, Model, Session, SessionOptions};
+use kinglet::session::ExpertOptions;
+use kinglet::{Error, KvType, LoadOptions, Model, Session, SessionOptions};
 
 const HIDDEN: usize = 256;
 const N_FFN: usize = 512;
@@ -312,4 +314,169 @@ fn skipped_neurons_are_counted() {
     assert_eq!(work.neurons as usize, tokens.len() * 2 * N_USED * N_FFN);
     let share = work.skipped_neurons as f64 / work.neurons as f64;
     assert!((0.4..0.6).contains(&share), "{share}");
+}
+
+/// Whatever is in memory and however it came there: the same numbers.
+#[test]
+fn experts_that_are_read_when_used_change_nothing() {
+    let folder = Folder::new("read");
+    let tokens = tokens(48);
+    let resident = folder.model(5, Experts::As(DType::Q4_0), Down::ByOutput, 2);
+    let expected = (
+        prefilled(&resident, 256, &tokens),
+        decoded(&resident, &tokens),
+    );
+    let path = folder.0.join("model.gguf");
+    let all = 5 * N_EXPERTS;
+    for (n_slots, io, io_threads, prefetch) in [
+        (3 * N_USED, IoMode::Auto, 4, Prefetch::Exact),
+        (3 * N_USED, IoMode::Buffered, 1, Prefetch::Off),
+        (5 * N_USED - 1, IoMode::Auto, 1, Prefetch::Exact),
+        (5 * N_USED + 2 * N_USED, IoMode::Auto, 4, Prefetch::Exact),
+        (
+            5 * N_USED + 2 * N_USED,
+            IoMode::Buffered,
+            4,
+            Prefetch::Speculative,
+        ),
+        (all, IoMode::Auto, 4, Prefetch::Exact),
+    ] {
+        let slot_bytes = slot_bytes(&path);
+        let options = LoadOptions {
+            threads: 2,
+            experts: ExpertOptions {
+                cache: Some(n_slots as u64 * slot_bytes),
+                prefetch,
+                io,
+                io_threads,
+                ..ExpertOptions::default()
+            },
+            ..LoadOptions::default()
+        };
+        let model = Model::load(&path, &options).expect("a model");
+        let how = format!("{n_slots} slots, {io:?}, {io_threads} threads, {prefetch:?}");
+        for batch in [256, 7] {
+            assert!(
+                prefilled(&model, batch, &tokens) == expected.0,
+                "{how}, steps of {batch}"
+            );
+        }
+        assert!(decoded(&model, &tokens) == expected.1, "{how}");
+        let stats = model.experts().expect("a store").stats();
+        assert_eq!(stats.n_slots, n_slots, "{how}");
+    }
+}
+
+/// A model whose experts are read when they are used, with room for `n_slots` of them.
+fn reading(path: &Path, n_slots: usize) -> Model {
+    let options = LoadOptions {
+        threads: 2,
+        experts: ExpertOptions {
+            cache: Some(n_slots as u64 * slot_bytes(path)),
+            ..ExpertOptions::default()
+        },
+        ..LoadOptions::default()
+    };
+    Model::load(path, &options).expect("a model")
+}
+
+/// A file that is cut short, or of which another has taken the place, or to which somebody has written: an error as long
+/// as that is so, and the right tokens after it.
+#[test]
+fn a_file_that_changes_is_an_error_of_that_token() {
+    let folder = Folder::new("cut");
+    let resident = folder.model(5, Experts::As(DType::Q4_0), Down::ByOutput, 1);
+    let tokens = tokens(40);
+    let expected = decoded(&resident, &tokens);
+    drop(resident);
+    let path = folder.0.join("model.gguf");
+    let (bytes, time) = (
+        std::fs::read(&path).expect("the model"),
+        std::fs::metadata(&path)
+            .and_then(|m| m.modified())
+            .expect("a time"),
+    );
+    let model = reading(&path, 3 * N_USED);
+    let mut session = session(&model, 16);
+    for (i, token) in tokens.iter().enumerate() {
+        if i % 4 == 3 {
+            let file = std::fs::OpenOptions::new()
+                .write(true)
+                .open(&path)
+                .expect("the model");
+            file.set_len(4096).expect("cut");
+            let before = session.tokens().len();
+            match session.decode(*token) {
+                Err(Error::BadFile { path: named, .. } | Error::Io { path: named, .. }) => {
+                    assert_eq!(named, path);
+                }
+                // All that it uses may be in memory.
+                other => other.expect("no other error"),
+            }
+            std::fs::write(&path, &bytes).expect("the whole file");
+            let file = std::fs::OpenOptions::new()
+                .write(true)
+                .open(&path)
+                .expect("the model");
+            file.set_modified(time).expect("its time");
+            if session.tokens().len() > before {
+                continue;
+            }
+        }
+        session.decode(*token).expect("decode");
+        let n = expected.len() / tokens.len();
+        assert!(
+            session.logits() == &expected[i * n..(i + 1) * n],
+            "token {i}"
+        );
+    }
+    let stats = model.experts().expect("a store").stats();
+    assert!(stats.total.errors > 0, "{stats:?}");
+}
+
+/// What is given back is read again.
+#[test]
+fn trimming_changes_no_number() {
+    let folder = Folder::new("trim");
+    let resident = folder.model(5, Experts::As(DType::Q4_0), Down::ByOutput, 1);
+    let tokens = tokens(32);
+    let expected = decoded(&resident, &tokens);
+    let path = folder.0.join("model.gguf");
+    let model = reading(&path, 5 * N_EXPERTS);
+    let mut session = session(&model, 16);
+    std::thread::scope(|scope| {
+        let other = scope.spawn(|| {
+            let mut given = 0;
+            for _ in 0..20 {
+                given += model.trim(slot_bytes(&path));
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+            given
+        });
+        for (i, token) in tokens.iter().enumerate() {
+            session.decode(*token).expect("decode");
+            let n = expected.len() / tokens.len();
+            assert!(
+                session.logits() == &expected[i * n..(i + 1) * n],
+                "token {i}"
+            );
+        }
+        assert!(other.join().expect("no panic") > 0);
+    });
+    let store = model.experts().expect("a store");
+    assert!(store.stats().n_slots < 5 * N_EXPERTS);
+    store.check();
+}
+
+/// Bytes of an expert in memory.
+fn slot_bytes(path: &Path) -> u64 {
+    let options = LoadOptions {
+        experts: ExpertOptions {
+            cache: Some(u64::MAX),
+            ..ExpertOptions::default()
+        },
+        ..LoadOptions::default()
+    };
+    let model = Model::load(path, &options).expect("a model");
+    model.experts().expect("a store").layout().slot_bytes() as u64
 }

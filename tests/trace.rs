@@ -271,6 +271,7 @@ fn profiled(model: &str) -> Profile {
         n_threads: 2,
         cpu: None,
         version: "0".into(),
+        experts: None,
     };
     let limits = Limits {
         memory: Some(1e10),

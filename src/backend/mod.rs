@@ -16,7 +16,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::profile::{Trace, Work};
 use crate::quant::{DType, Tensor};
 
@@ -265,6 +265,9 @@ pub(crate) struct NoMemory {
     pub(crate) bytes: usize,
 }
 
+/// What unwinds out of a pass for which a part of the weights could not be read, likewise.
+pub(crate) struct Lost(pub(crate) Error);
+
 /// The operations of a forward pass. Tensors are `(n_tokens, n)`; `n` is the row length.
 pub trait Backend {
     /// A weight matrix `(n_out, n_in)` in the format of the file.
@@ -421,9 +424,9 @@ pub trait Backend {
         out
     }
 
-    /// The experts of each row of `x` and their weights, see [`Routing`]: rows of `n_used` indices, the best first, then as
-    /// many weights. Where experts are read from a file, this is where their reading begins.
-    fn route(&mut self, x: &Self::Tensor, moe: &Moe<Self>) -> Self::Tensor;
+    /// The experts of the rows `from..` of `x` and their weights, see [`Routing`]: rows of `n_used` indices, the best first,
+    /// then as many weights. Where experts are read from a file, this is where their reading begins.
+    fn route(&mut self, x: &Self::Tensor, from: usize, moe: &Moe<Self>) -> Self::Tensor;
 
     /// `sum_j weights[j] * down_j(activation(gate_j(x)) * up_j(x))` over the experts `j` of each row as
     /// [`Backend::route`] gave them, in that order.

@@ -280,9 +280,12 @@ impl Backend for Planner {
         self.tensor(x.n_tokens, down.n_out)
     }
 
-    fn route(&mut self, x: &Tensor, moe: &Moe<Self>) -> Tensor {
-        let [_logits] = self.linear(x, [&moe.router]);
-        self.elementwise(Operation::Route, x.n_tokens, 2 * moe.routing.n_used)
+    fn route(&mut self, x: &Tensor, from: usize, moe: &Moe<Self>) -> Tensor {
+        let n_tokens = x.n_tokens - from;
+        let out = self.elementwise(Operation::Route, n_tokens, 2 * moe.routing.n_used);
+        let rows = (from > 0).then(|| self.tensor(n_tokens, x.n_cols));
+        let [_logits] = self.linear(rows.as_ref().unwrap_or(x), [&moe.router]);
+        out
     }
 
     fn moe(&mut self, x: &Tensor, _: Tensor, moe: &Moe<Self>) -> Tensor {
@@ -342,8 +345,8 @@ impl Backend for Planner {
             });
             (q8, f32, bf16)
         };
-        let _inputs = sorted(gate_up, x.n_cols, true);
         let _rows = scratch.take(n_rows * x.n_cols);
+        let _inputs = sorted(gate_up, x.n_cols, true);
         if joined {
             let groups = max_groups(n_rows, n_experts) * BF16_TOKENS;
             let _h = scratch.take(bf16_floats(groups, n_ffn));

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::error::Result;
 use crate::profile::span::now;
-use crate::profile::{Label, Operation, PassKind, PassRecord, Span, Trace, Work};
+use crate::profile::{ExpertWork, Label, Operation, PassKind, PassRecord, Span, Trace, Work};
 use crate::quant::Tensor;
 
 /// Spans between two calls of [`Backend::take_trace`]; what comes later is counted and lost. A pass has some hundreds.
@@ -202,6 +202,13 @@ const EMPTY: Span = Span {
         attention_ops: 0,
         neurons: 0,
         skipped_neurons: 0,
+        experts: ExpertWork {
+            used: 0,
+            hits: 0,
+            bytes: 0,
+            reading: 0,
+            waited: 0,
+        },
         regions: 0,
     },
     waited: 0,
@@ -389,7 +396,7 @@ impl<B: Backend> Backend for Tracer<B> {
         self.timed_as(key, label, |b| b.gated_ffn(x, ffn))
     }
 
-    fn route(&mut self, x: &B::Tensor, moe: &Moe<B>) -> B::Tensor {
+    fn route(&mut self, x: &B::Tensor, from: usize, moe: &Moe<B>) -> B::Tensor {
         let kernel = self.inner.kernel(Runs::Route(moe));
         let key = Key {
             operation: Operation::Route,
@@ -400,7 +407,7 @@ impl<B: Backend> Backend for Tracer<B> {
             let (layer, _) = short_name(&moe.router.name);
             (layer, Label::new(Operation::Route, "router", kernel))
         };
-        self.timed_as(key, label, |b| b.route(x, moe))
+        self.timed_as(key, label, |b| b.route(x, from, moe))
     }
 
     fn moe(&mut self, x: &B::Tensor, routes: B::Tensor, moe: &Moe<B>) -> B::Tensor {

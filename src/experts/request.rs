@@ -174,6 +174,11 @@ impl Waves {
         }
     }
 
+    /// All experts, in the order in which they come.
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
+    }
+
     fn begin(&mut self) -> Option<Result<Request>> {
         let end = self.ids.len().min(self.at + self.size);
         if self.at == end {

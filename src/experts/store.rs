@@ -338,6 +338,11 @@ impl ExpertStore {
         }
     }
 
+    /// Sums of what was done so far.
+    pub fn totals(&self) -> Counters {
+        self.shared.lock().total()
+    }
+
     /// What was done so far.
     pub fn stats(&self) -> Stats {
         let shared = &*self.shared;

@@ -98,16 +98,19 @@ impl<B: Backend> Network<B> for SmallThinker<B> {
         let angles = b.rope_angles(&self.rope, pass.start, pass.tokens.len());
         let mut x = self.embedding.embed(b, pass.tokens, 1.0);
         for (i, (layer, state)) in self.layers.iter().zip(&mut state.layers).enumerate() {
-            let mut routes = b.route(&x, &layer.moe);
+            // After the last mixer only rows whose logits are wanted go on: the others need no experts.
+            let is_last = i + 1 == self.layers.len();
+            let from = if is_last { pass.logits_from } else { 0 };
+            let is_wanted = from < pass.tokens.len();
+            let routes = is_wanted.then(|| b.route(&x, from, &layer.moe));
             let h = b.rms_norm(&x, &layer.attention_norm, eps);
             let h = layer.attention.forward(b, state.kv(), &h, &angles, pass);
             b.add(&mut x, &h);
-            if i + 1 == self.layers.len() {
+            if is_last {
                 x = pass.wanted(b, x)?;
-                routes = pass.wanted(b, routes)?;
             }
             let h = b.rms_norm(&x, &layer.ffn_norm, eps);
-            let h = b.moe(&h, routes, &layer.moe);
+            let h = b.moe(&h, routes?, &layer.moe);
             b.add(&mut x, &h);
         }
         Some(self.embedding.logits(b, &x))

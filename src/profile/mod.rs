@@ -17,6 +17,54 @@ pub use self::span::{Label, Operation, PassKind, PassRecord, Span, Trace};
 
 use serde::{Deserialize, Serialize};
 
+/// What a store of experts has done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct ExpertWork {
+    /// Experts that tokens asked for, once for each pass.
+    pub used: u64,
+    /// Those that were in memory, or on their way.
+    pub hits: u64,
+    /// Bytes that were read.
+    pub bytes: u64,
+    /// Nanoseconds in which at least one read was under way.
+    pub reading: u64,
+    /// Nanoseconds in which somebody waited for one.
+    pub waited: u64,
+}
+
+impl ExpertWork {
+    /// What was done since `before`.
+    pub fn since(&self, before: &ExpertWork) -> ExpertWork {
+        ExpertWork {
+            used: self.used - before.used,
+            hits: self.hits - before.hits,
+            bytes: self.bytes - before.bytes,
+            reading: self.reading - before.reading,
+            waited: self.waited - before.waited,
+        }
+    }
+
+    /// The share of experts that were there, 0 to 1.
+    pub fn hit_rate(&self) -> Option<f64> {
+        (self.used > 0).then(|| self.hits as f64 / self.used as f64)
+    }
+
+    /// The share of reading that nobody waited for.
+    pub fn hidden(&self) -> Option<f64> {
+        (self.reading > 0).then(|| 1.0 - self.waited as f64 / self.reading as f64)
+    }
+}
+
+impl std::ops::AddAssign for ExpertWork {
+    fn add_assign(&mut self, other: ExpertWork) {
+        self.used += other.used;
+        self.hits += other.hits;
+        self.bytes += other.bytes;
+        self.reading += other.reading;
+        self.waited += other.waited;
+    }
+}
+
 /// What a backend has done since it was made, counted where it is done.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Work {
@@ -34,6 +82,9 @@ pub struct Work {
     /// Those of them whose gate was 0, so that no other product was made for them.
     #[serde(default)]
     pub skipped_neurons: u64,
+    /// Experts that were read when they were used; nothing where all are in memory.
+    #[serde(default)]
+    pub experts: ExpertWork,
     /// Regions that threads entered and left together: each is a barrier.
     pub regions: u64,
 }
@@ -48,6 +99,7 @@ impl Work {
             attention_ops: self.attention_ops - before.attention_ops,
             neurons: self.neurons - before.neurons,
             skipped_neurons: self.skipped_neurons - before.skipped_neurons,
+            experts: self.experts.since(&before.experts),
             // Backends count them modulo 2^32.
             regions: u64::from(self.regions.wrapping_sub(before.regions) as u32),
         }
@@ -72,6 +124,7 @@ impl std::ops::AddAssign for Work {
         self.attention_ops += other.attention_ops;
         self.neurons += other.neurons;
         self.skipped_neurons += other.skipped_neurons;
+        self.experts += other.experts;
         self.regions += other.regions;
     }
 }

@@ -32,6 +32,28 @@ pub struct About {
     pub cpu: Option<String>,
     /// Of this library.
     pub version: String,
+    /// Its experts, where they are read when they are used.
+    #[serde(default)]
+    pub experts: Option<Experts>,
+}
+
+/// Experts that are read when they are used.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct Experts {
+    /// Experts that may be in memory.
+    pub slots: usize,
+    /// All of them.
+    pub all: usize,
+    /// Bytes of a slot.
+    pub slot_bytes: usize,
+    /// Which expert makes room for another.
+    pub policy: String,
+    /// How they are read.
+    pub disk: String,
+    /// Threads that read.
+    pub io_threads: usize,
+    /// By layer, of those that have experts: how many were asked for, and how many were there.
+    pub layers: Vec<(u64, u64)>,
 }
 
 /// The most that the machine can do with the threads of the run; each where it is known. Per second.

@@ -8,11 +8,14 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use super::plan::{Footprint, Plan};
+use super::experts::{self, Found};
+use super::plan::{ExpertPlan, Footprint, Plan};
 use super::{LoadOptions, Model, SessionOptions};
 use crate::backend::cpu::residency::{Residency, window};
+use crate::backend::cpu::stored::StoredExperts;
 use crate::backend::{BackendKind, KvType, KvTypes};
 use crate::error::{Error, Result};
+use crate::experts::{Budget, LayerExperts};
 use crate::gguf::{Advice, Gguf};
 use crate::profile::machine::{Resident, statm};
 
@@ -37,6 +40,8 @@ pub enum Concession {
     Context(usize, usize),
     /// So many bytes of so many of weights stay in memory; the others are read again for each step.
     Streaming(u64, u64),
+    /// So many of so many experts are in memory at once; the others are read when they are used.
+    Experts(usize, usize),
 }
 
 impl fmt::Display for Concession {
@@ -51,6 +56,10 @@ impl fmt::Display for Concession {
                 "weights are streamed: {:.1} of {:.1} MiB stay in memory, which is slower",
                 mib(kept),
                 mib(all)
+            ),
+            Self::Experts(kept, all) => write!(
+                f,
+                "experts are read when they are used: {kept} of {all} are in memory at once"
             ),
         }
     }
@@ -112,6 +121,9 @@ pub(super) fn fit(
     if needed <= room.memory {
         return Ok(first);
     }
+    if let Some(experts) = &room.experts {
+        return fit_experts(model, asked, needed, plan, room, experts);
+    }
     let weights = first.footprint.weights;
     let asked = &first.options.clone();
     let rungs = match room.on_exceed {
@@ -157,6 +169,67 @@ pub(super) fn fit(
     })
 }
 
+/// The same for a model whose experts are read when they are used: the first rung that leaves room for what tokens use of
+/// all layers, or else for the least that a store can work with.
+fn fit_experts(
+    model: &Model,
+    asked: &SessionOptions,
+    needed: u64,
+    plan: impl Fn(&SessionOptions) -> Result<Plan>,
+    room: &Room,
+    experts: &ExpertRoom,
+) -> Result<Plan> {
+    let allowed = room.on_exceed == OnExceed::Degrade || experts.cache.is_some();
+    let rungs = match room.on_exceed {
+        _ if !allowed => Vec::new(),
+        OnExceed::Refuse => vec![asked.clone()],
+        OnExceed::Degrade => ladder(model, asked)?,
+    };
+    let mut least = needed;
+    for n_least in [experts.cycle_slots, experts.min_slots] {
+        for rung in &rungs {
+            let mut plan = plan(rung)?;
+            // A table that is no head stays in the file: rows of it are read.
+            let kept = plan.weights - experts.bytes - experts.table;
+            plan.footprint.own_weights = kept;
+            plan.footprint.weights = 0;
+            let others = plan.footprint.total() + room.memory / 100;
+            let slots = |bytes: u64| usize::try_from(bytes / experts.slot_bytes).unwrap_or(0);
+            least = least.min(others + experts.min_slots as u64 * experts.slot_bytes);
+            let mut n_slots = slots(room.memory.saturating_sub(others)).min(experts.n_experts);
+            if let Some(cache) = experts.cache {
+                n_slots = n_slots.min(slots(cache));
+            }
+            if n_slots < n_least.min(experts.n_experts) {
+                continue;
+            }
+            plan.footprint.experts = n_slots as u64 * experts.slot_bytes;
+            plan.experts = Some(ExpertPlan {
+                n_slots,
+                n_experts: experts.n_experts,
+                token_bytes: experts.token_bytes,
+                bytes: experts.bytes,
+            });
+            plan.concessions = concessions(asked, &plan, plan.weights);
+            plan.kept_weights = kept + experts.bytes;
+            plan.concessions
+                .push(Concession::Experts(n_slots, experts.n_experts));
+            return Ok(plan);
+        }
+    }
+    Err(Error::OverBudget {
+        needed: if allowed { least } else { needed },
+        memory: room.memory,
+        advice: match allowed {
+            false => "allow experts to be read when they are used by degrading".into(),
+            true => format!(
+                "with the smallest context and {} experts in memory, the least there may be, it needs {least} bytes",
+                experts.min_slots
+            ),
+        },
+    })
+}
+
 fn concessions(asked: &SessionOptions, plan: &Plan, weights: u64) -> Vec<Concession> {
     let given = &plan.options;
     let mut list = Vec::new();
@@ -184,11 +257,55 @@ pub(super) struct Room {
     /// The least that streamed weights take.
     pub window: u64,
     pub may_stream: bool,
+    /// Of a model whose experts are read when they are used.
+    pub experts: Option<ExpertRoom>,
+}
+
+/// What a store of experts takes.
+#[derive(Clone, Copy)]
+pub(super) struct ExpertRoom {
+    bytes: u64,
+    n_experts: usize,
+    slot_bytes: u64,
+    min_slots: usize,
+    /// What it takes to find again what a token has used.
+    cycle_slots: usize,
+    /// Bytes that a token uses.
+    token_bytes: u64,
+    /// The most that it may take.
+    cache: Option<u64>,
+    /// Bytes of the table of embeddings, where it is not the head too.
+    table: u64,
+}
+
+impl ExpertRoom {
+    fn new(gguf: &Gguf, found: &Found, options: &LoadOptions) -> Self {
+        let table = experts::table(gguf);
+        let layout = &found.layout;
+        let used =
+            |(i, layer): (usize, &LayerExperts)| layer.n_used as u64 * layout.expert_bytes(i);
+        Self {
+            bytes: found.bytes,
+            n_experts: layout.n_experts(),
+            slot_bytes: layout.slot_bytes() as u64,
+            min_slots: layout.min_slots(),
+            cycle_slots: layout.cycle_slots(),
+            token_bytes: layout.layers().iter().enumerate().map(used).sum(),
+            cache: options.experts.cache,
+            table: table.map_or(0, |table| table.bytes as u64),
+        }
+    }
 }
 
 impl Room {
-    /// Of an empty process that will load the model of `gguf`.
-    pub fn new(gguf: &Gguf, options: &LoadOptions, n_threads: usize, base: Footprint) -> Self {
+    /// Of an empty process that will load the model of `gguf`; `experts` are those that are read when they are used.
+    pub fn new(
+        gguf: &Gguf,
+        options: &LoadOptions,
+        n_threads: usize,
+        base: Footprint,
+        experts: Option<&Found>,
+    ) -> Self {
         let rows = |t: &crate::gguf::TensorInfo| t.shape[1..].iter().product::<usize>().max(1);
         let row_bytes = gguf.tensors().map(|t| t.bytes / rows(t)).max();
         Self {
@@ -197,6 +314,7 @@ impl Room {
             base,
             window: window(n_threads, row_bytes.unwrap_or(0)) as u64,
             may_stream: options.backend == BackendKind::Cpu && cfg!(unix),
+            experts: experts.map(|found| ExpertRoom::new(gguf, found, options)),
         }
     }
 }
@@ -206,6 +324,7 @@ pub(super) struct Ledger {
     memory: u64,
     room: Room,
     residency: Arc<Residency>,
+    experts: Option<Arc<StoredExperts>>,
     held: Mutex<Held>,
     overruns: AtomicU64,
 }
@@ -215,6 +334,8 @@ pub(super) struct Ledger {
 struct Held {
     sessions: u64,
     weights: u64,
+    /// Bytes of experts.
+    experts: u64,
 }
 
 impl Ledger {
@@ -224,16 +345,25 @@ impl Ledger {
         options: &LoadOptions,
         n_threads: usize,
         residency: Arc<Residency>,
+        experts: Option<(&Found, Arc<StoredExperts>)>,
     ) -> Result<Option<Arc<Self>>> {
         let Some(memory) = options.memory else {
             return Ok(None);
         };
         gguf.advise_all(Advice::DontNeed)?;
-        let base = Footprint::of_loaded_process(gguf);
+        let mut base = Footprint::of_loaded_process(gguf);
+        base.runtime = base.runtime.saturating_sub(residency.owned_bytes());
         Ok(Some(Arc::new(Self {
             memory,
-            room: Room::new(gguf, options, n_threads, base),
+            room: Room::new(
+                gguf,
+                options,
+                n_threads,
+                base,
+                experts.as_ref().map(|e| e.0),
+            ),
             residency,
+            experts: experts.map(|e| e.1),
             held: Mutex::default(),
             overruns: AtomicU64::new(0),
         })))
@@ -259,6 +389,18 @@ impl Ledger {
         let plan = fit(&model.outlined()?, asked, 1, &room)?;
         let bytes = (plan.memory.kv + plan.memory.conv + plan.memory.scratch) as u64;
         let kept = plan.kept_weights;
+        if let Some(experts) = &self.experts {
+            let bytes = match &plan.experts {
+                Some(_) => plan.footprint.experts,
+                None => room
+                    .experts
+                    .map_or(0, |room| room.n_experts as u64 * room.slot_bytes),
+            };
+            if held.sessions == 0 || bytes < held.experts {
+                experts.store().set_budget(Budget::Bytes(bytes))?;
+                held.experts = bytes;
+            }
+        }
         if held.sessions == 0 || kept < held.weights {
             held.weights = kept;
             self.limit(kept);
@@ -274,8 +416,11 @@ impl Ledger {
         ))
     }
 
-    /// Lets `kept` bytes of weights stay.
+    /// Lets `kept` bytes of weights stay. Beside a store of experts the others are not in the file's pages.
     fn limit(&self, kept: u64) {
+        if self.experts.is_some() {
+            return;
+        }
         let all = kept >= self.room.base.weights;
         let bytes = usize::try_from(kept).unwrap_or(usize::MAX);
         self.residency.limit(if all { usize::MAX } else { bytes });
@@ -298,8 +443,13 @@ impl Claim {
         });
         if over > 0 {
             let mut held = ledger.held();
-            held.weights = held.weights.saturating_sub(over);
-            ledger.limit(held.weights);
+            match &ledger.experts {
+                Some(experts) => held.experts -= experts.store().trim(over).min(held.experts),
+                None => {
+                    held.weights = held.weights.saturating_sub(over);
+                    ledger.limit(held.weights);
+                }
+            }
             ledger.overruns.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -317,8 +467,24 @@ impl Claim {
         let mut held = ledger.held();
         let room = &ledger.room;
         let others = room.base.total() - room.base.weights + held.sessions + self.bytes;
-        let needed = others + held.weights;
-        if needed > ledger.memory {
+        if let (Some(experts), Some(sizes)) = (&ledger.experts, &room.experts) {
+            let others = others + room.base.weights - sizes.bytes;
+            let least = sizes.min_slots as u64 * sizes.slot_bytes;
+            let left = ledger.memory.saturating_sub(others);
+            if left < least {
+                return Err(Error::OverBudget {
+                    needed: others + least,
+                    memory: ledger.memory,
+                    advice: "another session of this size does not fit beside those that there are"
+                        .into(),
+                });
+            }
+            if left < held.experts {
+                experts.store().set_budget(Budget::Bytes(left))?;
+                held.experts = left;
+            }
+        } else if others + held.weights > ledger.memory {
+            let needed = others + held.weights;
             let kept = ledger.memory.checked_sub(others + room.window);
             let allowed = room.may_stream && room.on_exceed == OnExceed::Degrade;
             let kept = kept.filter(|_| allowed).ok_or(Error::OverBudget {

@@ -11,11 +11,12 @@ use super::{LoadOptions, Threads};
 use crate::backend::cpu::Cpu;
 use crate::backend::cpu::pool::Pool;
 use crate::backend::cpu::residency::Residency;
+use crate::backend::cpu::stored::StoredExperts;
 #[cfg(feature = "ggml")]
 use crate::backend::ggml::Ggml;
 use crate::backend::planner::{Planner, Tally};
 use crate::backend::tracer::Tracer;
-use crate::backend::{Backend, BackendKind, KvTypes, NoMemory};
+use crate::backend::{Backend, BackendKind, KvTypes, Lost, NoMemory};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::model::config::Config;
@@ -89,6 +90,7 @@ pub(super) fn load(
     options: &LoadOptions,
     threads: Threads,
     residency: &Arc<Residency>,
+    experts: Option<Arc<StoredExperts>>,
 ) -> Result<Box<dyn Loaded>> {
     let Threads { decode, prefill } = threads;
     match options.backend {
@@ -106,7 +108,11 @@ pub(super) fn load(
             let pools = [for_decode, for_prefill];
             let residency = Arc::clone(residency);
             placed(gguf, options, move || {
-                Ok(Cpu::within(pools.clone(), Arc::clone(&residency)))
+                Ok(Cpu::within(
+                    pools.clone(),
+                    Arc::clone(&residency),
+                    experts.clone(),
+                ))
             })
         }
         #[cfg(feature = "ggml")]
@@ -194,7 +200,10 @@ impl<B: Backend + Send + 'static> Engine for Runner<B> {
                     what: "activations".into(),
                     bytes: no_memory.bytes,
                 },
-                Err(payload) => resume_unwind(payload),
+                Err(payload) => match payload.downcast::<Lost>() {
+                    Ok(lost) => lost.0,
+                    Err(payload) => resume_unwind(payload),
+                },
             }
         });
         match wanted? {

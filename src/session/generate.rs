@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::Session;
 use crate::error::{Error, Result};
+use crate::profile::ExpertWork;
 use crate::sampler::Sampler;
 
 /// When a reply ends, and how its tokens become text.
@@ -76,6 +77,8 @@ pub struct Stats {
     pub decode_tokens: usize,
     /// Their time, with sampling.
     pub decode: Duration,
+    /// What was read of experts for them, where these are read when they are used.
+    pub experts: ExpertWork,
 }
 
 impl Stats {
@@ -189,6 +192,7 @@ pub fn generate(
     let mut stops = Stops::new(&options.stop);
     let mut piece = String::new();
     let mut decode_begin = Instant::now();
+    let work = session.work();
     while options.max_tokens.is_none_or(|n| reply.tokens.len() < n) {
         let token = sampler.sample(session.logits())?;
         if reply.tokens.is_empty() {
@@ -224,6 +228,7 @@ pub fn generate(
         session.decode(token)?;
         reply.stats.decode_tokens += 1;
         reply.stats.decode = decode_begin.elapsed();
+        reply.stats.experts = session.work().experts.since(&work.experts);
     }
     // Half a character, or what might have become a stop text.
     let shown = reply.text.len();

@@ -5,6 +5,7 @@
 mod budget;
 mod chat;
 mod engine;
+mod experts;
 mod file;
 mod generate;
 mod plan;
@@ -13,9 +14,10 @@ mod timeline;
 
 pub use self::budget::{Concession, OnExceed};
 pub use self::chat::{Chat, Resumed};
+pub use self::experts::ExpertOptions;
 pub use self::file::{Extra, MAX_NOTE_BYTES, StateFile};
 pub use self::generate::{Event, Finish, GenerateOptions, Reply, Stats, generate};
-pub use self::plan::{Footprint, Plan, Rates, Speed, UNCERTAINTY};
+pub use self::plan::{ExpertPlan, Footprint, Plan, Rates, Speed, UNCERTAINTY};
 pub use self::timeline::Snapshot;
 
 use std::ops::{ControlFlow, Range};
@@ -27,9 +29,11 @@ use self::engine::{Engine, Loaded};
 use self::file::Hashes;
 use self::timeline::Timeline;
 use crate::backend::cpu::residency::Residency;
+use crate::backend::cpu::stored::StoredExperts;
 use crate::backend::planner::Tally;
 use crate::backend::{BackendKind, KvTypes, Step};
 use crate::error::{Error, Result};
+use crate::experts::ExpertStore;
 use crate::gguf::{Gguf, ReadAhead, TensorInfo};
 use crate::model::Pass;
 use crate::model::config::Config;
@@ -63,6 +67,8 @@ pub struct LoadOptions {
     pub memory: Option<u64>,
     /// What to do where they do not suffice for a session.
     pub on_exceed: OnExceed,
+    /// How experts are kept that do not all fit.
+    pub experts: ExpertOptions,
 }
 
 /// How a session is made.
@@ -94,6 +100,8 @@ struct Inner {
     base: OnceLock<Footprint>,
     /// Where a budget is kept.
     ledger: Option<Arc<Ledger>>,
+    /// Experts that are read when they are used.
+    experts: Option<Arc<StoredExperts>>,
     info: ModelInfo,
     /// For state files: computed when the first is written or read.
     hashes: OnceLock<Hashes>,
@@ -139,10 +147,16 @@ impl Model {
             Some(_) => None,
         };
         let threads = Threads::of(options);
-        let residency = Arc::new(Residency::unlimited());
+        let found = experts::to_store(&gguf, options)?;
+        let residency = Arc::new(match found.is_some() {
+            true => Residency::owned(experts::file_table(&gguf)?),
+            false => Residency::unlimited(),
+        });
+        let open = |found| experts::open(&gguf, found, options);
+        let stored = found.as_ref().map(open).transpose()?;
         let (tokenizer, network) = rayon::join(
             || Tokenizer::from_gguf(&gguf),
-            || engine::load(&gguf, options, threads, &residency),
+            || engine::load(&gguf, options, threads, &residency, stored.clone()),
         );
         let network = network?;
         // Both at once.
@@ -150,10 +164,12 @@ impl Model {
             ("file", start..mapped),
             ("network, tokenizer", mapped..now()),
         ];
-        let ledger = Ledger::open(&gguf, options, threads.most(), residency)?;
+        let experts = found.as_ref().zip(stored.clone());
+        let ledger = Ledger::open(&gguf, options, threads.most(), residency, experts)?;
         let mut model = Self::assemble(gguf, tokenizer, network, options, threads)?;
         let inner = model.inner();
         (inner.ahead, inner.loading, inner.ledger) = (ahead, loading, ledger);
+        inner.experts = stored;
         Ok(model)
     }
 
@@ -221,6 +237,7 @@ impl Model {
             is_outline: false,
             base: OnceLock::new(),
             ledger: None,
+            experts: None,
             info,
             hashes: OnceLock::new(),
             loading: Vec::new(),
@@ -251,6 +268,17 @@ impl Model {
     /// Who runs the operations.
     pub fn backend(&self) -> BackendKind {
         self.0.backend
+    }
+
+    /// The store of its experts, where they are read when they are used.
+    pub fn experts(&self) -> Option<&ExpertStore> {
+        self.0.experts.as_ref().map(|experts| experts.store())
+    }
+
+    /// The system is short of memory: gives up to `bytes` of experts back, whatever runs, and does with as much less until
+    /// [`ExpertStore::set_budget`] says otherwise. What was given back.
+    pub fn trim(&self, bytes: u64) -> u64 {
+        self.experts().map_or(0, |experts| experts.trim(bytes))
     }
 
     fn hashes(&self) -> Result<&Hashes> {

@@ -4,7 +4,7 @@
 use std::ops::ControlFlow;
 
 use super::budget::{self, Concession, Room};
-use super::{LoadOptions, MemoryReport, Model, Session, SessionOptions};
+use super::{LoadOptions, MemoryReport, Model, Session, SessionOptions, experts};
 use crate::backend::Step;
 use crate::backend::planner::Tally;
 use crate::error::Result;
@@ -18,6 +18,10 @@ use crate::tokenizer::Tokenizer;
 pub struct Footprint {
     /// Weights: pages of the file, which is read ahead.
     pub weights: u64,
+    /// Weights that were copied: beside a store of experts, which fills the rest of the memory.
+    pub own_weights: u64,
+    /// Slots of experts that are read when they are used.
+    pub experts: u64,
     /// Keys and values.
     pub kv: u64,
     /// Memory of convolutions.
@@ -50,7 +54,13 @@ impl Footprint {
 
     /// What only this process has.
     pub fn anonymous(&self) -> u64 {
-        self.kv + self.conv + self.scratch + self.tokenizer + self.runtime
+        self.own_weights
+            + self.experts
+            + self.kv
+            + self.conv
+            + self.scratch
+            + self.tokenizer
+            + self.runtime
     }
 
     /// What the system can read again from files.
@@ -92,6 +102,26 @@ impl Footprint {
     }
 }
 
+/// How the experts of a model are kept that are not all in memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ExpertPlan {
+    /// Experts in memory at once.
+    pub n_slots: usize,
+    /// All experts.
+    pub n_experts: usize,
+    /// Bytes of those that a token uses.
+    pub token_bytes: u64,
+    /// Bytes of all.
+    pub bytes: u64,
+}
+
+impl ExpertPlan {
+    /// Bytes that a token has to read if all experts are as likely: less where a text keeps to some.
+    fn missed(&self) -> f64 {
+        (1.0 - self.n_slots as f64 / self.n_experts as f64) * self.token_bytes as f64
+    }
+}
+
 /// What a session with some options will hold and do.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -107,6 +137,8 @@ pub struct Plan {
     pub weights: u64,
     /// Bytes of those that stay in memory.
     pub kept_weights: u64,
+    /// Where experts are read when they are used.
+    pub experts: Option<ExpertPlan>,
     /// Tokens of the prompt.
     pub n_prompt: usize,
     /// What reading it does.
@@ -157,6 +189,7 @@ impl Plan {
             footprint,
             weights,
             kept_weights: weights,
+            experts: None,
             load_seconds: load_seconds(outline.gguf()),
             n_prompt,
             prefill: prompt.tallies(),
@@ -178,21 +211,34 @@ impl Plan {
         let gguf = outline.gguf();
         let mut base = *outline.base();
         base.runtime += RESERVE - RUN_ANONYMOUS;
-        let room = Room::new(gguf, load, outline.n_threads(), base);
+        let found = experts::to_store(gguf, load)?;
+        let room = Room::new(gguf, load, outline.n_threads(), base, found.as_ref());
         budget::fit(&outline, options, n_prompt, &room)
     }
 
     /// How fast it will be on a machine with `rates`, its file in the system's cache.
     pub fn speed(&self, rates: &Rates) -> Speed {
-        let streamed = (self.weights - self.kept_weights) as f64 / STREAMED_PER_SECOND;
+        // Beside experts, it is a row of a table that is not kept.
+        let streamed = match self.experts {
+            None => (self.weights - self.kept_weights) as f64 / STREAMED_PER_SECOND,
+            Some(_) => 0.0,
+        };
         let n_steps = self.n_prompt.div_ceil(self.options.batch).max(1) as f64;
+        let experts = self.experts.as_ref();
+        let missed = experts.map_or(0.0, ExpertPlan::missed) / DISK_PER_SECOND;
+        // A step of a prompt uses them all.
+        let swept = experts.map_or(0.0, |experts| {
+            let share = 1.0 - experts.n_slots as f64 / experts.n_experts as f64;
+            share * experts.bytes as f64 / DISK_PER_SECOND
+        });
+        let kept = self.kept_weights - experts.map_or(0, |experts| experts.bytes);
         Speed {
             load: self.load_seconds,
             prefill: rates.seconds(&self.prefill, false)
-                + self.kept_weights as f64 / MAPPED_PER_SECOND
+                + kept as f64 / MAPPED_PER_SECOND
                 + self.footprint.scratch as f64 / ALLOCATED_PER_SECOND
-                + n_steps * streamed,
-            decode: rates.seconds(&self.decode, true) + streamed,
+                + n_steps * (streamed + swept),
+            decode: rates.seconds(&self.decode, true) + streamed + missed,
         }
     }
 }
@@ -247,6 +293,9 @@ const ALLOCATED_PER_SECOND: f64 = 1.3e9;
 
 /// The same where they are dropped after each use.
 const STREAMED_PER_SECOND: f64 = 4.8e9;
+
+/// Bytes of experts that a drive gives: what a phone's and a small server's are like, for none was measured.
+const DISK_PER_SECOND: f64 = 1e9;
 
 /// What an estimate may be wrong by, as a factor.
 pub const UNCERTAINTY: f64 = 1.2;

@@ -22,6 +22,7 @@ pub mod residency;
 pub mod roofline;
 mod scalar;
 pub(super) mod scratch;
+pub mod stored;
 pub mod table;
 #[cfg(target_arch = "x86_64")]
 mod x86;
@@ -36,6 +37,7 @@ use self::isa::Isa;
 use self::pool::{Output, Pool};
 use self::residency::{Place, Residency};
 use self::scratch::{Buffer, Scratch};
+use self::stored::{Named, StoredExperts};
 use self::table::{ActFormat, Gated, GatedRows, MatMul, Operations, Picked, Ready, ShortConvRows};
 use super::{
     Activation, Attention, Backend, GatedFfn, KvTypes, Linear, LinearOf, Moe, Rope, RopePairs,
@@ -52,6 +54,9 @@ pub struct Cpu {
     decode_pool: Arc<Pool>,
     prefill_pool: Arc<Pool>,
     residency: Arc<Residency>,
+    experts: Option<Arc<StoredExperts>>,
+    /// The experts of the layer that was routed last.
+    named: Option<(usize, Named)>,
     operations: Operations,
     scratch: Scratch,
     work: Work,
@@ -68,6 +73,8 @@ pub struct Matrix {
     row_bytes: usize,
     kernels: Kernels,
     place: Place,
+    /// Of experts that are read when they are named: their layer in the store. The file is not read by way of the map then.
+    stored: Option<usize>,
 }
 
 /// The kernels of a matrix, chosen when it is loaded.
@@ -119,16 +126,24 @@ const PARALLEL_ROWS: usize = 8;
 impl Cpu {
     /// A backend on `pool` with the best kernels of this machine. Its weights stay in memory.
     pub fn new(pool: Arc<Pool>) -> Self {
-        Self::within([Arc::clone(&pool), pool], Arc::new(Residency::unlimited()))
+        let residency = Arc::new(Residency::unlimited());
+        Self::within([Arc::clone(&pool), pool], residency, None)
     }
 
-    /// The same with a pool for decoding and one for prompts, and with weights of which as many stay as `residency` says.
-    pub fn within([decode_pool, prefill_pool]: [Arc<Pool>; 2], residency: Arc<Residency>) -> Self {
+    /// The same with a pool for decoding and one for prompts, with weights of which as many stay as `residency` says,
+    /// and with experts of which some are in the slots of a store.
+    pub fn within(
+        [decode_pool, prefill_pool]: [Arc<Pool>; 2],
+        residency: Arc<Residency>,
+        experts: Option<Arc<StoredExperts>>,
+    ) -> Self {
         Self {
             pool: Arc::clone(&prefill_pool),
             decode_pool,
             prefill_pool,
             residency,
+            experts,
+            named: None,
             operations: Operations::best(),
             scratch: Scratch::default(),
             work: Work::default(),
@@ -363,9 +378,16 @@ impl Backend for Cpu {
                 tensor.data.len()
             ))
         })?;
+        let stored = self.experts.as_ref();
+        let stored = stored.and_then(|experts| experts.layer(&tensor.name));
+        let (data, place) = match stored {
+            None => self.residency.place(&tensor.name, &tensor.data)?,
+            Some(_) => (tensor.data.clone(), self.residency.outside()),
+        };
         Ok(Matrix {
-            place: self.residency.enter(&tensor.data),
-            data: tensor.data.clone(),
+            place,
+            stored,
+            data,
             dtype,
             n_in: tensor.n_in(),
             n_out: tensor.n_out(),
@@ -460,15 +482,39 @@ impl Backend for Cpu {
             Step::Decode => &self.decode_pool,
             Step::Prefill => &self.prefill_pool,
         });
+        // Of a pass that was stopped.
+        self.named = None;
+        if let Some(experts) = &self.experts {
+            experts.store().next_token();
+        }
     }
 
     fn embed(&mut self, table: &Matrix, tokens: &[u32], scale: f32) -> Tensor {
         let mut out = self.tensor(tokens.len(), table.n_in);
+        // Before a region, which no error leaves.
+        let stride = table.row_bytes.next_multiple_of(64);
+        let rows = table.place.table().map(|file| {
+            let floats = tokens.len() * stride / size_of::<f32>();
+            let mut rows = self.scratch.take(floats);
+            let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut rows);
+            for (token, row) in tokens.iter().zip(bytes.chunks_exact_mut(stride)) {
+                let at = *token as usize * table.row_bytes;
+                stored::read(file.read(at, &mut row[..table.row_bytes]));
+            }
+            rows
+        });
+        let rows: Option<&[u8]> = rows.as_deref().map(bytemuck::cast_slice);
         self.for_rows(&mut out, &|i, out| {
             let token = tokens[i] as usize;
-            table.read(token..token + 1, |row| {
-                quant::dequantize(table.dtype, row, out);
-            });
+            match rows {
+                Some(rows) => {
+                    let row = &rows[i * stride..][..table.row_bytes];
+                    quant::dequantize(table.dtype, row, out);
+                }
+                None => table.read(token..token + 1, |row| {
+                    quant::dequantize(table.dtype, row, out);
+                }),
+            }
             if scale != 1.0 {
                 out.iter_mut().for_each(|x| *x *= scale);
             }
@@ -555,8 +601,8 @@ impl Backend for Cpu {
         out
     }
 
-    fn route(&mut self, x: &Tensor, moe: &Moe<Self>) -> Tensor {
-        self.run_route(x, moe)
+    fn route(&mut self, x: &Tensor, from: usize, moe: &Moe<Self>) -> Tensor {
+        self.run_route(x, from, moe)
     }
 
     fn moe(&mut self, x: &Tensor, routes: Tensor, moe: &Moe<Self>) -> Tensor {
@@ -713,8 +759,10 @@ impl Backend for Cpu {
         if !Arc::ptr_eq(&self.decode_pool, &self.prefill_pool) {
             regions += self.prefill_pool.n_regions();
         }
+        let experts = self.experts.as_ref().map(|experts| experts.work());
         Work {
             regions,
+            experts: experts.unwrap_or_default(),
             ..self.work
         }
     }

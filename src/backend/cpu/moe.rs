@@ -4,12 +4,16 @@
 //! of adjacent rows whichever expert they belong to. A prompt is sorted by expert: each expert's tokens make one product.
 //! Either way an expert's row is computed as if it were alone, and a token's rows are summed in the order of its routes.
 
+use std::ops::Range;
+
 use super::acts::{Acts, BF16_LEN, BF16_TOKENS, Q8Row, Tile, bf16_floats};
 use super::pool::{OutCols, Output};
 use super::scratch::Buffer;
-use super::table::{ActFormat, GatedRows, MatMul, Ready};
+use super::stored::{self, Batch, Named};
+use super::table::{ActFormat, GatedRows, MatMul, Picked, Ready};
 use super::{Cpu, MAX_TASK_ROWS, Matrix, TASK_BYTES, Tensor, gated, of_matrix, prefetch_after};
-use crate::backend::{Activation, Backend, Gating, Moe, Routing, Step};
+use crate::backend::{Activation, Backend, Gating, MAX_USED, Moe, Routing, Step};
+use crate::experts::Request;
 use crate::quant;
 
 /// Rows of a task of a decoded token at most.
@@ -60,16 +64,17 @@ struct Sorted {
 }
 
 impl Sorted {
-    fn new(routes: &Tensor, routing: &Routing) -> Self {
+    /// Of tokens with `routes`; experts in the order of `order`, which names all that are there.
+    fn new(routes: &Tensor, routing: &Routing, order: impl Iterator<Item = usize>) -> Self {
         let k = routing.n_used;
-        let mut ends = vec![0usize; routing.n_experts];
         let ids = |t: usize| routes.row(t)[..k].iter().map(|id| *id as usize);
+        let mut places = vec![0; routing.n_experts];
         (0..routes.n_tokens)
             .flat_map(ids)
-            .for_each(|id| ends[id] += 1);
+            .for_each(|id| places[id] += 1);
         let (mut segments, mut first, mut first_group) = (Vec::new(), 0, 0);
-        for (expert, n) in ends.iter_mut().enumerate() {
-            let n_rows = std::mem::replace(n, first);
+        for expert in order {
+            let n_rows = std::mem::replace(&mut places[expert], first);
             if n_rows > 0 {
                 segments.push(Segment {
                     expert,
@@ -88,16 +93,12 @@ impl Sorted {
         };
         for t in 0..routes.n_tokens {
             for id in ids(t) {
-                sorted.tokens[ends[id]] = t as u32;
-                sorted.places.push(ends[id] as u32);
-                ends[id] += 1;
+                sorted.tokens[places[id]] = t as u32;
+                sorted.places.push(places[id] as u32);
+                places[id] += 1;
             }
         }
         sorted
-    }
-
-    fn n_rows(&self) -> usize {
-        self.tokens.len()
     }
 }
 
@@ -130,6 +131,66 @@ impl<'a> SortedActs<'a> {
                 segment.first_group,
                 segment.n_groups(),
             ),
+        }
+    }
+}
+
+/// Gate, up and down, as the store counts the parts of an expert.
+const GATE: usize = 0;
+const UP: usize = 1;
+const DOWN: usize = 2;
+
+/// Where the experts of a layer are.
+#[derive(Clone, Copy)]
+enum Source<'a> {
+    /// All of them in the file, as other weights.
+    Mapped,
+    /// Some in slots, until their request ends.
+    Held(&'a Request),
+}
+
+impl Source<'_> {
+    /// Calls `with` with the bytes of some rows of an expert, of which `matrix` has `n_rows`.
+    fn read(
+        self,
+        (matrix, part): (&Matrix, usize),
+        (expert, n_rows): (usize, usize),
+        rows: Range<usize>,
+        with: impl FnOnce(&[u8]),
+    ) {
+        match self {
+            Source::Mapped => {
+                let first = expert * n_rows;
+                matrix.read(first + rows.start..first + rows.end, with);
+            }
+            Source::Held(request) => {
+                let held = (0..request.len()).find(|j| request.expert(*j) as usize == expert);
+                let bytes = held.and_then(|j| request.get(j, part));
+                let bytes = bytes.expect("experts are waited for before a region uses them");
+                with(&bytes[rows.start * matrix.row_bytes..rows.end * matrix.row_bytes]);
+            }
+        }
+    }
+
+    /// Whether some parts of an expert are there.
+    fn is_ready(self, expert: usize, parts: &[usize]) -> bool {
+        match self {
+            Source::Mapped => true,
+            Source::Held(request) => (0..request.len())
+                .filter(|j| request.expert(*j) as usize == expert)
+                .all(|j| parts.iter().all(|part| request.ready(j, *part))),
+        }
+    }
+
+    /// Waits for some parts of an expert; unwinds with the error of a reader.
+    fn wait(self, expert: usize, parts: &[usize]) {
+        let Source::Held(request) = self else {
+            return;
+        };
+        for j in (0..request.len()).filter(|j| request.expert(*j) as usize == expert) {
+            for part in parts {
+                stored::read(request.wait(j, *part));
+            }
         }
     }
 }
@@ -179,179 +240,213 @@ fn route_row(z: &[f32], bias: Option<&[f32]>, routing: &Routing, out: &mut [f32]
 }
 
 impl Cpu {
-    pub(super) fn run_route(&mut self, x: &Tensor, moe: &Moe<Self>) -> Tensor {
-        let [logits] = self.linear(x, [&moe.router]);
-        let mut out = self.tensor(x.n_tokens, 2 * moe.routing.n_used);
-        let bias = moe.selection_bias.as_deref();
-        self.for_rows(&mut out, &|i, out| {
-            route_row(logits.row(i), bias, &moe.routing, out);
-        });
+    pub(super) fn run_route(&mut self, x: &Tensor, from: usize, moe: &Moe<Self>) -> Tensor {
+        let k = moe.routing.n_used;
+        let mut out = self.tensor(x.n_tokens - from, 2 * k);
+        {
+            let mut rows = None;
+            if from > 0 {
+                let mut kept = self.tensor(x.n_tokens - from, x.n_cols);
+                kept.data.copy_from_slice(&x.data[from * x.n_cols..]);
+                rows = Some(kept);
+            }
+            let [logits] = self.linear(rows.as_ref().unwrap_or(x), [&moe.router]);
+            let bias = moe.selection_bias.as_deref();
+            self.for_rows(&mut out, &|i, out| {
+                route_row(logits.row(i), bias, &moe.routing, out);
+            });
+        }
+        if let (Some(layer), Some(experts)) = (moe.gate.weight.stored, &self.experts) {
+            self.named = None;
+            let named = match out.n_tokens {
+                1 => Named::Token(experts.token(layer, out.row(0).split_at(k))),
+                n => Named::Batch(experts.batch(layer, k, (0..n).map(|t| out.row(t)))),
+            };
+            self.named = Some((layer, named));
+        }
         out
     }
 
     pub(super) fn run_moe(&mut self, x: &Tensor, routes: &Tensor, moe: &Moe<Self>) -> Tensor {
+        let k = moe.routing.n_used;
         let mut out = self.tensor(x.n_tokens, x.n_cols);
-        prefetch_after(&[&moe.gate.weight, &moe.up.weight, &moe.down.weight]);
-        if self.step == Step::Decode {
-            // One, or a replay of some that came one by one.
-            for t in 0..x.n_tokens {
-                self.moe_token(
-                    x.row(t),
-                    routes.row(t),
-                    moe,
-                    &mut out.data[t * x.n_cols..][..x.n_cols],
-                );
-            }
-        } else {
-            self.moe_batch(x, routes, moe, &mut out);
+        let stored = moe.gate.weight.stored.zip(self.experts.clone());
+        let named = self.named.take();
+        let named = named.filter(|(layer, _)| Some(*layer) == moe.gate.weight.stored);
+        let mut named = named.map(|(_, named)| named);
+        if stored.is_none() {
+            prefetch_after(&moe.layers().map(|layer| &layer.weight));
+        }
+        if self.step == Step::Prefill {
+            let batch = stored.map(|(layer, experts)| match named {
+                Some(Named::Batch(batch)) => batch,
+                _ => experts.batch(layer, k, (0..x.n_tokens).map(|t| routes.row(t))),
+            });
+            self.moe_batch(x, routes, moe, batch, &mut out);
+            return out;
+        }
+        // One, or a replay of some that came one by one.
+        let rows = out.data.chunks_exact_mut(x.n_cols).enumerate();
+        for (t, out) in rows {
+            let request = stored.as_ref().map(|(layer, experts)| match named.take() {
+                Some(Named::Token(request)) if x.n_tokens == 1 => request,
+                _ => experts.token(*layer, routes.row(t).split_at(k)),
+            });
+            let source = request.as_ref().map_or(Source::Mapped, Source::Held);
+            self.moe_token(source, x.row(t), routes.row(t), moe, out);
         }
         out
     }
 
-    fn moe_token(&mut self, x: &[f32], routes: &[f32], moe: &Moe<Self>, out: &mut [f32]) {
+    fn moe_token(
+        &mut self,
+        source: Source,
+        x: &[f32],
+        routes: &[f32],
+        moe: &Moe<Self>,
+        out: &mut [f32],
+    ) {
         let (ids, weights) = routes.split_at(moe.routing.n_used);
-        let (gate, up, down) = (&moe.gate.weight, &moe.up.weight, &moe.down.weight);
-        let (n_ffn, n_used) = (moe.n_ffn, ids.len());
-        self.count_experts(moe, n_used, n_used);
-        let kernels = [gate, up, down].map(|weight| weight.kernels.of(Step::Decode));
-        let asked = kernels[..2].iter().any(|k| k.acts() == ActFormat::Q8);
-        let row = asked.then(|| self.quantize(1, x.len(), &|_| x));
-        let acts = Acts {
-            n_tokens: 1,
-            n_in: x.len(),
-            f32: x,
-            q8: row.as_deref().map_or(&[], bytemuck::cast_slice),
-            bf16: &[],
-        };
-        // Of each expert, chunk by chunk: the products of the gate, then those of up.
-        let chunk = chunk_rows(
-            n_ffn,
-            gate.row_bytes.max(up.row_bytes),
-            n_chunks(n_used, self.pool.n_threads()),
-        );
-        let n_chunks = n_ffn.div_ceil(chunk);
-        let mut h = self.scratch.take(n_used * n_chunks * 2 * chunk);
-        let operations = self.operations;
-        // A neuron whose gate is 0 needs no other product.
-        let picked = up
-            .kernels
-            .picked
-            .filter(|_| moe.activation == Activation::Relu);
-        self.pool.run_pieces(&mut h, 2 * chunk, &|i, piece| {
-            let (expert, first) = (ids[i / n_chunks] as usize, i % n_chunks * chunk);
-            let n = chunk.min(n_ffn - first);
-            let rows = expert * n_ffn + first..expert * n_ffn + first + n;
-            let (g, u) = piece.split_at_mut(chunk);
-            let (g, u) = (&mut g[..n], &mut u[..n]);
-            gate.read(rows.clone(), |w| {
-                kernels[0].run(w, &acts, &mut OutCols::whole(g, n))
-            });
-            if let Some(picked) = picked {
-                let mut picks = [0; MAX_CHUNK];
-                let n = picks_of(g, &mut picks);
-                up.read(rows, |w| picked.run(w, &picks[..n], &acts, &mut u[..n]));
-                relu_picked(g, &picks[..n], u);
-                return;
-            }
-            up.read(rows, |w| {
-                kernels[1].run(w, &acts, &mut OutCols::whole(u, n))
-            });
-            operations.glu.run(moe.activation, g, u);
-        });
-        // Each expert's neurons together.
-        for j in 0..n_used {
-            for c in 0..n_chunks {
-                let (from, to) = ((j * n_chunks + c) * 2 * chunk, j * n_ffn + c * chunk);
-                let n = chunk.min(n_ffn - c * chunk);
-                h.copy_within(from..from + n, to);
-            }
-        }
-        let h = &h[..n_used * n_ffn];
-        self.work.neurons += h.len() as u64;
-        if picked.is_some() || moe.down_by_neuron {
-            self.work.skipped_neurons += h.iter().filter(|h| **h == 0.0).count() as u64;
-        }
-        let mut rows = self.tensor(n_used, out.len());
-        if moe.down_by_neuron {
-            let segments: Vec<Segment> = (0..n_used).map(|j| one(ids[j] as usize, j)).collect();
-            self.by_neuron(h, &segments, moe, &mut rows.data);
-        } else {
-            let q8 = (kernels[2].acts() == ActFormat::Q8)
-                .then(|| self.quantize(n_used, n_ffn, &|j| &h[j * n_ffn..][..n_ffn]));
-            let acts = SortedActs {
-                n_in: n_ffn,
-                f32: h,
-                q8: q8.as_deref().map_or(&[], bytemuck::cast_slice),
-                bf16: &[],
+        self.count_experts(moe, ids.len(), ids.len());
+        let mut token = Token::new(self, source, x, ids, moe);
+        // An expert is computed as soon as it is there: all at once, where they are in memory.
+        let mut stages = [Stage::Named; MAX_USED];
+        let stages = &mut stages[..ids.len()];
+        while stages.iter().any(|stage| *stage != Stage::Done) {
+            let ready = |from: Stage, parts: &[usize], stages: &[Stage]| {
+                let mut which = [false; MAX_USED];
+                for (j, stage) in stages.iter().enumerate() {
+                    which[j] = *stage == from && source.is_ready(ids[j] as usize, parts);
+                }
+                which
             };
-            let n = out.len();
-            let grain = chunk_rows(n, down.row_bytes, 1.max(2 * self.pool.n_threads() / n_used));
-            let mut outputs = [Output::new(&mut rows.data, n)];
-            self.pool.run_tiles(&mut outputs, (1, grain), &|mut tile| {
-                let j = tile.first_row;
-                let first = ids[j] as usize * n + tile.first_col;
-                let acts = acts.of(&one(ids[j] as usize, j));
-                down.read(first..first + tile.out.n_cols(), |w| {
-                    kernels[2].run(w, &acts, &mut tile.out);
-                });
-            });
+            let first = ready(Stage::Named, &[GATE, UP], stages);
+            let go = |which: &[bool; MAX_USED]| which.contains(&true);
+            if go(&first) {
+                token.gate_up(&first);
+                let stages = stages.iter_mut().zip(first).filter(|(_, first)| *first);
+                stages.for_each(|(stage, _)| *stage = Stage::Gated);
+            }
+            let second = ready(Stage::Gated, &[DOWN], stages);
+            if go(&second) {
+                token.down(&second);
+                let stages = stages.iter_mut().zip(second).filter(|(_, second)| *second);
+                stages.for_each(|(stage, _)| *stage = Stage::Done);
+            }
+            if !go(&first) && !go(&second) {
+                let next = stages.iter().position(|stage| *stage != Stage::Done);
+                let next = next.expect("the loop has not ended");
+                match stages[next] {
+                    Stage::Named => source.wait(ids[next] as usize, &[GATE, UP]),
+                    _ => source.wait(ids[next] as usize, &[DOWN]),
+                }
+            }
         }
+        let skipped = token.n_skipped();
+        let Token { rows, .. } = token;
         sum_rows(weights, |j| rows.row(j), out);
+        self.work.neurons += (ids.len() * moe.n_ffn) as u64;
+        self.work.skipped_neurons += skipped as u64;
     }
 
-    fn moe_batch(&mut self, x: &Tensor, routes: &Tensor, moe: &Moe<Self>, out: &mut Tensor) {
-        let sorted = Sorted::new(routes, &moe.routing);
-        self.count_experts(moe, sorted.segments.len(), sorted.n_rows());
-        let rows = self.experts_of(x, &sorted, moe);
+    fn moe_batch(
+        &mut self,
+        x: &Tensor,
+        routes: &Tensor,
+        moe: &Moe<Self>,
+        stored: Option<Batch>,
+        out: &mut Tensor,
+    ) {
         let k = moe.routing.n_used;
+        let sorted = match &stored {
+            None => Sorted::new(routes, &moe.routing, 0..moe.routing.n_experts),
+            Some(batch) => Sorted::new(routes, &moe.routing, batch.order()),
+        };
+        let (segments, n_rows) = (&sorted.segments[..], sorted.tokens.len());
+        self.count_experts(moe, segments.len(), n_rows);
+        let mut rows = self.tensor(n_rows, x.n_cols);
+        match stored {
+            None => self.experts_of(Source::Mapped, x, &sorted, segments, moe, &mut rows),
+            Some(mut batch) => {
+                let mut first = 0;
+                while let Some(request) = batch.next() {
+                    let source = Source::Held(&request);
+                    let end = first + request.len();
+                    while first < end {
+                        let is_ready = |s: &&Segment| source.is_ready(s.expert, &[GATE, UP, DOWN]);
+                        let ready = segments[first..end].iter().take_while(is_ready).count();
+                        if ready == 0 {
+                            source.wait(segments[first].expert, &[GATE, UP, DOWN]);
+                        }
+                        let some = &segments[first..first + ready.max(1)];
+                        self.experts_of(source, x, &sorted, some, moe, &mut rows);
+                        first += some.len();
+                    }
+                }
+            }
+        }
         self.for_rows(out, &|t, out| {
             let places = &sorted.places[t * k..][..k];
             sum_rows(&routes.row(t)[k..], |j| rows.row(places[j] as usize), out);
         });
     }
 
-    /// What the experts make of the rows of `x`, in sorted order.
-    fn experts_of(&mut self, x: &Tensor, sorted: &Sorted, moe: &Moe<Self>) -> Tensor {
-        let (gate, up, down) = (&moe.gate.weight, &moe.up.weight, &moe.down.weight);
-        let (n_rows, n_ffn) = (sorted.n_rows(), moe.n_ffn);
-        let n_experts = moe.routing.n_experts;
+    /// What the experts of `segments`, which are adjacent, make of the rows of `x`: theirs of `rows`, in sorted order.
+    fn experts_of(
+        &self,
+        source: Source,
+        x: &Tensor,
+        sorted: &Sorted,
+        segments: &[Segment],
+        moe: &Moe<Self>,
+        rows: &mut Tensor,
+    ) {
+        let (Some(start), Some(end)) = (segments.first(), segments.last()) else {
+            return;
+        };
+        let (first, end) = (start.first, end.first + end.n_rows);
+        let within = |segment: &Segment| Segment {
+            first: segment.first - first,
+            first_group: segment.first_group - start.first_group,
+            ..*segment
+        };
+        let segments: &[Segment] = &segments.iter().map(within).collect::<Vec<_>>();
+        let (n_rows, n_ffn, n_experts) = (end - first, moe.n_ffn, moe.routing.n_experts);
+        let rows = &mut rows.data[first * x.n_cols..end * x.n_cols];
+        let [gate, up, down] = moe.layers().map(|layer| &layer.weight);
         let kernels = [gate, up, down].map(|weight| weight.kernels.of(self.step));
-        let source = |i: usize| x.row(sorted.tokens[i] as usize);
-        let formats = [kernels[0].acts(), kernels[1].acts()];
+        let token = |i: usize| x.row(sorted.tokens[first + i] as usize);
+        let formats = [kernels[GATE].acts(), kernels[UP].acts()];
         let joined = match moe.down_by_neuron {
             true => None,
             false => gated(self.step, moe.layers(), of_matrix),
         };
-        let inputs = self.sorted_acts(
-            &sorted.segments,
+        let group = Group {
+            cpu: self,
+            source,
+            segments,
+            max_groups: max_groups(n_rows, n_experts),
             n_rows,
-            n_experts,
-            x.n_cols,
-            &formats,
-            &source,
-        );
+        };
+        let inputs = group.acts(x.n_cols, &formats, &token);
         let acts = inputs.acts();
-        let mut rows = self.tensor(n_rows, x.n_cols);
+        let down = (down, DOWN, kernels[DOWN]);
         if let Some(kernel) = joined {
             let n_chunks = n_ffn / BF16_LEN;
-            let groups = max_groups(n_rows, n_experts) * BF16_TOKENS;
-            let mut h = self.scratch.take(bf16_floats(groups, n_ffn));
+            let mut h = self
+                .scratch
+                .take(bf16_floats(group.max_groups * BF16_TOKENS, n_ffn));
             let h: &mut [[Tile; 2]] = bytemuck::cast_slice_mut(&mut h);
-            let mut rest = &mut *h;
-            let mut outputs = Vec::with_capacity(sorted.segments.len());
-            for segment in &sorted.segments {
-                let (part, after) = rest.split_at_mut(segment.n_groups() * n_chunks);
-                outputs.push(Output::new(part, n_chunks));
-                rest = after;
-            }
+            let mut outputs = outputs(h, n_chunks, segments, Segment::n_groups);
             let grain = (n_chunks / (4 * self.pool.n_threads())).clamp(1, 4);
             self.pool
                 .run_tiles(&mut outputs, (usize::MAX, grain), &|tile| {
-                    let segment = &sorted.segments[tile.which];
-                    let first = segment.expert * n_ffn + tile.first_col * BF16_LEN;
+                    let segment = &segments[tile.which];
+                    let at = (segment.expert, n_ffn);
+                    let first = tile.first_col * BF16_LEN;
                     let rows = first..first + tile.out.n_cols() * BF16_LEN;
-                    gate.read(rows.clone(), |gate| {
-                        up.read(rows, |up| {
+                    source.read((gate, GATE), at, rows.clone(), |gate| {
+                        source.read((up, UP), at, rows, |up| {
                             kernel.run(&mut GatedRows {
                                 gate,
                                 up,
@@ -369,80 +464,45 @@ impl Cpu {
                 q8: &[],
                 bf16: h,
             };
-            self.segment_products(&acts, &sorted.segments, [(down, kernels[2])], [&mut rows]);
-            return rows;
+            group.products(&acts, [down], [(rows, x.n_cols)]);
+            return;
         }
         let mut g = self.tensor(n_rows, n_ffn);
         let mut u = self.tensor(n_rows, n_ffn);
-        let pair = [(gate, kernels[0]), (up, kernels[1])];
-        self.segment_products(&acts, &sorted.segments, pair, [&mut g, &mut u]);
-        let h = self.glu(g, &u, moe.activation);
+        let pair = [(gate, GATE, kernels[GATE]), (up, UP, kernels[UP])];
+        group.products(&acts, pair, [(&mut g.data, n_ffn), (&mut u.data, n_ffn)]);
+        let glu = self.operations.glu;
+        self.for_rows(&mut g, &|i, gate| glu.run(moe.activation, gate, u.row(i)));
         drop(u);
         if moe.down_by_neuron {
-            self.by_neuron(&h.data, &sorted.segments, moe, &mut rows.data);
-        } else {
-            // As floats they are in order already.
-            let formats = [kernels[2].acts()];
-            let formats = &formats[..usize::from(formats[0] != ActFormat::F32)];
-            let source = |i: usize| h.row(i);
-            let inputs =
-                self.sorted_acts(&sorted.segments, n_rows, n_experts, n_ffn, formats, &source);
-            let acts = SortedActs {
-                f32: &h.data,
-                ..inputs.acts()
-            };
-            self.segment_products(&acts, &sorted.segments, [(down, kernels[2])], [&mut rows]);
+            self.by_neuron(source, &g.data, segments, moe, rows);
+            return;
         }
-        rows
-    }
-
-    /// `outs[i] = acts weights[i]^T`, each segment with its expert's rows.
-    fn segment_products<const N: usize>(
-        &self,
-        acts: &SortedActs,
-        segments: &[Segment],
-        weights: [(&Matrix, Ready<MatMul>); N],
-        outs: [&mut Tensor; N],
-    ) {
-        let mut outputs = Vec::with_capacity(N * segments.len());
-        let mut n_cols = 0;
-        for out in outs {
-            n_cols = out.n_cols;
-            let mut rest = &mut out.data[..];
-            for segment in segments {
-                let (part, after) = rest.split_at_mut(segment.n_rows * n_cols);
-                outputs.push(Output::new(part, n_cols));
-                rest = after;
-            }
-        }
-        // Whole pairs of panels of the GEMM kernels; a few tasks a thread over all experts.
-        let grain = (outputs.len() * n_cols / (8 * self.pool.n_threads()))
-            .clamp(32, MAX_TASK_ROWS)
-            .next_multiple_of(32);
-        self.pool
-            .run_tiles(&mut outputs, (usize::MAX, grain), &|mut tile| {
-                let segment = &segments[tile.which % segments.len()];
-                let (weight, kernel) = weights[tile.which / segments.len()];
-                let first = segment.expert * n_cols + tile.first_col;
-                weight.read(first..first + tile.out.n_cols(), |rows| {
-                    kernel.run(rows, &acts.of(segment), &mut tile.out);
-                });
-            });
+        // As floats they are in order already.
+        let formats = [down.2.acts()];
+        let formats = &formats[..usize::from(formats[0] != ActFormat::F32)];
+        let inputs = group.acts(n_ffn, formats, &|i| g.row(i));
+        let acts = SortedActs {
+            f32: &g.data,
+            ..inputs.acts()
+        };
+        group.products(&acts, [down], [(rows, x.n_cols)]);
     }
 
     /// `rows[t] += sum_i h[t, i] down[i]`, where a row of `down` is what a neuron adds; neurons that are 0 are skipped.
-    fn by_neuron(&self, h: &[f32], segments: &[Segment], moe: &Moe<Self>, rows: &mut [f32]) {
+    fn by_neuron(
+        &self,
+        source: Source,
+        h: &[f32],
+        segments: &[Segment],
+        moe: &Moe<Self>,
+        rows: &mut [f32],
+    ) {
         /// Weights that are made floats at once.
         const LEN: usize = 256;
         let (down, n_ffn) = (&moe.down.weight, moe.n_ffn);
         let (n, block) = (down.n_in, down.dtype.block_len());
-        let mut rest = rows;
-        let mut outputs = Vec::with_capacity(segments.len());
-        for segment in segments {
-            let (part, after) = rest.split_at_mut(segment.n_rows * n);
-            outputs.push(Output::new(part, n));
-            rest = after;
-        }
+        let mut outputs = outputs(rows, n, segments, |segment| segment.n_rows);
         self.pool
             .run_tiles(&mut outputs, (usize::MAX, LEN), &|mut tile| {
                 let segment = &segments[tile.which];
@@ -456,9 +516,8 @@ impl Cpu {
                     if (0..n_rows).all(|t| h(t) == 0.0) {
                         continue;
                     }
-                    let row = segment.expert * n_ffn + i;
                     let floats = &mut floats[..n_cols];
-                    down.read(row..row + 1, |row| {
+                    source.read((down, DOWN), (segment.expert, n_ffn), i..i + 1, |row| {
                         quant::dequantize(down.dtype, &row[bytes.clone()], floats);
                     });
                     for (t, h) in (0..n_rows).map(|t| (t, h(t))).filter(|(_, h)| *h != 0.0) {
@@ -467,56 +526,6 @@ impl Cpu {
                     }
                 }
             });
-    }
-
-    /// Rows in sorted order, in the formats asked for.
-    fn sorted_acts<'x>(
-        &self,
-        segments: &[Segment],
-        n_rows: usize,
-        n_experts: usize,
-        n_in: usize,
-        formats: &[ActFormat],
-        source: &(dyn Fn(usize) -> &'x [f32] + Sync),
-    ) -> SortedBuffers {
-        let asked = |format| formats.contains(&format);
-        let q8 = asked(ActFormat::Q8).then(|| self.quantize(n_rows, n_in, source));
-        let f32 = asked(ActFormat::F32).then(|| {
-            let mut rows = self.scratch.take(n_rows * n_in);
-            self.pool
-                .run_pieces(&mut rows, n_in, &|i, row| row.copy_from_slice(source(i)));
-            rows
-        });
-        let bf16 = asked(ActFormat::Bf16).then(|| {
-            let groups = max_groups(n_rows, n_experts) * BF16_TOKENS;
-            let mut tiles = self.scratch.take(bf16_floats(groups, n_in));
-            // Taken first what tasks will take, so that it is there whichever thread is faster.
-            let len = BF16_TOKENS * n_in;
-            let taken = (0..self.pool.n_threads()).map(|_| self.scratch.take(len));
-            drop(taken.collect::<Vec<_>>());
-            let n_groups = segments.last().map_or(0, |s| s.first_group + s.n_groups());
-            let used = &mut bytemuck::cast_slice_mut(&mut tiles)[..n_groups * (n_in / BF16_LEN)];
-            self.pool.run_pieces(used, n_in / BF16_LEN, &|g, group| {
-                let at = segments.partition_point(|s| s.first_group <= g) - 1;
-                let segment = &segments[at];
-                let first = (g - segment.first_group) * BF16_TOKENS;
-                let n = BF16_TOKENS.min(segment.n_rows - first);
-                let mut rows = self.scratch.take(len);
-                for (i, row) in rows.chunks_exact_mut(n_in).take(n).enumerate() {
-                    row.copy_from_slice(source(segment.first + first + i));
-                }
-                self.operations
-                    .pack_bf16
-                    .run(&rows[..n * n_in], n_in, group);
-            });
-            tiles
-        });
-        SortedBuffers {
-            n_in,
-            f32,
-            q8,
-            bf16,
-        }
     }
 
     fn count_experts(&mut self, moe: &Moe<Self>, n_experts: usize, n_rows: usize) {
@@ -550,6 +559,305 @@ fn relu_picked(gate: &mut [f32], picks: &[u32], up: &[f32]) {
         .for_each(|(i, up)| gate[*i as usize] *= up);
 }
 
+/// Some adjacent segments of a sorted batch, their rows counted from the first.
+struct Group<'a> {
+    cpu: &'a Cpu,
+    source: Source<'a>,
+    segments: &'a [Segment],
+    n_rows: usize,
+    max_groups: usize,
+}
+
+/// The parts of `data`, `(_, n_cols)`, that belong to `segments`, each of as many rows as `n_rows` says.
+fn outputs<'a, T>(
+    data: &'a mut [T],
+    n_cols: usize,
+    segments: &[Segment],
+    n_rows: impl Fn(&Segment) -> usize,
+) -> Vec<Output<'a, T>> {
+    let mut rest = data;
+    let mut outputs = Vec::with_capacity(segments.len());
+    for segment in segments {
+        let (part, after) = rest.split_at_mut(n_rows(segment) * n_cols);
+        outputs.push(Output::new(part, n_cols));
+        rest = after;
+    }
+    outputs
+}
+
+impl Group<'_> {
+    /// `outs[i] = acts weights[i]^T`, each segment with its expert's rows.
+    fn products<const N: usize>(
+        &self,
+        acts: &SortedActs,
+        weights: [(&Matrix, usize, Ready<MatMul>); N],
+        outs: [(&mut [f32], usize); N],
+    ) {
+        let n_segments = self.segments.len();
+        let n_cols = outs.first().map_or(0, |(_, n_cols)| *n_cols);
+        let parts = |(out, n_cols)| outputs(out, n_cols, self.segments, |s| s.n_rows);
+        let mut outputs: Vec<_> = outs.into_iter().flat_map(parts).collect();
+        let pool = &self.cpu.pool;
+        // Whole pairs of panels of the GEMM kernels; a few tasks a thread over all experts.
+        let grain = (outputs.len() * n_cols / (8 * pool.n_threads()))
+            .clamp(32, MAX_TASK_ROWS)
+            .next_multiple_of(32);
+        pool.run_tiles(&mut outputs, (usize::MAX, grain), &|mut tile| {
+            let segment = &self.segments[tile.which % n_segments];
+            let (weight, part, kernel) = weights[tile.which / n_segments];
+            let rows = tile.first_col..tile.first_col + tile.out.n_cols();
+            self.source
+                .read((weight, part), (segment.expert, n_cols), rows, |rows| {
+                    kernel.run(rows, &acts.of(segment), &mut tile.out);
+                });
+        });
+    }
+
+    /// The rows `row(i)`, in the formats asked for.
+    fn acts<'x>(
+        &self,
+        n_in: usize,
+        formats: &[ActFormat],
+        row: &(dyn Fn(usize) -> &'x [f32] + Sync),
+    ) -> SortedBuffers {
+        let cpu = self.cpu;
+        let asked = |format| formats.contains(&format);
+        let q8 = asked(ActFormat::Q8).then(|| cpu.quantize(self.n_rows, n_in, row));
+        let f32 = asked(ActFormat::F32).then(|| {
+            let mut rows = cpu.scratch.take(self.n_rows * n_in);
+            cpu.pool
+                .run_pieces(&mut rows, n_in, &|i, out| out.copy_from_slice(row(i)));
+            rows
+        });
+        let bf16 = asked(ActFormat::Bf16).then(|| {
+            let floats = bf16_floats(self.max_groups * BF16_TOKENS, n_in);
+            let mut tiles = cpu.scratch.take(floats);
+            // Taken first what tasks will take, so that it is there whichever thread is faster.
+            let len = BF16_TOKENS * n_in;
+            let taken = (0..cpu.pool.n_threads()).map(|_| cpu.scratch.take(len));
+            drop(taken.collect::<Vec<_>>());
+            let n_groups = self
+                .segments
+                .last()
+                .map_or(0, |s| s.first_group + s.n_groups());
+            let used = &mut bytemuck::cast_slice_mut(&mut tiles)[..n_groups * (n_in / BF16_LEN)];
+            cpu.pool.run_pieces(used, n_in / BF16_LEN, &|g, group| {
+                let at = self.segments.partition_point(|s| s.first_group <= g) - 1;
+                let segment = &self.segments[at];
+                let first = (g - segment.first_group) * BF16_TOKENS;
+                let n = BF16_TOKENS.min(segment.n_rows - first);
+                let mut rows = cpu.scratch.take(len);
+                for (i, out) in rows.chunks_exact_mut(n_in).take(n).enumerate() {
+                    out.copy_from_slice(row(segment.first + first + i));
+                }
+                cpu.operations.pack_bf16.run(&rows[..n * n_in], n_in, group);
+            });
+            tiles
+        });
+        SortedBuffers {
+            n_in,
+            f32,
+            q8,
+            bf16,
+        }
+    }
+}
+
+/// How far an expert of a token is.
+#[derive(Clone, Copy, PartialEq)]
+enum Stage {
+    Named,
+    Gated,
+    Done,
+}
+
+/// The experts of one token.
+struct Token<'a> {
+    cpu: &'a Cpu,
+    source: Source<'a>,
+    x: &'a [f32],
+    /// The same in 8 bits, if a kernel asks for them.
+    x_q8: Option<Buffer>,
+    ids: &'a [f32],
+    moe: &'a Moe<Cpu>,
+    kernels: [Ready<MatMul>; 3],
+    /// A neuron whose gate is 0 needs no other product.
+    picked: Option<Ready<Picked>>,
+    /// Neurons of a task.
+    chunk: usize,
+    /// For each expert, chunk by chunk: the products of the gate, then those of up. What comes of them lies where the
+    /// former were.
+    h: Buffer,
+    /// `(n_used, hidden)`.
+    rows: Tensor,
+}
+
+/// The neurons of a token's experts, each expert's together.
+#[derive(Clone, Copy)]
+struct Neurons<'h> {
+    h: &'h [f32],
+    stride: usize,
+    n_ffn: usize,
+}
+
+/// Those in a [`Token::h`].
+fn neurons(h: &[f32], n_ffn: usize, chunk: usize) -> Neurons<'_> {
+    Neurons {
+        h,
+        stride: n_ffn.div_ceil(chunk) * 2 * chunk,
+        n_ffn,
+    }
+}
+
+impl<'h> Neurons<'h> {
+    fn expert(self, j: usize) -> &'h [f32] {
+        &self.h[j * self.stride..][..self.n_ffn]
+    }
+}
+
+impl<'a> Token<'a> {
+    fn new(
+        cpu: &'a Cpu,
+        source: Source<'a>,
+        x: &'a [f32],
+        ids: &'a [f32],
+        moe: &'a Moe<Cpu>,
+    ) -> Self {
+        let weights = moe.layers().map(|layer| &layer.weight);
+        let kernels = weights.map(|weight| weight.kernels.of(Step::Decode));
+        let asked = kernels[..2].iter().any(|k| k.acts() == ActFormat::Q8);
+        let row_bytes = weights[GATE].row_bytes.max(weights[UP].row_bytes);
+        let n_tasks = n_chunks(ids.len(), cpu.pool.n_threads());
+        let chunk = chunk_rows(moe.n_ffn, row_bytes, n_tasks);
+        let is_relu = moe.activation == Activation::Relu;
+        Self {
+            x_q8: asked.then(|| cpu.quantize(1, x.len(), &|_| x)),
+            picked: weights[UP].kernels.picked.filter(|_| is_relu),
+            h: cpu
+                .scratch
+                .take(ids.len() * moe.n_ffn.div_ceil(chunk) * 2 * chunk),
+            rows: cpu.tensor(ids.len(), x.len()),
+            cpu,
+            source,
+            x,
+            ids,
+            moe,
+            kernels,
+            chunk,
+        }
+    }
+
+    /// Computes the neurons of some experts.
+    fn gate_up(&mut self, which: &[bool; MAX_USED]) {
+        let (n_ffn, chunk, ids, source) = (self.moe.n_ffn, self.chunk, self.ids, self.source);
+        let [gate, up, _] = self.moe.layers().map(|layer| &layer.weight);
+        let (kernels, picked, activation) = (self.kernels, self.picked, self.moe.activation);
+        let acts = Acts {
+            n_tokens: 1,
+            n_in: self.x.len(),
+            f32: self.x,
+            q8: self.x_q8.as_deref().map_or(&[], bytemuck::cast_slice),
+            bf16: &[],
+        };
+        let n_chunks = n_ffn.div_ceil(chunk);
+        let glu = self.cpu.operations.glu;
+        self.cpu
+            .pool
+            .run_pieces(&mut self.h, 2 * chunk, &|i, piece| {
+                let (j, first) = (i / n_chunks, i % n_chunks * chunk);
+                if !which[j] {
+                    return;
+                }
+                let n = chunk.min(n_ffn - first);
+                let (at, rows) = ((ids[j] as usize, n_ffn), first..first + n);
+                let (g, u) = piece.split_at_mut(chunk);
+                let (g, u) = (&mut g[..n], &mut u[..n]);
+                source.read((gate, GATE), at, rows.clone(), |w| {
+                    kernels[GATE].run(w, &acts, &mut OutCols::whole(g, n));
+                });
+                if let Some(picked) = picked {
+                    let mut picks = [0; MAX_CHUNK];
+                    let n = picks_of(g, &mut picks);
+                    source.read((up, UP), at, rows, |w| {
+                        picked.run(w, &picks[..n], &acts, &mut u[..n]);
+                    });
+                    relu_picked(g, &picks[..n], u);
+                    return;
+                }
+                source.read((up, UP), at, rows, |w| {
+                    kernels[UP].run(w, &acts, &mut OutCols::whole(u, n));
+                });
+                glu.run(activation, g, u);
+            });
+        // Each expert's neurons together.
+        for j in (0..ids.len()).filter(|j| which[*j]) {
+            let expert = &mut self.h[j * n_chunks * 2 * chunk..][..n_chunks * 2 * chunk];
+            for c in 1..n_chunks {
+                let from = c * 2 * chunk;
+                expert.copy_within(from..from + chunk.min(n_ffn - c * chunk), c * chunk);
+            }
+        }
+    }
+
+    /// Computes the rows of some experts, whose neurons are there.
+    fn down(&mut self, which: &[bool; MAX_USED]) {
+        let (ids, source, cpu) = (self.ids, self.source, self.cpu);
+        let (down, n_ffn) = (&self.moe.down.weight, self.moe.n_ffn);
+        let (kernel, n) = (self.kernels[DOWN], self.x.len());
+        let h = neurons(&self.h, self.moe.n_ffn, self.chunk);
+        let rows = &mut self.rows.data;
+        if self.moe.down_by_neuron {
+            for (j, row) in rows
+                .chunks_exact_mut(n)
+                .enumerate()
+                .filter(|(j, _)| which[*j])
+            {
+                let segment = [one(ids[j] as usize)];
+                cpu.by_neuron(source, h.expert(j), &segment, self.moe, row);
+            }
+            return;
+        }
+        let asked = kernel.acts() == ActFormat::Q8;
+        let q8 = asked.then(|| cpu.quantize(ids.len(), n_ffn, &|j| h.expert(j)));
+        let q8: &[u8] = q8.as_deref().map_or(&[], bytemuck::cast_slice);
+        let row_bytes = Q8Row::bytes(n_ffn);
+        let n_tasks = n_chunks(ids.len(), cpu.pool.n_threads());
+        let grain = chunk_rows(n, down.row_bytes, n_tasks);
+        let mut outputs = [Output::new(rows, n)];
+        cpu.pool.run_tiles(&mut outputs, (1, grain), &|mut tile| {
+            let (j, first) = (tile.first_row, tile.first_col);
+            if !which[j] {
+                return;
+            }
+            let acts = Acts {
+                n_tokens: 1,
+                n_in: n_ffn,
+                f32: h.expert(j),
+                q8: if asked {
+                    &q8[j * row_bytes..][..row_bytes]
+                } else {
+                    &[]
+                },
+                bf16: &[],
+            };
+            let rows = first..first + tile.out.n_cols();
+            source.read((down, DOWN), (ids[j] as usize, n), rows, |w| {
+                kernel.run(w, &acts, &mut tile.out);
+            });
+        });
+    }
+
+    /// Neurons for which a product was saved.
+    fn n_skipped(&self) -> usize {
+        if self.picked.is_none() && !self.moe.down_by_neuron {
+            return 0;
+        }
+        let h = neurons(&self.h, self.moe.n_ffn, self.chunk);
+        let zeros = |j: usize| h.expert(j).iter().filter(|h| **h == 0.0).count();
+        (0..self.ids.len()).map(zeros).sum()
+    }
+}
+
 /// The buffers behind [`SortedActs`].
 struct SortedBuffers {
     n_in: usize,
@@ -569,11 +877,11 @@ impl SortedBuffers {
     }
 }
 
-/// Row `row` alone.
-fn one(expert: usize, row: usize) -> Segment {
+/// One row alone.
+fn one(expert: usize) -> Segment {
     Segment {
         expert,
-        first: row,
+        first: 0,
         n_rows: 1,
         first_group: 0,
     }

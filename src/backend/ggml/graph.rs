@@ -300,6 +300,38 @@ impl Graph {
         record!(self, ggml_mul_mat(weight, x))
     }
 
+    /// Each `(n_in, n_out)` of `weights`, of which there are many, where `picks`, `(n_picks, n_tokens)`, names it; `x`:
+    /// `(n_in, 1 or n_picks, n_tokens)`. Out: `(n_out, n_picks, n_tokens)`.
+    pub(super) fn mul_mat_picked(&mut self, weights: Node, x: Node, picks: Node) -> Node {
+        let (weights, x, picks) = (self.at(weights), self.at(x), self.at(picks));
+        record!(self, ggml_mul_mat_id(weights, x, picks))
+    }
+
+    /// The indices of the `n` largest of each row, the largest first.
+    pub(super) fn top_k(&mut self, x: Node, n: usize) -> Node {
+        let x = self.at(x);
+        let top = record!(self, ggml_argsort_top_k(x, n as i32));
+        self.contiguous(top)
+    }
+
+    pub(super) fn sigmoid(&mut self, x: Node) -> Node {
+        let x = self.at(x);
+        record!(self, ggml_sigmoid(x))
+    }
+
+    pub(super) fn softmax(&mut self, x: Node) -> Node {
+        let x = self.at(x);
+        record!(self, ggml_soft_max(x))
+    }
+
+    /// `x / (sum of its row + eps)`.
+    pub(super) fn normalize(&mut self, x: Node, eps: f32) -> Node {
+        let x = self.at(x);
+        let sums = record!(self, ggml_sum_rows(x));
+        let sums = record!(self, ggml_scale_bias(self.at(sums), 1.0, eps));
+        record!(self, ggml_div(x, self.at(sums)))
+    }
+
     pub(super) fn rms_norm(&mut self, x: Node, eps: f32) -> Node {
         let x = self.at(x);
         record!(self, ggml_rms_norm(x, eps))

@@ -14,7 +14,8 @@ use std::sync::{Arc, OnceLock};
 use self::graph::{CacheView, Graph, Node};
 use self::memory::{Memory, Repacked};
 use super::{
-    Activation, Attention, Backend, KV_PAGE, KvType, KvTypes, Linear, Rope, RopePairs, Step,
+    Activation, Attention, Backend, Gating, KV_PAGE, KvType, KvTypes, Linear, Moe, Rope, RopePairs,
+    Step,
 };
 use crate::error::{Error, Result};
 use crate::quant::{Bytes, DType, Tensor as FileTensor};
@@ -52,12 +53,12 @@ pub struct Vector {
     by_channel: OnceLock<Arc<[f32]>>,
 }
 
-/// Activations to be, `(n_tokens, n_cols)`; or the angles of a rotary embedding.
+/// Activations to be, `(n_tokens, n_cols)`; or the angles of a rotary embedding; or the choice of a router.
 pub struct Tensor {
     node: Node,
     n_tokens: usize,
     n_cols: usize,
-    /// What positions are divided by, where `node` is positions.
+    /// What positions are divided by, where `node` is positions; the weights of experts, where it is experts.
     factors: Option<Node>,
 }
 
@@ -480,6 +481,74 @@ impl Backend for Ggml {
         })
     }
 
+    fn route(&mut self, x: &Tensor, from: usize, moe: &Moe<Self>) -> Tensor {
+        let (n, k, n_tokens) = (moe.routing.n_experts, moe.routing.n_used, x.n_tokens - from);
+        let size = [x.n_cols, n_tokens, 1];
+        let rows = self
+            .graph
+            .view(x.node, size, [x.n_cols, 0], from * x.n_cols);
+        let rows = Tensor::rows(rows, n_tokens, x.n_cols);
+        let [z] = self.linear(&rows, [&moe.router]);
+        let g = &mut self.graph;
+        let scores = match moe.routing.gating {
+            Gating::Softmax => g.softmax(z.node),
+            Gating::Sigmoid => g.sigmoid(z.node),
+        };
+        let keys = match (&moe.selection_bias, moe.routing.gating) {
+            (None, _) => z.node,
+            (Some(bias), gating) => {
+                let bias = g.floats([n, 1], &bias.data);
+                let scores = match gating {
+                    Gating::Softmax => z.node,
+                    Gating::Sigmoid => scores,
+                };
+                g.add(scores, bias)
+            }
+        };
+        let picks = g.top_k(keys, k);
+        let scores = g.reshape(scores, [1, n, n_tokens]);
+        let picked = g.get_rows(scores, picks);
+        let picked = g.reshape(picked, [k, n_tokens, 1]);
+        Tensor {
+            node: picks,
+            factors: Some(g.normalize(picked, moe.routing.sum_eps)),
+            n_tokens,
+            n_cols: k,
+        }
+    }
+
+    fn moe(&mut self, x: &Tensor, routes: Tensor, moe: &Moe<Self>) -> Tensor {
+        if moe.down_by_neuron {
+            self.graph.fail(Error::Unsupported {
+                kind: "layout in ggml",
+                found: format!("{}: a row for each neuron", moe.down.name),
+                supported: "a row for each output".into(),
+            });
+            return Tensor::rows(x.node, x.n_tokens, x.n_cols);
+        }
+        let (n, n_experts, k) = (x.n_cols, moe.routing.n_experts, routes.n_cols);
+        let layers = moe.layers().map(|layer| {
+            let (node, weight) = (self.matrix_node(&layer.weight), &layer.weight);
+            let size = [weight.n_in, weight.n_out / n_experts, n_experts];
+            self.graph.reshape(node, size)
+        });
+        let g = &mut self.graph;
+        let rows = g.reshape(x.node, [n, 1, x.n_tokens]);
+        let [gate, up] = [layers[0], layers[1]].map(|w| g.mul_mat_picked(w, rows, routes.node));
+        let h = g.glu(gate, up, moe.activation);
+        let out = g.mul_mat_picked(layers[2], h, routes.node);
+        let weights = routes.factors.expect("routes, not activations");
+        let weights = g.reshape(weights, [1, k, x.n_tokens]);
+        let out = g.mul(out, weights);
+        let part = |g: &mut Graph, j: usize| g.view(out, [n, x.n_tokens, 1], [k * n, 0], j * n);
+        let mut sum = part(g, 0);
+        for j in 1..k {
+            let next = part(g, j);
+            sum = g.add(sum, next);
+        }
+        Tensor::rows(sum, x.n_tokens, n)
+    }
+
     fn rope_angles(&mut self, rope: &Rope, start: usize, n: usize) -> Tensor {
         let factors: Arc<[f32]> = rope.inv_freq.iter().map(|freq| 1.0 / freq).collect();
         Tensor {
@@ -589,10 +658,13 @@ impl Backend for Ggml {
     fn rows_from(&mut self, x: Tensor, from: usize) -> Tensor {
         let n_tokens = x.n_tokens - from;
         let size = [x.n_cols, n_tokens, 1];
-        let node = self
-            .graph
-            .view(x.node, size, [x.n_cols, 0], from * x.n_cols);
-        Tensor::rows(node, n_tokens, x.n_cols)
+        let mut view = |node| self.graph.view(node, size, [x.n_cols, 0], from * x.n_cols);
+        Tensor {
+            node: view(x.node),
+            factors: x.factors.map(view),
+            n_tokens,
+            ..x
+        }
     }
 
     fn read(&mut self, x: &Tensor, out: &mut Vec<f32>) -> Result<()> {

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use kinglet::experts::{IoMode, PolicyKind, Prefetch};
 use kinglet::sampler::{Settings, Source, preset};
-use kinglet::session::{GenerateOptions, OnExceed};
+use kinglet::session::{ExpertOptions, GenerateOptions, OnExceed};
 use kinglet::{BackendKind, KvType, KvTypes, Model, Session, SessionOptions};
 
 use crate::failure::Outcome;
@@ -137,6 +138,53 @@ pub struct BudgetArgs {
     /// Where it does not suffice: give something up, or refuse [default: degrade]
     #[arg(long, value_name = "WHAT", requires = "memory")]
     on_exceed: Option<Exceed>,
+    #[command(flatten)]
+    experts: ExpertArgs,
+}
+
+/// How experts are kept that do not all fit in memory.
+#[derive(Args)]
+struct ExpertArgs {
+    /// Memory for the experts of a model; they are read when they are used [default: what --memory leaves]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    expert_cache: Option<u64>,
+    /// How far ahead experts are read: when a router has named them, or guesses too
+    #[arg(long, value_name = "WHAT", default_value = Prefetch::default().name(), value_parser = prefetches())]
+    prefetch: Prefetch,
+    /// Threads that read experts
+    #[arg(long, value_name = "N", default_value = "4", value_parser = clap::value_parser!(u8).range(1..=64))]
+    io_threads: u8,
+    /// How they read: past the system's cache, through it, or as the file allows
+    #[arg(long, value_name = "HOW", default_value = "auto")]
+    io: Io,
+    /// Which expert makes room for another
+    #[arg(long, value_name = "POLICY", default_value = PolicyKind::default().name(), value_parser = policies())]
+    expert_policy: PolicyKind,
+    /// Neither keep which experts were used, beside the model or in the cache folder, nor begin with them
+    #[arg(long)]
+    no_expert_usage: bool,
+    /// Write what routers ask for to this file, for `kinglet experts replay`
+    #[arg(long, value_name = "FILE")]
+    expert_trace: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Io {
+    Auto,
+    Direct,
+    Buffered,
+}
+
+/// The ways to read ahead, for a parser.
+fn prefetches() -> impl TypedValueParser<Value = Prefetch> {
+    PossibleValuesParser::new(Prefetch::ALL.map(Prefetch::name))
+        .map(|name| Prefetch::from_name(&name).expect("one of their names"))
+}
+
+/// The policies of experts, for a parser.
+fn policies() -> impl TypedValueParser<Value = PolicyKind> {
+    PossibleValuesParser::new(PolicyKind::ALL.map(PolicyKind::name))
+        .map(|name| PolicyKind::from_name(&name).expect("one of their names"))
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -148,6 +196,23 @@ pub enum Exceed {
 impl BudgetArgs {
     pub fn memory(&self) -> Option<u64> {
         self.memory
+    }
+
+    pub fn experts(&self) -> ExpertOptions {
+        let args = &self.experts;
+        ExpertOptions {
+            cache: args.expert_cache,
+            prefetch: args.prefetch,
+            io_threads: args.io_threads.into(),
+            io: match args.io {
+                Io::Auto => IoMode::Auto,
+                Io::Direct => IoMode::Direct,
+                Io::Buffered => IoMode::Buffered,
+            },
+            policy: args.expert_policy,
+            remember: !args.no_expert_usage,
+            trace: args.expert_trace.clone(),
+        }
     }
 
     pub fn on_exceed(&self) -> OnExceed {
@@ -687,6 +752,9 @@ pub struct BenchArgs {
     pub cache_type_v: Vec<KvType>,
     #[command(flatten)]
     pub budget: BudgetArgs,
+    /// Draw tokens in stretches of N out of 64 neighbouring numbers: for files that `models/synthetic.py --sticky` makes
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub stretch: Option<usize>,
     /// Times that each test is run
     #[arg(short, long, value_name = "N", default_value = "5", value_parser = positive)]
     pub repetitions: usize,
@@ -811,6 +879,8 @@ pub struct ProfileArgs {
     pub n_gen: u32,
     #[command(flatten)]
     pub session: SessionArgs,
+    #[command(flatten)]
+    pub budget: BudgetArgs,
     /// Write every operation to a file that Perfetto (ui.perfetto.dev) and Chrome open
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,

@@ -29,6 +29,7 @@ pub fn options_within(args: &ModelArgs, budget: &BudgetArgs) -> LoadOptions {
     LoadOptions {
         memory: budget.memory(),
         on_exceed: budget.on_exceed(),
+        experts: budget.experts(),
         ..options(args)
     }
 }

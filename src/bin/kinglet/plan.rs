@@ -72,10 +72,12 @@ struct Report<'a> {
 }
 
 impl Report<'_> {
-    fn rows(&self) -> [(&'static str, u64, &'static str); 7] {
+    fn rows(&self) -> [(&'static str, u64, &'static str); 9] {
         let bytes = &self.plan.footprint;
         [
             ("weights", bytes.weights, "file"),
+            ("copied weights", bytes.own_weights, "anonymous"),
+            ("experts", bytes.experts, "anonymous"),
             ("keys and values", bytes.kv, "anonymous"),
             ("convolutions", bytes.conv, "anonymous"),
             ("scratch", bytes.scratch, "anonymous"),
@@ -172,6 +174,8 @@ impl Report<'_> {
             "threads": self.model.n_threads(),
             "bytes": {
                 "weights": bytes.weights,
+                "own_weights": bytes.own_weights,
+                "experts": bytes.experts,
                 "kv": bytes.kv,
                 "conv": bytes.conv,
                 "scratch": bytes.scratch,
@@ -187,6 +191,11 @@ impl Report<'_> {
             "fits": fits,
             "concessions": plan.concessions.iter().map(ToString::to_string).collect::<Vec<_>>(),
             "kept_weights": plan.kept_weights,
+            "experts": plan.experts.as_ref().map(|experts| json!({
+                "slots": experts.n_slots,
+                "all": experts.n_experts,
+                "bytes_per_token": experts.token_bytes,
+            })),
             "n_prompt": plan.n_prompt,
             "speed": self.rates.map(|rates| plan.speed(&rates)).map(|speed| json!({
                 "load_s": range(speed.load),

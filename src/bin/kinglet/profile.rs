@@ -6,8 +6,9 @@ use std::io::{self, BufWriter, Write};
 use std::ops::ControlFlow;
 use std::path::Path;
 
+use kinglet::experts::ExpertStore;
 use kinglet::profile::machine;
-use kinglet::profile::report::{About, Phase, Row};
+use kinglet::profile::report::{About, Experts, Phase, Row};
 use kinglet::profile::roofline::Resource;
 use kinglet::profile::{Limits, Operation, Profile, Recorder};
 use kinglet::sampler::Sampler;
@@ -52,6 +53,24 @@ pub fn run(args: &ProfileArgs) -> Outcome {
     Ok(())
 }
 
+/// What there is to tell of a store.
+fn experts(store: &ExpertStore) -> Experts {
+    let stats = store.stats();
+    Experts {
+        slots: stats.n_slots,
+        all: store.layout().n_experts(),
+        slot_bytes: store.layout().slot_bytes(),
+        policy: stats.policy.into(),
+        disk: stats.disk.into(),
+        io_threads: stats.io_threads,
+        layers: stats
+            .layers
+            .iter()
+            .map(|layer| (layer.used, layer.hits))
+            .collect(),
+    }
+}
+
 /// Loads the model, reads a prompt, decodes a reply.
 fn profile(args: &ProfileArgs) -> Outcome<Profile> {
     let path = locate::locate(args.model.name())?;
@@ -63,7 +82,7 @@ fn profile(args: &ProfileArgs) -> Outcome<Profile> {
     if let Ok(tokenizer) = model.tokenizer() {
         sampler.forbid(tokenizer.ends());
     }
-    let prompt = Tokens::of(&model).run(args.n_prompt);
+    let prompt = Tokens::of(&model, None).run(args.n_prompt);
     recorder.phase("prefill", |recorder| -> Outcome {
         session.prefill(&prompt, &mut |_, _| match interrupt::hit() {
             true => ControlFlow::Break(()),
@@ -106,6 +125,7 @@ fn profile(args: &ProfileArgs) -> Outcome<Profile> {
         n_threads: model.n_threads(),
         cpu: machine::cpu_name(),
         version: env!("CARGO_PKG_VERSION").into(),
+        experts: model.experts().map(experts),
     };
     // Afterwards, as it makes the file warm.
     let limits = limits(&model, args.no_measure)?;
@@ -115,7 +135,7 @@ fn profile(args: &ProfileArgs) -> Outcome<Profile> {
 fn load(args: &ProfileArgs, path: &Path, recorder: &mut Recorder) -> Outcome<Session> {
     let options = LoadOptions {
         trace: true,
-        ..locate::options(&args.model)
+        ..locate::options_within(&args.model, &args.budget)
     };
     let model = Model::load(path, &options)?;
     for (part, time) in model.loading() {
@@ -235,6 +255,24 @@ fn print(profile: &Profile, out: &mut impl Write) -> Outcome {
             ui::bytes(peak)
         )?;
     }
+    if let Some(experts) = &about.experts {
+        let hits = experts.layers.iter().map(|(used, hits)| match used {
+            0 => dash(),
+            _ => format!("{:.0}", 100.0 * *hits as f64 / *used as f64),
+        });
+        let hits: Vec<String> = hits.collect();
+        writeln!(
+            out,
+            "experts: {} of {} in memory at once, {} each; {} goes first; read by {} threads, {}\n  in memory by layer, %: {}",
+            experts.slots,
+            experts.all,
+            ui::bytes(experts.slot_bytes as u64),
+            experts.policy,
+            experts.io_threads,
+            experts.disk,
+            hits.join(" ")
+        )?;
+    }
     if report.dropped > 0 {
         writeln!(
             out,
@@ -279,6 +317,13 @@ fn system(phase: &Phase, energy_source: Option<&str>) -> String {
             waits += &format!(", other threads idle {:.2} ms", ms(idle));
         }
         parts.push(waits);
+    }
+    if let Some(line) = ui::expert_line(&phase.work.experts, phase.tokens) {
+        parts.push(format!("experts {line}"));
+    }
+    if phase.work.neurons > 0 {
+        let share = phase.work.skipped_neurons as f64 / phase.work.neurons as f64;
+        parts.push(format!("neurons skipped {}", percent(share)));
     }
     if let Some(counters) = &phase.counters {
         parts.push(format!(

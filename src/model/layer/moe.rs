@@ -114,7 +114,7 @@ impl<B: Backend> FeedForward<B> {
         match self {
             FeedForward::Dense(ffn) => b.gated_ffn(x, ffn),
             FeedForward::Moe(moe) => {
-                let routes = b.route(x, moe);
+                let routes = b.route(x, 0, moe);
                 b.moe(x, routes, moe)
             }
         }

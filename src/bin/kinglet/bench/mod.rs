@@ -88,7 +88,7 @@ fn run_group(group: &Group, args: &BenchArgs, shown: &Shown, printer: &mut Print
     let limits = limits(&model, group, args)?;
     let mut runners: Vec<Runner> = sessions
         .iter_mut()
-        .map(|session| Runner::new(session, &model, group.n_batch))
+        .map(|session| Runner::new(session, &model, group.n_batch, args.stretch))
         .collect();
     let _busy = Busy::start(args.n_busy())?;
     for test in &group.tests {
@@ -125,6 +125,7 @@ fn open(group: &Group, backend: BackendKind, args: &BenchArgs) -> Outcome<Sessio
         backend,
         memory: args.budget.memory(),
         on_exceed: args.budget.on_exceed(),
+        experts: args.budget.experts(),
         ..LoadOptions::default()
     };
     let n_ctx = group
@@ -150,7 +151,7 @@ fn run_sustained(groups: &[Group], total: Duration, args: &BenchArgs) -> Outcome
         let mut session = open(group, BackendKind::Cpu, args)?;
         let model = session.model().clone();
         let card = card(&model, group.kv);
-        let mut runner = Runner::new(&mut session, &model, group.n_batch);
+        let mut runner = Runner::new(&mut session, &model, group.n_batch, args.stretch);
         let _busy = Busy::start(args.n_busy())?;
         for test in group.tests.iter().filter(|test| test.n_prompt == 0) {
             wait(args.delay)?;

@@ -276,6 +276,8 @@ impl Row<'_> {
             ]),
         ];
 
+        let mut experts = prompt.experts;
+        experts += reply.experts;
         let per_token = |n: u64| (self.test.n_gen > 0).then_some(n / n_decoded);
         let giga = |limit: Option<f64>| limit.map(|limit| round(limit / 1e9));
         let fields = vec![
@@ -320,6 +322,19 @@ impl Row<'_> {
                 "prefill_percent_of_int8",
                 json!(computed.limits[0].map(round)),
             ),
+            ("experts_used", json!(experts.used)),
+            ("experts_hits", json!(experts.hits)),
+            ("experts_bytes", json!(experts.bytes)),
+            (
+                "experts_reading_ms",
+                json!(round(experts.reading as f64 / 1e6)),
+            ),
+            (
+                "experts_waited_ms",
+                json!(round(experts.waited as f64 / 1e6)),
+            ),
+            ("neurons", json!(reply.neurons)),
+            ("neurons_skipped", json!(reply.skipped_neurons)),
             ("limit_memory_gb_s", json!(giga(limits.read))),
             ("limit_file_gb_s", json!(giga(limits.read_model))),
             ("limit_int8_gop_s", json!(giga(limits.int8))),
@@ -342,9 +357,33 @@ impl Row<'_> {
         }
     }
 
+    /// Of experts that are read when they are used, and of neurons that are skipped.
+    fn expert_notes(&self) -> Vec<String> {
+        let mut notes = Vec::new();
+        let (reply, _) = self.sum(|s| (s.reply_work, s.total));
+        let (prompt, _) = self.sum(|s| (s.prompt_work, s.total));
+        for (work, what, n) in [
+            (prompt, "prompt", self.test.n_prompt),
+            (reply, "reply", self.test.n_gen),
+        ] {
+            if let Some(line) = ui::expert_line(&work.experts, n * self.samples.len()) {
+                notes.push(format!("experts, {} {what}: {line}", self.test));
+            }
+            if what == "reply" && work.neurons > 0 {
+                let share = work.skipped_neurons as f64 / work.neurons as f64;
+                let share = 100.0 * share;
+                notes.push(format!(
+                    "neurons skipped, {} {what}: {share:.1} %",
+                    self.test
+                ));
+            }
+        }
+        notes
+    }
+
     fn notes(&self) -> Vec<String> {
         let limits = self.limits;
-        let mut notes = Vec::new();
+        let mut notes = self.expert_notes();
         if let (Some(read), Some(int8)) = (limits.read, limits.int8) {
             let own = limits.read_model.map_or(String::new(), |own| {
                 format!(", {:.1} from the file of {}", own / 1e9, self.model.kind)

@@ -54,7 +54,18 @@ pub struct Tokens {
     bos: Option<u32>,
     n_vocab: u64,
     state: u64,
+    stretches: Option<Stretches>,
 }
+
+/// Tokens in stretches of so many out of a few neighbouring numbers: what a text that keeps to a topic is for experts.
+struct Stretches {
+    len: usize,
+    /// The first number of the neighbours, and how many tokens are still of them.
+    now: (u32, usize),
+}
+
+/// Numbers that are neighbours.
+const NEIGHBOURS: u64 = 64;
 
 impl Tokens {
     fn new(bos: Option<u32>, n_vocab: usize) -> Self {
@@ -62,22 +73,43 @@ impl Tokens {
             bos,
             n_vocab: n_vocab as u64,
             state: 42,
+            stretches: None,
         }
     }
 
-    /// Those of the vocabulary of `model`.
-    pub fn of(model: &Model) -> Self {
+    /// Those of the vocabulary of `model`, in stretches of `stretch` if that is given.
+    pub fn of(model: &Model, stretch: Option<usize>) -> Self {
         let tokenizer = model.tokenizer().ok();
         let bos = tokenizer.and_then(|t| t.bos().filter(|_| t.add_bos()));
-        Self::new(bos, model.info().config.n_vocab)
+        let n_vocab = model.info().config.n_vocab;
+        // A vocabulary of a few neighbours has no others.
+        let stretch = stretch.filter(|_| n_vocab as u64 >= NEIGHBOURS);
+        Self {
+            stretches: stretch.map(|len| Stretches { len, now: (0, 0) }),
+            ..Self::new(bos, n_vocab)
+        }
     }
 
-    fn next(&mut self) -> u32 {
+    fn below(&mut self, n: u64) -> u32 {
         self.state = self
             .state
             .wrapping_mul(6_364_136_223_846_793_005)
             .wrapping_add(1_442_695_040_888_963_407);
-        ((self.state >> 33) % self.n_vocab) as u32
+        ((self.state >> 33) % n) as u32
+    }
+
+    fn next(&mut self) -> u32 {
+        let Some(mut stretches) = self.stretches.take() else {
+            return self.below(self.n_vocab);
+        };
+        if stretches.now.1 == 0 {
+            let first = self.below(self.n_vocab / NEIGHBOURS) * NEIGHBOURS as u32;
+            stretches.now = (first, stretches.len);
+        }
+        stretches.now.1 -= 1;
+        let token = stretches.now.0 + self.below(NEIGHBOURS);
+        self.stretches = Some(stretches);
+        token
     }
 
     /// The first token of a run.
@@ -120,10 +152,15 @@ pub struct Runner<'a> {
 
 impl<'a> Runner<'a> {
     /// Runs tests of `model` on `timeline`, which is empty.
-    pub fn new(timeline: &'a mut dyn Timeline, model: &Model, n_batch: usize) -> Self {
+    pub fn new(
+        timeline: &'a mut dyn Timeline,
+        model: &Model,
+        n_batch: usize,
+        stretch: Option<usize>,
+    ) -> Self {
         Self {
             timeline,
-            tokens: Tokens::of(model),
+            tokens: Tokens::of(model, stretch),
             n_batch,
             depth: 0,
         }
