@@ -141,13 +141,13 @@ impl Model {
         let start = now();
         let gguf = Gguf::open(path)?;
         let mapped = now();
+        let found = experts::to_store(&gguf, options)?;
         // A budget decides itself which weights are in memory.
         let ahead = match options.memory {
-            None => read_ahead(&gguf),
-            Some(_) => None,
+            None if found.is_none() => read_ahead(&gguf),
+            _ => None,
         };
         let threads = Threads::of(options);
-        let found = experts::to_store(&gguf, options)?;
         let residency = Arc::new(match found.is_some() {
             true => Residency::owned(experts::file_table(&gguf)?),
             false => Residency::unlimited(),
@@ -470,8 +470,8 @@ impl Session {
     /// step; if it breaks, the session holds what was done.
     ///
     /// # Errors
-    /// If the tokens do not fit, are none of the vocabulary, memory is missing, or `progress` breaks. If memory was
-    /// missing in the middle of a step, or the backend failed, the session is empty then.
+    /// If the tokens do not fit, are none of the vocabulary, memory is missing, weights cannot be read, or `progress`
+    /// breaks. The session then holds what the steps before did.
     pub fn prefill(
         &mut self,
         tokens: &[u32],
