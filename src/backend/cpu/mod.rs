@@ -255,21 +255,20 @@ impl Cpu {
         let mut outputs = outs
             .each_mut()
             .map(|out| Output::new(&mut out.data, out.n_cols));
-        self.pool
-            .run_tiles(&mut outputs, (acts.n_tokens, grain), &|mut tile| {
-                let layer = layers[tile.which];
-                let cols = tile.first_col..tile.first_col + tile.out.n_cols();
-                layer.weight.read(cols.clone(), |rows| {
-                    kernels[tile.which].run(rows, acts, &mut tile.out);
-                });
-                if let Some(bias) = &layer.bias {
-                    for t in 0..tile.out.n_tokens() {
-                        self.operations
-                            .add
-                            .run(tile.out.row(t), &bias[cols.clone()]);
-                    }
-                }
+        self.pool.run_columns(&mut outputs, grain, &|mut tile| {
+            let layer = layers[tile.which];
+            let cols = tile.first_col..tile.first_col + tile.out.n_cols();
+            layer.weight.read(cols.clone(), |rows| {
+                kernels[tile.which].run(rows, acts, &mut tile.out);
             });
+            if let Some(bias) = &layer.bias {
+                for t in 0..tile.out.n_tokens() {
+                    self.operations
+                        .add
+                        .run(tile.out.row(t), &bias[cols.clone()]);
+                }
+            }
+        });
         outs
     }
 }

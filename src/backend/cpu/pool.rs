@@ -11,6 +11,7 @@
 
 use std::cell::UnsafeCell;
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -264,19 +265,44 @@ impl Pool {
             let y = &ys[which];
             let across = y.n_cols.div_ceil(col_grain);
             let (first_row, first_col) = (i / across * row_grain, i % across * col_grain);
-            let out = OutCols {
-                base: y.base.wrapping_add(first_row * y.n_cols + first_col),
-                n_tokens: row_grain.min(y.n_rows() - first_row),
-                stride: y.n_cols,
-                n_cols: col_grain.min(y.n_cols - first_col),
-                borrow: PhantomData,
-            };
+            let rows = first_row..y.n_rows().min(first_row + row_grain);
+            let out = y.part(rows, first_col..y.n_cols.min(first_col + col_grain));
             body(Tile {
                 which,
                 first_row,
                 first_col,
                 out,
             });
+        });
+    }
+
+    /// Cuts the columns of the matrices `ys`, as if they lay side by side, into pieces of `grain` and calls `body` with
+    /// each; of a piece that lies in several matrices with one part after the other. So tasks are even, however narrow
+    /// some of the matrices are.
+    pub fn run_columns<T: Send>(
+        &self,
+        ys: &mut [Output<T>],
+        grain: usize,
+        body: &(dyn Fn(Tile<T>) + Sync),
+    ) {
+        let grain = grain.max(1);
+        let ys: &[Output<T>] = ys;
+        let n_cols: usize = ys.iter().map(|y| y.n_cols).sum();
+        self.run(n_cols.div_ceil(grain), &|i| {
+            let mut before = 0;
+            for (which, y) in ys.iter().enumerate() {
+                let own = |col: usize| col.clamp(before, before + y.n_cols) - before;
+                let cols = own(i * grain)..own((i + 1) * grain);
+                before += y.n_cols;
+                if !cols.is_empty() {
+                    body(Tile {
+                        which,
+                        first_row: 0,
+                        first_col: cols.start,
+                        out: y.part(0..y.n_rows(), cols),
+                    });
+                }
+            }
         });
     }
 
@@ -453,7 +479,7 @@ pub struct Output<'a, T = f32> {
     borrow: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: shared between the threads of `run_tiles` alone, where each makes its own disjoint tiles from it.
+// SAFETY: shared between the threads of `run_tiles` and `run_columns` alone, where each makes its own disjoint tiles of it.
 unsafe impl<T: Send> Sync for Output<'_, T> {}
 
 impl<'a, T> Output<'a, T> {
@@ -477,6 +503,19 @@ impl<'a, T> Output<'a, T> {
 
     fn n_rows(&self) -> usize {
         self.len / self.n_cols
+    }
+
+    /// Some rows and columns. Whoever makes parts sees to it that none is made twice.
+    fn part(&self, rows: Range<usize>, cols: Range<usize>) -> OutCols<'_, T> {
+        OutCols {
+            base: self
+                .base
+                .wrapping_add(rows.start * self.n_cols + cols.start),
+            n_tokens: rows.len(),
+            stride: self.n_cols,
+            n_cols: cols.len(),
+            borrow: PhantomData,
+        }
     }
 }
 
@@ -539,7 +578,7 @@ impl<'a, T> OutCols<'a, T> {
     #[inline]
     pub fn row(&mut self, token: usize) -> &mut [T] {
         assert!(token < self.n_tokens, "row {token} of {}", self.n_tokens);
-        // SAFETY: `whole` or `run_tiles` made sure that this run of columns lies in the borrowed matrix and is ours alone.
+        // SAFETY: `whole`, `run_tiles` or `run_columns` made sure that this run of columns lies in the borrowed matrix and is ours alone.
         unsafe { std::slice::from_raw_parts_mut(self.base.add(token * self.stride), self.n_cols) }
     }
 }
@@ -601,6 +640,29 @@ mod tests {
                 .enumerate()
                 .all(|(i, y)| *y == (100 * (i / 37) + i % 37) as f32)
         );
+    }
+
+    #[test]
+    fn columns_side_by_side_are_even_and_complete() {
+        let pool = Pool::new(2).expect("threads");
+        for grain in [1, 8, 13, 100] {
+            let (mut y, mut z) = (vec![0.0; 2 * 37], vec![0.0; 2 * 3]);
+            let mut outputs = [Output::new(&mut y, 37), Output::new(&mut z, 3)];
+            pool.run_columns(&mut outputs, grain, &|mut tile| {
+                for t in 0..tile.out.n_tokens() {
+                    for (i, y) in tile.out.row(t).iter_mut().enumerate() {
+                        *y += (1000 * tile.which + 100 * t + tile.first_col + i + 1) as f32;
+                    }
+                }
+            });
+            for (which, y, n_cols) in [(0, &y, 37), (1, &z, 3)] {
+                let wanted = |i: usize| (1000 * which + 100 * (i / n_cols) + i % n_cols + 1) as f32;
+                assert!(
+                    y.iter().enumerate().all(|(i, y)| *y == wanted(i)),
+                    "{grain}"
+                );
+            }
+        }
     }
 
     #[test]
