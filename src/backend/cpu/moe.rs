@@ -172,7 +172,7 @@ impl Source<'_> {
         }
     }
 
-    /// Whether some parts of an expert are there.
+    /// Whether [`Source::wait`] returns, or unwinds, at once.
     fn is_ready(self, expert: usize, parts: &[usize]) -> bool {
         match self {
             Source::Mapped => true,
@@ -317,6 +317,9 @@ impl Cpu {
                 let mut which = [false; MAX_USED];
                 for (j, stage) in stages.iter().enumerate() {
                     which[j] = *stage == from && source.is_ready(ids[j] as usize, parts);
+                    if which[j] {
+                        source.wait(ids[j] as usize, parts);
+                    }
                 }
                 which
             };
@@ -375,10 +378,9 @@ impl Cpu {
                     while first < end {
                         let is_ready = |s: &&Segment| source.is_ready(s.expert, &[GATE, UP, DOWN]);
                         let ready = segments[first..end].iter().take_while(is_ready).count();
-                        if ready == 0 {
-                            source.wait(segments[first].expert, &[GATE, UP, DOWN]);
-                        }
                         let some = &segments[first..first + ready.max(1)];
+                        some.iter()
+                            .for_each(|s| source.wait(s.expert, &[GATE, UP, DOWN]));
                         self.experts_of(source, x, &sorted, some, moe, &mut rows);
                         first += some.len();
                     }
