@@ -403,7 +403,7 @@ fn rows_of_the_kernel_table() {
         "gemv_q4_0_q8_scalar",
         "quantize_q8_scalar",
         "read_streams_scalar",
-        "attend_f16_scalar",
+        "attend_scalar",
     ] {
         assert!(names.contains(&name), "{name}");
     }

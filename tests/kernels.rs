@@ -39,8 +39,7 @@ fn all_rows() -> Vec<(&'static str, &'static str)> {
         .chain(names(table::ADD))
         .chain(names(table::TO_F16))
         .chain(names(table::SHORT_CONV))
-        .chain(names(table::ATTEND_F16))
-        .chain(names(table::ATTEND_F32))
+        .chain(names(table::ATTEND))
         .chain(names(table::READ))
         .chain(names(table::PRODUCTS_I8))
         .chain(names(table::PRODUCTS_BF16))
@@ -76,8 +75,7 @@ fn chosen() -> Vec<&'static str> {
         best.add.name(),
         best.to_f16.name(),
         best.short_conv.name(),
-        best.attend_f16.name(),
-        best.attend_f32.name(),
+        best.attend.name(),
     ];
     matmuls.chain(operations).collect()
 }

@@ -187,7 +187,7 @@ fn kernels_are_rows_of_the_table() {
         .chain(names(table::RMS_NORM))
         .chain(names(table::ROPE_HALVES))
         .chain(names(table::TO_F16))
-        .chain(names(table::ATTEND_F16))
+        .chain(names(table::ATTEND))
         .chain(names(table::ATTEND_TILES))
         .chain(names(table::SHORT_CONV))
         .chain(names(table::GLU))

@@ -1,8 +1,9 @@
 //! Attention over spans of keys, against the softmax in `f64`.
 
 use kinglet::backend::cpu::pool::OutCols;
-use kinglet::backend::cpu::table::{self, Attend, AttendBatch, AttendSpan, Ready};
-use kinglet::quant::{f16_to_f32, f32_to_f16};
+use kinglet::backend::cpu::table::{self, Attend, AttendBatch, AttendSpan, Ready, Rows};
+use kinglet::backend::{KvType, KvTypes};
+use kinglet::quant;
 
 use crate::common::{Random, assert_near, bf16, scalar_row, vector_rows};
 
@@ -24,32 +25,21 @@ impl Case {
         scale: f32,
         random: &mut Random,
     ) -> Self {
-        let rounded = |x: Vec<f32>| x.into_iter().map(|x| f16_to_f32(f32_to_f16(x))).collect();
         Self {
             head_dim,
             n_keys,
             q: random.floats(visible.len() * head_dim, scale),
-            k: rounded(random.floats(n_keys * head_dim, 1.0)),
-            v: rounded(random.floats(n_keys * head_dim, 2.0)),
+            k: random.floats(n_keys * head_dim, 1.0),
+            v: random.floats(n_keys * head_dim, 2.0),
             visible,
         }
     }
 
     /// The attention in spans of `span` keys: `out / sum` of each query, NaN where it sees nothing.
-    fn run(&self, kernel: Ready<Attend>, half: bool, span: usize) -> Vec<f32> {
+    fn run(&self, kernel: Ready<Attend>, kv: KvTypes, span: usize) -> Vec<f32> {
         let n = self.head_dim;
         let n_queries = self.visible.len();
-        let bytes = |x: &[f32]| -> Vec<u8> {
-            if half {
-                x.iter()
-                    .flat_map(|x| f32_to_f16(*x).to_le_bytes())
-                    .collect()
-            } else {
-                x.iter().flat_map(|x| x.to_le_bytes()).collect()
-            }
-        };
-        let element = if half { 2 } else { 4 };
-        let (k, v) = (bytes(&self.k), bytes(&self.v));
+        let (k, v) = (cached(kv.keys, &self.k), cached(kv.values, &self.v));
         let mut max = vec![f32::NEG_INFINITY; n_queries];
         let mut sum = vec![0.0; n_queries];
         let mut out = vec![0.0; n_queries * n];
@@ -61,22 +51,14 @@ impl Case {
                 .iter()
                 .map(|(a, b)| (inside(*a), inside(*b)))
                 .collect();
-            // Aligned for the kernel's elements, as pages are.
-            let rows = keys.start * n * element..keys.end * n * element;
-            let (mut ka, mut va) = (
-                vec![0u32; rows.len().div_ceil(4)],
-                vec![0u32; rows.len().div_ceil(4)],
-            );
-            let (ka, va): (&mut [u8], &mut [u8]) = (
-                bytemuck::cast_slice_mut(&mut ka),
-                bytemuck::cast_slice_mut(&mut va),
-            );
-            ka[..rows.len()].copy_from_slice(&k[rows.clone()]);
-            va[..rows.len()].copy_from_slice(&v[rows.clone()]);
+            let bytes = |kind: KvType| kind.row_bytes(n * keys.start)..kind.row_bytes(n * keys.end);
+            let (k, v) = (&k[bytes(kv.keys)], &v[bytes(kv.values)]);
+            let words = [aligned(k), aligned(v)];
+            let [ka, va] = words.each_ref().map(|words| bytemuck::cast_slice(words));
             kernel.run(&mut AttendSpan {
                 q: &self.q,
-                k: &ka[..rows.len()],
-                v: &va[..rows.len()],
+                k: Rows::new(kv.keys, &ka[..k.len()]),
+                v: Rows::new(kv.values, &va[..v.len()]),
                 head_dim: n,
                 decode: visible.iter().all(|keys| *keys == visible[0]),
                 visible: &visible,
@@ -91,56 +73,99 @@ impl Case {
             .collect()
     }
 
-    fn check(&self, kernel: Ready<Attend>, half: bool, span: usize) {
+    /// All rows, with every type of keys and values that such heads can have; what is done with keys does not depend on
+    /// the type of values, so one pair stands for the mixed ones.
+    fn check(&self, spans: &[usize]) {
         let n = self.head_dim;
-        let y = self.run(kernel, half, span);
-        for (i, (first, end)) in self.visible.iter().enumerate() {
-            let y = &y[i * n..][..n];
-            let what = format!(
-                "{} head_dim {n} n_keys {} span {span} query {i} sees {first}..{end}",
-                kernel.name(),
-                self.n_keys
-            );
-            if first >= end {
-                assert!(y.iter().all(|y| y.is_nan()), "{what}");
-                continue;
+        let mixed = KvTypes {
+            keys: KvType::Q8_0,
+            values: KvType::Q4_0,
+        };
+        let pairs = KvType::ALL.map(KvTypes::from).into_iter().chain([mixed]);
+        let whole = |kind: KvType| n.is_multiple_of(kind.dtype().block_len());
+        for kv in pairs.filter(|kv| whole(kv.keys) && whole(kv.values)) {
+            let exact = self.exact(kv);
+            let rows = vector_rows(table::ATTEND).map(|(_, kernel)| kernel);
+            for kernel in rows.chain([scalar_row(table::ATTEND)]) {
+                for span in spans {
+                    let y = self.run(kernel, kv, *span);
+                    for (i, exact) in exact.iter().enumerate() {
+                        let y = &y[i * n..][..n];
+                        let what = format!(
+                            "{} {kv} head_dim {n} n_keys {} span {span} query {i} sees {:?}",
+                            kernel.name(),
+                            self.n_keys,
+                            self.visible[i]
+                        );
+                        let Some((exact, error)) = exact else {
+                            assert!(y.iter().all(|y| y.is_nan()), "{what}");
+                            continue;
+                        };
+                        for (y, exact) in y.iter().zip(exact) {
+                            assert_near(*y, *exact, *error, &what);
+                        }
+                    }
+                }
             }
-            let q = &self.q[i * n..][..n];
+        }
+    }
+
+    /// What each query gets, and how far off floats may be; nothing for one that sees nothing.
+    fn exact(&self, kv: KvTypes) -> Vec<Option<(Vec<f64>, f64)>> {
+        let n = self.head_dim;
+        let (k, v) = (rounded(kv.keys, &self.k), rounded(kv.values, &self.v));
+        let exact = |(q, &(first, end)): (&[f32], &(usize, usize))| {
+            if first >= end {
+                return None;
+            }
             let score = |key: usize| -> f64 {
                 q.iter()
-                    .zip(&self.k[key * n..])
+                    .zip(&k[key * n..])
                     .map(|(q, k)| f64::from(*q) * f64::from(*k))
                     .sum()
             };
-            let scores: Vec<f64> = (*first..*end).map(score).collect();
+            let scores: Vec<f64> = (first..end).map(score).collect();
             let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+            let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
+            let sum: f64 = weights.iter().sum();
             // A score is a sum of n products: its error is that of the exponent.
             let size: f64 = q.iter().map(|q| f64::from(q.abs())).sum();
             let epsilon = f64::from(f32::EPSILON) / 2.0;
             let relative = epsilon * (2.0 * n as f64 * size.min(1e9) + (end - first) as f64 + 32.0);
-            for (j, y) in y.iter().enumerate() {
-                let terms = scores
-                    .iter()
-                    .zip(*first..*end)
-                    .map(|(s, key)| (s - max).exp() / sum * f64::from(self.v[key * n + j]));
-                let exact: f64 = terms.sum();
-                assert_near(*y, exact, 2.0 * relative, &what);
-            }
-        }
+            let element = |j: usize| {
+                let terms = weights.iter().zip(first..end);
+                let terms = terms.map(|(w, key)| w * f64::from(v[key * n + j]));
+                terms.sum::<f64>() / sum
+            };
+            Some(((0..n).map(element).collect(), 2.0 * relative))
+        };
+        self.q
+            .chunks_exact(n)
+            .zip(&self.visible)
+            .map(exact)
+            .collect()
     }
 }
 
-fn kernels() -> Vec<(Ready<Attend>, bool)> {
-    let half = vector_rows(table::ATTEND_F16)
-        .map(|(_, k)| k)
-        .chain([scalar_row(table::ATTEND_F16)]);
-    let full = vector_rows(table::ATTEND_F32)
-        .map(|(_, k)| k)
-        .chain([scalar_row(table::ATTEND_F32)]);
-    half.map(|k| (k, true))
-        .chain(full.map(|k| (k, false)))
-        .collect()
+/// `x` as it is cached.
+fn cached(kind: KvType, x: &[f32]) -> Vec<u8> {
+    let mut bytes = vec![0; kind.row_bytes(x.len())];
+    quant::quantize(kind.dtype(), x, &mut bytes);
+    bytes
+}
+
+/// What is left of `x` then.
+fn rounded(kind: KvType, x: &[f32]) -> Vec<f32> {
+    let mut rounded = vec![0.0; x.len()];
+    quant::dequantize(kind.dtype(), &cached(kind, x), &mut rounded);
+    rounded
+}
+
+/// `x`, aligned as pages are, and up to three bytes.
+fn aligned(x: &[u8]) -> Vec<u32> {
+    let mut words = vec![0u32; x.len().div_ceil(4)];
+    bytemuck::cast_slice_mut(&mut words)[..x.len()].copy_from_slice(x);
+    words
 }
 
 #[test]
@@ -151,9 +176,7 @@ fn heads_of_every_length() {
     ] {
         for n_keys in [1, 15, 33, 70] {
             let case = Case::random(head_dim, n_keys, vec![(0, n_keys); 3], 0.3, &mut random);
-            for (kernel, half) in kernels() {
-                case.check(kernel, half, 256);
-            }
+            case.check(&[256]);
         }
     }
 }
@@ -166,11 +189,7 @@ fn queries_that_see_the_same_keys() {
         for (first, end) in [(0, 256), (0, 1), (3, 4), (5, 230), (0, 600), (77, 513)] {
             let visible = vec![(first, end); n_queries];
             let case = Case::random(head_dim, end, visible, 0.4, &mut random);
-            for (kernel, half) in kernels() {
-                for span in [256, 1024] {
-                    case.check(kernel, half, span);
-                }
-            }
+            case.check(&[256, 1024]);
         }
     }
 }
@@ -195,11 +214,7 @@ fn causal_windowed_and_empty_ranges() {
             });
             for visible in [causal.collect(), window.collect(), any.collect::<Vec<_>>()] {
                 let case = Case::random(64, n_keys, visible, 0.5, &mut random);
-                for (kernel, half) in kernels() {
-                    for span in [256, 40, 7] {
-                        case.check(kernel, half, span);
-                    }
-                }
+                case.check(&[256, 40, 7]);
             }
         }
     }
@@ -216,11 +231,7 @@ fn large_scores() {
             scale,
             &mut random,
         );
-        for (kernel, half) in kernels() {
-            for span in [256, 13] {
-                case.check(kernel, half, span);
-            }
-        }
+        case.check(&[256, 13]);
     }
 }
 
@@ -253,17 +264,30 @@ fn batches_in_tiles() {
         // What was never written may hold anything.
         keys[(end - first) * n..].fill(f32::NAN);
         values[(end - first) * n..].fill(f32::INFINITY);
-        let pages = |x: &[f32]| -> Vec<Vec<u16>> {
-            x.chunks(PAGE * n)
-                .map(|page| page.iter().map(|x| f32_to_f16(*x)).collect())
-                .collect()
-        };
-        let (k, v) = (pages(&keys), pages(&values));
-        let spans = |pages: &'static [Vec<u16>]| -> Vec<&'static [u8]> {
-            pages.iter().map(|p| bytemuck::cast_slice(p)).collect()
-        };
-        let (k_spans, v_spans) = (spans(k.clone().leak()), spans(v.clone().leak()));
-        for (_, kernel) in vector_rows(table::ATTEND_TILES) {
+        let kinds = [KvType::F16, KvType::Q8_0, KvType::Q4_0];
+        let kinds = kinds
+            .iter()
+            .flat_map(|&keys| kinds.map(|values| KvTypes { keys, values }));
+        let rows = vector_rows(table::ATTEND_TILES);
+        for ((_, kernel), kv) in rows.flat_map(|row| kinds.clone().map(move |kv| (row, kv))) {
+            let (k, v) = (cached(kv.keys, &keys), cached(kv.values, &values));
+            let pages = |kind: KvType, bytes| -> Vec<Vec<u32>> {
+                let pages = <[u8]>::chunks_exact(bytes, kind.row_bytes(PAGE * n));
+                pages.map(aligned).collect()
+            };
+            let (k_pages, v_pages) = (pages(kv.keys, &k), pages(kv.values, &v));
+            let rows = |kind| move |page| Rows::new(kind, bytemuck::cast_slice::<u32, u8>(page));
+            let k_rows: Vec<_> = k_pages
+                .iter()
+                .map(Vec::as_slice)
+                .map(rows(kv.keys))
+                .collect();
+            let v_rows: Vec<_> = v_pages
+                .iter()
+                .map(Vec::as_slice)
+                .map(rows(kv.values))
+                .collect();
+            let (k, v) = (rounded(kv.keys, &keys), rounded(kv.values, &values));
             let mut y = vec![f32::NAN; n_tokens * group * n];
             kernel.run(&mut AttendBatch {
                 q: &q,
@@ -275,14 +299,11 @@ fn batches_in_tiles() {
                 window,
                 first,
                 page: PAGE,
-                keys: &k_spans,
-                values: &v_spans,
+                keys: &k_rows,
+                values: &v_rows,
                 out: OutCols::whole(&mut y, group * n),
             });
-            let key = |pages: &[Vec<u16>], p: usize, i: usize| {
-                let at = p - first;
-                f64::from(bf16(f16_to_f32(pages[at / PAGE][at % PAGE * n + i])))
-            };
+            let key = |x: &[f32], p: usize, i: usize| f64::from(bf16(x[(p - first) * n + i]));
             for (t, y) in y.chunks_exact(group * n).enumerate() {
                 for (head, y) in y.chunks_exact(n).enumerate() {
                     let q = &q[t * stride + head * n..][..n];
@@ -308,7 +329,7 @@ fn batches_in_tiles() {
                         let size: f64 = terms.iter().map(|t| t.abs()).sum();
                         let exact = terms.iter().sum();
                         let what = format!(
-                            "{} n {n} group {group} tokens {n_tokens} start {start} token {t} head {head} element {i}",
+                            "{} {kv} n {n} group {group} tokens {n_tokens} start {start} token {t} head {head} element {i}",
                             kernel.name()
                         );
                         assert_near(*y, exact, size / 256.0 + 1e-5, &what);

@@ -7,8 +7,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::pool::{Output, Pool};
-use super::scratch::{Buffer, Scratch};
-use super::table::{AttendBatch, AttendSpan, AttendTokens, Operations, Ready, ToF16};
+use super::scratch::Scratch;
+use super::table::{AttendBatch, AttendSpan, AttendTokens, Operations, Ready, Rows, ToF16};
 use crate::backend::{Attention, KV_PAGE, KvType, KvTypes, Step};
 use crate::error::{Error, Result};
 use crate::profile::Work;
@@ -25,12 +25,6 @@ const TILE_QUERIES: usize = 384;
 
 /// Tokens of a tile of queries.
 const TILE_TOKENS: usize = 16;
-
-/// Keys that kernels take together, at most.
-const TILE_KEYS: usize = 64;
-
-/// Rows that are widened at a time: their floats stay in the first-level cache.
-const WIDEN_ROWS: usize = 16;
 
 /// Heads that are whole tiles are multiples of this.
 const TILE_HEAD: usize = 64;
@@ -50,14 +44,6 @@ type Page = Vec<u8>;
 /// Bytes of a page of keys and the same page of values.
 pub(in crate::backend) fn page_bytes(shape: &Attention, kinds: KvTypes) -> usize {
     kinds.row_bytes(shape.n_kv_heads * PAGE * shape.head_dim)
-}
-
-/// The type that kernels read: floats where there are some, half floats made of blocks.
-fn read_as(kinds: KvTypes) -> KvType {
-    match kinds.keys == KvType::F32 || kinds.values == KvType::F32 {
-        true => KvType::F32,
-        false => KvType::F16,
-    }
 }
 
 impl KvCache {
@@ -199,23 +185,6 @@ pub(super) struct Attend<'a> {
     pub(super) scratch: &'a Scratch,
 }
 
-/// Rows of one head in a page, as a kernel reads them.
-enum Span<'a> {
-    /// Where they are cached.
-    Cached(&'a [u8]),
-    /// Made of quantized ones.
-    Wide(Buffer),
-}
-
-impl Span<'_> {
-    fn bytes(&self) -> &[u8] {
-        match self {
-            Span::Cached(rows) => rows,
-            Span::Wide(wide) => bytemuck::cast_slice(wide),
-        }
-    }
-}
-
 /// Running sums of some queries in one buffer: largest scores, sums of weights, weighted values.
 struct Sums<'a> {
     max: &'a mut [f32],
@@ -247,11 +216,9 @@ fn seen_from(shape: &Attention, position: usize) -> Range<usize> {
 
 /// The kernel that attends to `cache`.
 pub(super) fn kernel(cache: &KvCache, step: Step, operations: &Operations) -> &'static str {
-    let tiles = tiles(operations, cache.head_dim, cache.kinds, step);
-    match (tiles, read_as(cache.kinds)) {
-        (Some(tiles), _) => tiles.name(),
-        (None, KvType::F32) => operations.attend_f32.name(),
-        (None, _) => operations.attend_f16.name(),
+    match tiles(operations, cache.head_dim, cache.kinds, step) {
+        Some(tiles) => tiles.name(),
+        None => operations.attend.name(),
     }
 }
 
@@ -282,18 +249,6 @@ fn task_tokens(group: usize) -> usize {
     (MAX_QUERIES / group).max(1)
 }
 
-/// Floats of the buffers in which a task widens the keys and values of `n_pages` pages.
-fn wide_floats(shape: &Attention, kinds: KvTypes, n_pages: usize) -> Vec<usize> {
-    let (n, wanted) = (shape.head_dim, read_as(kinds));
-    let kinds = [kinds.keys, kinds.values];
-    let n_wide = n_pages * kinds.iter().filter(|kind| **kind != wanted).count();
-    let mut floats = vec![wanted.row_bytes(PAGE * n) / size_of::<f32>(); n_wide];
-    if n_wide > 0 && wanted == KvType::F16 {
-        floats.push(WIDEN_ROWS * n);
-    }
-    floats
-}
-
 /// The floats of the buffers that queries at `positions` take on `n_threads`, those that may be held together side by
 /// side.
 pub(in crate::backend) fn scratch(
@@ -305,29 +260,21 @@ pub(in crate::backend) fn scratch(
     n_threads: usize,
 ) -> Vec<Vec<usize>> {
     let (n, group) = (shape.head_dim, shape.n_heads / shape.n_kv_heads);
-    let tasks = |task: Vec<usize>, n_tasks: usize| task.repeat(n_tasks.min(n_threads));
     if tiles(operations, shape.head_dim, kinds, step).is_some() {
-        let tokens = tile_tokens(group);
-        let last = positions.len().saturating_sub(1) / tokens * tokens;
-        let n_pages = pages(shape, positions.start + last..positions.end).len();
-        let n_tasks = positions.len().div_ceil(tokens) * shape.n_kv_heads;
-        return vec![tasks(wide_floats(shape, kinds, n_pages), n_tasks)];
+        return Vec::new();
     }
     if step == Step::Decode {
         let one = |p: usize| {
             let n_tasks = shape.n_kv_heads * pages(shape, p..p + 1).len();
-            let mut floats = vec![shape.n_heads * n, n_tasks * Sums::floats(group, n)];
-            floats.extend(tasks(wide_floats(shape, kinds, 1), n_tasks));
-            floats
+            vec![shape.n_heads * n, n_tasks * Sums::floats(group, n)]
         };
         return positions.map(one).collect();
     }
     let tokens = task_tokens(group);
     let many = |n_tokens: usize, n_tasks: usize| {
         let queries = n_tokens * group;
-        let mut task = vec![queries * n, Sums::floats(queries, n)];
-        task.extend(wide_floats(shape, kinds, 1));
-        tasks(task, n_tasks)
+        let task = [queries * n, Sums::floats(queries, n)];
+        task.repeat(n_tasks.min(n_threads))
     };
     // The last tokens come first.
     let (whole, rest) = (positions.len() / tokens, positions.len() % tokens);
@@ -336,7 +283,8 @@ pub(in crate::backend) fn scratch(
     rest.into_iter().chain(whole).collect()
 }
 
-/// The kernel that works in tiles, if there is one for this step and this cache.
+/// The kernel that works in tiles, if there is one for this step and this cache: it rounds keys and values, which who
+/// asks for floats does not want.
 fn tiles(
     operations: &Operations,
     head_dim: usize,
@@ -344,7 +292,7 @@ fn tiles(
     step: Step,
 ) -> Option<Ready<AttendTokens>> {
     let fits = step == Step::Prefill
-        && read_as(kinds) == KvType::F16
+        && ![kinds.keys, kinds.values].contains(&KvType::F32)
         && head_dim.is_multiple_of(TILE_HEAD);
     operations.attend_tiles.filter(|_| fits)
 }
@@ -363,60 +311,20 @@ impl Attend<'_> {
         pages(self.shape, positions)
     }
 
-    /// Keys and values of a head in a page, as kernels read them; unspecified where a position is not in `seen`.
-    fn spans(&self, page: usize, kv_head: usize, seen: Range<usize>) -> [Span<'_>; 2] {
-        let in_page = |p: usize| p.saturating_sub(page * PAGE).min(PAGE);
-        // Whole tiles: a row in one that nobody sees weighs nothing, but it must be a number.
-        let seen = in_page(seen.start) / TILE_KEYS * TILE_KEYS..in_page(seen.end);
+    /// Keys and values of a head in a page.
+    fn rows(&self, page: usize, kv_head: usize) -> [Rows<'_>; 2] {
         let cache = self.cache;
-        let wanted = read_as(cache.kinds);
-        let pages = [
-            (cache.kinds.keys, &cache.keys),
-            (cache.kinds.values, &cache.values),
-        ];
-        pages.map(|(kind, pages)| {
+        let KvTypes { keys, values } = cache.kinds;
+        [(keys, &cache.keys), (values, &cache.values)].map(|(kind, pages)| {
             let bytes = kind.row_bytes(PAGE * cache.head_dim);
-            let rows = &pages[page][kv_head * bytes..][..bytes];
-            if kind == wanted {
-                return Span::Cached(rows);
-            }
-            let mut wide = self
-                .scratch
-                .take(wanted.row_bytes(PAGE * cache.head_dim) / size_of::<f32>());
-            self.widen(kind, rows, seen.clone(), wanted, &mut wide);
-            Span::Wide(wide)
+            Rows::new(kind, &pages[page][kv_head * bytes..][..bytes])
         })
-    }
-
-    /// Rows `seen` of a page as floats or half floats.
-    fn widen(&self, kind: KvType, rows: &[u8], seen: Range<usize>, to: KvType, wide: &mut [f32]) {
-        let n = self.cache.head_dim;
-        let row = kind.row_bytes(n);
-        let rows = &rows[seen.start * row..seen.end * row];
-        if to == KvType::F32 {
-            let wide = &mut wide[seen.start * n..seen.end * n];
-            return quant::dequantize(kind.dtype(), rows, wide);
-        }
-        let wide: &mut [u16] = bytemuck::cast_slice_mut(wide);
-        let wide = &mut wide[seen.start * n..seen.end * n];
-        let mut floats = self.scratch.take(WIDEN_ROWS * n);
-        let rows = rows.chunks(WIDEN_ROWS * row);
-        for (rows, wide) in rows.zip(wide.chunks_mut(WIDEN_ROWS * n)) {
-            let floats = &mut floats[..wide.len()];
-            quant::dequantize(kind.dtype(), rows, floats);
-            self.operations.to_f16.run(floats, wide);
-        }
     }
 
     /// Adds one page to the sums of queries `q`, of which the first is at `position` and each position has a group.
     fn add_page(&self, page: usize, kv_head: usize, q: &[f32], position: usize, sums: &mut Sums) {
         let n = self.shape.head_dim;
-        let kernel = match read_as(self.cache.kinds) {
-            KvType::F32 => self.operations.attend_f32,
-            _ => self.operations.attend_f16,
-        };
-        let seen = self.visible(position).start..position + sums.max.len().div_ceil(self.group());
-        let [k, v] = self.spans(page, kv_head, seen);
+        let [k, v] = self.rows(page, kv_head);
         for first in (0..sums.max.len()).step_by(MAX_QUERIES) {
             let queries = first..(first + MAX_QUERIES).min(sums.max.len());
             let mut visible = [(0, 0); MAX_QUERIES];
@@ -425,10 +333,10 @@ impl Attend<'_> {
                 let in_page = |p: usize| p.saturating_sub(page * PAGE).min(PAGE);
                 *visible = (in_page(sees.start), in_page(sees.end));
             }
-            kernel.run(&mut AttendSpan {
+            self.operations.attend.run(&mut AttendSpan {
                 q: &q[queries.start * n..queries.end * n],
-                k: k.bytes(),
-                v: v.bytes(),
+                k,
+                v,
                 head_dim: n,
                 decode: self.decode,
                 visible: &visible[..queries.len()],
@@ -544,10 +452,8 @@ impl Attend<'_> {
             let kv_head = tile.first_col / (group * n);
             let start = self.start + tile.first_row;
             let pages = self.pages(start..start + tile.out.n_tokens());
-            let seen = self.visible(start).start..start + tile.out.n_tokens();
-            let spans = pages.clone().map(|p| self.spans(p, kv_head, seen.clone()));
-            let spans: Vec<_> = spans.collect();
-            let bytes = |which: usize| spans.iter().map(move |span| span[which].bytes());
+            let rows = |page| self.rows(page, kv_head).into();
+            let (keys, values): (Vec<_>, Vec<_>) = pages.clone().map::<(_, _), _>(rows).unzip();
             kernel.run(&mut AttendBatch {
                 q: &q[tile.first_row * n_cols + tile.first_col..],
                 q_stride: n_cols,
@@ -558,8 +464,8 @@ impl Attend<'_> {
                 window: self.shape.window,
                 first: pages.start * PAGE,
                 page: PAGE,
-                keys: &bytes(0).collect::<Vec<_>>(),
-                values: &bytes(1).collect::<Vec<_>>(),
+                keys: &keys,
+                values: &values,
                 out: tile.out,
             });
         });

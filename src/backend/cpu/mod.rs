@@ -653,8 +653,8 @@ impl Backend for Cpu {
         let (kinds, positions) = (kv.kinds(), start..start + q.n_tokens);
         self.work += attention::work(attention, kinds, positions.clone());
         // Taken first what tasks will take, so that it is there whichever thread is faster, and a worker never meets missing
-        // memory. Tasks of one token take nothing unless they widen.
-        if self.step == Step::Prefill || kinds.is_quantized() {
+        // memory. Tasks of one token take nothing.
+        if self.step == Step::Prefill {
             let (operations, n_threads) = (&self.operations, self.pool.n_threads());
             for together in attention::scratch(
                 operations, attention, kinds, self.step, positions, n_threads,

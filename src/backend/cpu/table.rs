@@ -16,8 +16,8 @@ use super::scalar;
 use super::{amx, avx2, avx512vbmi, avx512vnni};
 #[cfg(target_arch = "aarch64")]
 use super::{neon, neon_dotprod};
-use crate::backend::Activation;
-use crate::quant::{self, DType};
+use crate::backend::{Activation, KvType};
+use crate::quant::{self, BlockQ4_0, BlockQ8_0, DType};
 
 /// What all rows of all tables have.
 pub trait Kernel: Sync + 'static {
@@ -380,6 +380,44 @@ pub struct ShortConvRows<'a> {
     pub out: &'a mut [f32],
 }
 
+/// Keys or values of one head, `(n_keys, head_dim)`, as they are cached.
+#[derive(Clone, Copy)]
+pub enum Rows<'a> {
+    /// Floats.
+    F32(&'a [f32]),
+    /// Half floats.
+    F16(&'a [u16]),
+    /// 8 bits.
+    Q8_0(&'a [BlockQ8_0]),
+    /// 4 bits.
+    Q4_0(&'a [BlockQ4_0]),
+}
+
+impl<'a> Rows<'a> {
+    /// Whole elements of `kind` in `bytes`.
+    ///
+    /// # Panics
+    /// If they are not whole or not aligned.
+    pub fn new(kind: KvType, bytes: &'a [u8]) -> Self {
+        match kind {
+            KvType::F32 => Rows::F32(bytemuck::cast_slice(bytes)),
+            KvType::F16 => Rows::F16(bytemuck::cast_slice(bytes)),
+            KvType::Q8_0 => Rows::Q8_0(bytemuck::cast_slice(bytes)),
+            KvType::Q4_0 => Rows::Q4_0(bytemuck::cast_slice(bytes)),
+        }
+    }
+
+    /// What [`Rows::new`] was given.
+    pub fn bytes(self) -> &'a [u8] {
+        match self {
+            Rows::F32(rows) => bytemuck::cast_slice(rows),
+            Rows::F16(rows) => bytemuck::cast_slice(rows),
+            Rows::Q8_0(rows) => bytemuck::cast_slice(rows),
+            Rows::Q4_0(rows) => bytemuck::cast_slice(rows),
+        }
+    }
+}
+
 /// Adds one span of keys to running softmax sums (streaming softmax: Milakov and Gimelshein, arXiv:1805.02867).
 ///
 /// All queries read the same key and value head. Query `i` sees keys `visible[i].0..visible[i].1` of the span.
@@ -387,11 +425,11 @@ pub struct ShortConvRows<'a> {
 pub struct AttendSpan<'a> {
     /// Queries, `(n_queries, head_dim)`, already scaled.
     pub q: &'a [f32],
-    /// Keys, `(n_keys, head_dim)` in the row's cache format.
-    pub k: &'a [u8],
-    /// Values, `(n_keys, head_dim)` in the row's cache format.
-    pub v: &'a [u8],
-    /// Elements of a head.
+    /// Keys.
+    pub k: Rows<'a>,
+    /// Values.
+    pub v: Rows<'a>,
+    /// Elements of a head, whole blocks of the types of `k` and `v`.
     pub head_dim: usize,
     /// Whether these are the queries of one decoded token, whose sums may run in another order than those of a prefill.
     /// In a prefill the result for a query must not depend on which others are beside it.
@@ -440,10 +478,10 @@ pub struct AttendBatch<'a> {
     pub first: usize,
     /// Keys in a page, a multiple of 64.
     pub page: usize,
-    /// Pages of keys, each `(page, head_dim)` half floats, up to the one of the last token.
-    pub keys: &'a [&'a [u8]],
+    /// Pages of keys, each `(page, head_dim)`, up to the one of the last token.
+    pub keys: &'a [Rows<'a>],
     /// Pages of values likewise.
-    pub values: &'a [&'a [u8]],
+    pub values: &'a [Rows<'a>],
     /// `(n_tokens, group * head_dim)`.
     pub out: OutCols<'a>,
 }
@@ -469,11 +507,9 @@ pub struct Operations {
     pub to_f16: Ready<ToF16>,
     /// Gated short convolution.
     pub short_conv: Ready<ShortConv>,
-    /// Attention over half floats.
-    pub attend_f16: Ready<Attend>,
-    /// Attention over floats.
-    pub attend_f32: Ready<Attend>,
-    /// Attention of a batch over half floats on a matrix unit.
+    /// Attention.
+    pub attend: Ready<Attend>,
+    /// Attention of a batch on a matrix unit.
     pub attend_tiles: Option<Ready<AttendTokens>>,
 }
 
@@ -493,8 +529,7 @@ impl Operations {
             add: best(ADD),
             to_f16: best(TO_F16),
             short_conv: best(SHORT_CONV),
-            attend_f16: best(ATTEND_F16),
-            attend_f32: best(ATTEND_F32),
+            attend: best(ATTEND),
             attend_tiles: Ready::best(ATTEND_TILES.iter()),
         }
     }
@@ -1004,34 +1039,22 @@ rows! {
     }
 }
 rows! {
-    /// Attention over half floats.
-    ATTEND_F16: Attend {
+    /// Attention over keys and values of any type.
+    ATTEND: Attend {
         #[cfg(target_arch = "x86_64")]
-        "attend_f16_avx512vnni", Avx512Vnni, avx512vnni::attend::f16;
+        "attend_avx512vnni", Avx512Vnni, avx512vnni::attend::attend;
         #[cfg(target_arch = "x86_64")]
-        "attend_f16_avx2", Avx2, avx2::attend::f16;
+        "attend_avx2", Avx2, avx2::attend::attend;
         #[cfg(target_arch = "aarch64")]
-        "attend_f16_neon", Neon, neon::attend::f16;
-        "attend_f16_scalar", Scalar, scalar::attend::f16;
+        "attend_neon", Neon, neon::attend::attend;
+        "attend_scalar", Scalar, scalar::attend::attend;
     }
 }
 rows! {
-    /// Attention over floats.
-    ATTEND_F32: Attend {
-        #[cfg(target_arch = "x86_64")]
-        "attend_f32_avx512vnni", Avx512Vnni, avx512vnni::attend::f32;
-        #[cfg(target_arch = "x86_64")]
-        "attend_f32_avx2", Avx2, avx2::attend::f32;
-        #[cfg(target_arch = "aarch64")]
-        "attend_f32_neon", Neon, neon::attend::f32;
-        "attend_f32_scalar", Scalar, scalar::attend::f32;
-    }
-}
-rows! {
-    /// Attention of a batch over half floats on a matrix unit, heads of a multiple of 64.
+    /// Attention of a batch on a matrix unit, heads of a multiple of 64.
     ATTEND_TILES: AttendTokens {
         #[cfg(target_arch = "x86_64")]
-        "attend_f16_bf16_amx", Amx, amx::attend::f16;
+        "attend_bf16_amx", Amx, amx::attend::attend;
     }
 }
 rows! {

@@ -10,7 +10,8 @@ use std::ops::Range;
 
 use super::{Tiles, load, store, to_bf16, transpose};
 use crate::backend::cpu::acts::Tile;
-use crate::backend::cpu::table::AttendBatch;
+use crate::backend::cpu::avx512vnni::floats;
+use crate::backend::cpu::table::{AttendBatch, Rows};
 
 /// Queries in the lanes of a tile.
 const LANES: usize = 16;
@@ -52,7 +53,7 @@ thread_local! {
 
 /// See [`AttendBatch`].
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
-pub(crate) fn f16(batch: &mut AttendBatch) {
+pub(crate) fn attend(batch: &mut AttendBatch) {
     let n = batch.head_dim;
     let n_tokens = batch.out.n_tokens();
     let page = batch.page;
@@ -76,9 +77,8 @@ pub(crate) fn f16(batch: &mut AttendBatch) {
         for (i, (keys, values)) in batch.keys.iter().zip(batch.values).enumerate() {
             let first = batch.first + i * page;
             let n_keys = page.min(end - first);
-            pack_keys(bytemuck::cast_slice(keys), n, n_keys, &mut space.keys);
-            let values = bytemuck::cast_slice(values);
-            pack_values(values, n, n_keys, page, &mut space.values);
+            pack_keys(*keys, n, n_keys, &mut space.keys);
+            pack_values(*values, n, n_keys, page, &mut space.values);
             for column in 0..columns {
                 let position = batch.start + column % blocks * LANES;
                 add_page(&tiles, space, batch, column, position, first);
@@ -265,17 +265,17 @@ fn pairs(a: __m512, b: __m512) -> __m512i {
     _mm512_permutexvar_epi16(load(&ORDER), to_bf16(a, b))
 }
 
-/// Sixteen half floats.
+/// Sixteen elements from `at`, a multiple of that.
 #[inline]
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
-fn widen(row: &[u16], at: usize) -> __m512 {
-    let x: &[u16; 32] = row[at / 32 * 32..].first_chunk().expect("whole tiles");
-    let x = load(x);
-    _mm512_cvtph_ps(if at.is_multiple_of(32) {
-        _mm512_castsi512_si256(x)
-    } else {
-        _mm512_extracti64x4_epi64::<1>(x)
-    })
+fn widen(rows: Rows, at: usize) -> __m512 {
+    let (block, i) = (at / LEN, at % LEN / 16);
+    match rows {
+        Rows::F32(rows) => floats::load(&rows.as_chunks().0[at / 16]),
+        Rows::F16(rows) => floats::load_f16(&rows.as_chunks().0[at / 16]),
+        Rows::Q8_0(rows) => floats::load_q8_0(&rows[block], i),
+        Rows::Q4_0(rows) => floats::load_q4_0(&rows[block], i),
+    }
 }
 
 /// Queries times scale and log2(e), so that weights are powers of two.
@@ -308,10 +308,11 @@ fn pack_queries(batch: &AttendBatch, n_tokens: usize, tiles: &mut [Tile]) {
 /// Keys `(n_keys, n)`; what lies beyond them is left as it is, and masked.
 #[inline]
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
-fn pack_keys(keys: &[u16], n: usize, n_keys: usize, tiles: &mut [[Tile; 4]]) {
-    for (key, row) in keys.chunks_exact(n).take(n_keys).enumerate() {
+fn pack_keys(keys: Rows, n: usize, n_keys: usize, tiles: &mut [[Tile; 4]]) {
+    for key in 0..n_keys {
         for k in 0..n / LEN {
-            let line = to_bf16(widen(row, k * LEN), widen(row, k * LEN + 16));
+            let at = key * n + k * LEN;
+            let line = to_bf16(widen(keys, at), widen(keys, at + 16));
             let tile = &mut tiles[key / KEYS * (n / LEN) + k][key % KEYS / 16];
             store(line, &mut tile.0[key % 16]);
         }
@@ -321,7 +322,7 @@ fn pack_keys(keys: &[u16], n: usize, n_keys: usize, tiles: &mut [[Tile; 4]]) {
 /// Values `(n_keys, n)`, zeros beyond them up to a whole tile: their weights are 0, but 0 times no number is none.
 #[inline]
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
-fn pack_values(values: &[u16], n: usize, n_keys: usize, page: usize, tiles: &mut [[Tile; 4]]) {
+fn pack_values(values: Rows, n: usize, n_keys: usize, page: usize, tiles: &mut [[Tile; 4]]) {
     for k in 0..n_keys.div_ceil(PAIRED) {
         for at in (0..n).step_by(16) {
             let mut rows = [_mm512_setzero_si512(); 16];
@@ -330,7 +331,7 @@ fn pack_values(values: &[u16], n: usize, n_keys: usize, page: usize, tiles: &mut
                 let mut pair = [_mm512_setzero_ps(); 2];
                 for (j, value) in pair.iter_mut().enumerate() {
                     if key + j < n_keys {
-                        *value = widen(&values[(key + j) * n..][..n], at);
+                        *value = widen(values, (key + j) * n + at);
                     }
                 }
                 rows[i] = pairs(pair[0], pair[1]);

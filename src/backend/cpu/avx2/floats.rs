@@ -3,6 +3,8 @@
 
 use std::arch::x86_64::*;
 
+use crate::quant::{BlockQ4_0, BlockQ8_0};
+
 /// A vector.
 pub(super) type V = __m256;
 
@@ -25,6 +27,22 @@ crate::backend::cpu::x86::floats::operations! { "avx2,fma,f16c":
         let halves = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x);
         // SAFETY: writes the 16 bytes of an exclusively borrowed array; no alignment is asked.
         unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), halves) }
+    };
+    /// The vector `i` of the four of a block.
+    fn load_q8_0(block: &BlockQ8_0, i: usize) -> V = {
+        let q = bytemuck::cast_ref::<_, [[u8; 8]; 4]>(&block.qs)[i];
+        let q = _mm_cvtsi64_si128(i64::from_le_bytes(q));
+        mul(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q)), super::splat_half(block.d))
+    };
+    /// The vector `i` of the four of a block: the first two are low nibbles.
+    fn load_q4_0(block: &BlockQ4_0, i: usize) -> V = {
+        let q = bytemuck::cast_ref::<_, [[u8; 8]; 2]>(&block.qs)[i % 2];
+        let q = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(i64::from_le_bytes(q)));
+        let q = _mm256_srlv_epi32(q, _mm256_set1_epi32(4 * (i / 2) as i32));
+        let q = _mm256_cvtepi32_ps(_mm256_and_si256(q, _mm256_set1_epi32(15)));
+        // Exact: a scale has 11 bits.
+        let d = super::splat_half(block.d);
+        fma(q, d, mul(d, splat(-8.0)))
     };
     /// Whole numbers to bytes.
     fn store_i8(x: V, out: &mut [i8; 8]) = {

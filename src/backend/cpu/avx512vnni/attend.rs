@@ -4,19 +4,7 @@ use std::ops::Range;
 
 use super::floats as v;
 use crate::backend::cpu::avx2::attend as below;
-use crate::backend::cpu::table::AttendSpan;
-use crate::backend::cpu::x86::attend::Rows;
+use crate::backend::cpu::table::{AttendSpan, Rows};
 
-crate::backend::cpu::x86::attend_few::attend_few!(
-    "avx512bw,avx512dq,avx512vl,avx512vnni",
-    few_f16,
-    u16,
-    v::load_f16
-);
-crate::backend::cpu::x86::attend_few::attend_few!(
-    "avx512bw,avx512dq,avx512vl,avx512vnni",
-    few_f32,
-    f32,
-    v::load
-);
+crate::backend::cpu::x86::attend_few::attend_few!("avx512bw,avx512dq,avx512vl,avx512vnni");
 crate::backend::cpu::x86::attend::attend!("avx512bw,avx512dq,avx512vl,avx512vnni", below);

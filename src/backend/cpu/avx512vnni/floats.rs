@@ -4,6 +4,7 @@
 use std::arch::x86_64::*;
 
 use super::load as load_bits;
+use crate::quant::{BlockQ4_0, BlockQ8_0};
 
 /// A vector.
 pub(in crate::backend::cpu) type V = __m512;
@@ -26,6 +27,22 @@ crate::backend::cpu::x86::floats::operations! { "avx512bw,avx512dq,avx512vl,avx5
         let halves = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x);
         // SAFETY: writes the 32 bytes of an exclusively borrowed array; no alignment is asked.
         unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), halves) }
+    };
+    /// The vector `i` of the two of a block.
+    fn load_q8_0(block: &BlockQ8_0, i: usize) -> V = {
+        let q = &bytemuck::cast_ref::<_, [[i8; 16]; 2]>(&block.qs)[i];
+        let q = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(super::load128(q)));
+        mul(q, _mm512_cvtph_ps(_mm256_set1_epi16(block.d as i16)))
+    };
+    /// The vector `i` of the two of a block: all weights that it can have, looked up by the low four bits of an index.
+    fn load_q4_0(block: &BlockQ4_0, i: usize) -> V = {
+        const WEIGHTS: [f32; 16] = [
+            -8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0,
+        ];
+        let weights = mul(load(&WEIGHTS), _mm512_cvtph_ps(_mm256_set1_epi16(block.d as i16)));
+        let q = _mm512_cvtepu8_epi32(super::load128(&block.qs));
+        let q = _mm512_srlv_epi32(q, _mm512_set1_epi32(4 * i as i32));
+        _mm512_permutexvar_ps(q, weights)
     };
     /// Whole numbers to bytes.
     fn store_i8(x: V, out: &mut [i8; 16]) = {

@@ -1,40 +1,44 @@
 //! Attention over one span of keys with running softmax sums.
 
-use bytemuck::Pod;
+use crate::backend::cpu::table::{AttendSpan, Rows};
+use crate::quant::{Block, BlockF16, BlockF32};
 
-use crate::backend::cpu::table::AttendSpan;
-use crate::quant::f16_to_f32;
-
-/// An element of the cache.
-trait Cached: Pod {
-    /// As a float.
-    fn to_f32(self) -> f32;
-}
-
-impl Cached for f32 {
-    #[inline(always)]
-    fn to_f32(self) -> f32 {
-        self
-    }
-}
-
-impl Cached for u16 {
-    #[inline(always)]
-    fn to_f32(self) -> f32 {
-        f16_to_f32(self)
-    }
-}
+/// The longest block of a cache type.
+const LEN: usize = 32;
 
 /// See [`AttendSpan`].
-fn attend<T: Cached>(span: &mut AttendSpan) {
+pub(crate) fn attend(span: &mut AttendSpan) {
+    match span.k {
+        Rows::F32(k) => to_keys(bytemuck::cast_slice::<_, BlockF32>(k), span),
+        Rows::F16(k) => to_keys(bytemuck::cast_slice::<_, BlockF16>(k), span),
+        Rows::Q8_0(k) => to_keys(k, span),
+        Rows::Q4_0(k) => to_keys(k, span),
+    }
+}
+
+fn to_keys<K: Block>(k: &[K], span: &mut AttendSpan) {
+    match span.v {
+        Rows::F32(v) => to_both(k, bytemuck::cast_slice::<_, BlockF32>(v), span),
+        Rows::F16(v) => to_both(k, bytemuck::cast_slice::<_, BlockF16>(v), span),
+        Rows::Q8_0(v) => to_both(k, v, span),
+        Rows::Q4_0(v) => to_both(k, v, span),
+    }
+}
+
+fn to_both<K: Block, V: Block>(k: &[K], v: &[V], span: &mut AttendSpan) {
     let n = span.head_dim;
-    let (k, v): (&[T], &[T]) = (bytemuck::cast_slice(span.k), bytemuck::cast_slice(span.v));
+    let mut floats = [0.0; LEN];
     for (i, q) in span.q.chunks_exact(n).enumerate() {
         let out = &mut span.out[i * n..][..n];
         let (mut max, mut sum) = (span.max[i], span.sum[i]);
         for key in span.visible[i].0..span.visible[i].1 {
-            let row = &k[key * n..][..n];
-            let score: f32 = q.iter().zip(row).map(|(q, k)| q * k.to_f32()).sum();
+            let row = &k[key * (n / K::LEN)..][..n / K::LEN];
+            let mut score = 0.0;
+            for (q, block) in q.chunks_exact(K::LEN).zip(row) {
+                let k = &mut floats[..K::LEN];
+                block.dequantize(k);
+                q.iter().zip(k).for_each(|(q, k)| score += q * *k);
+            }
             if score > max {
                 let shrink = (max - score).exp();
                 sum *= shrink;
@@ -43,21 +47,13 @@ fn attend<T: Cached>(span: &mut AttendSpan) {
             }
             let weight = (score - max).exp();
             sum += weight;
-            let row = &v[key * n..][..n];
-            out.iter_mut()
-                .zip(row)
-                .for_each(|(o, v)| *o += weight * v.to_f32());
+            let row = &v[key * (n / V::LEN)..][..n / V::LEN];
+            for (out, block) in out.chunks_exact_mut(V::LEN).zip(row) {
+                let v = &mut floats[..V::LEN];
+                block.dequantize(v);
+                out.iter_mut().zip(v).for_each(|(o, v)| *o += weight * *v);
+            }
         }
         (span.max[i], span.sum[i]) = (max, sum);
     }
-}
-
-/// Over half floats.
-pub(crate) fn f16(span: &mut AttendSpan) {
-    attend::<u16>(span);
-}
-
-/// Over floats.
-pub(crate) fn f32(span: &mut AttendSpan) {
-    attend::<f32>(span);
 }

@@ -1,13 +1,6 @@
 //! Attention over a level's vectors.
 
-/// Keys or values of one head, `(n_keys, head_dim)`.
-#[derive(Clone, Copy)]
-pub(in crate::backend::cpu) enum Rows<'a> {
-    F16(&'a [u16]),
-    F32(&'a [f32]),
-}
-
-/// Defines the attention kernels of a level.
+/// Defines the attention kernel of a level.
 ///
 /// Keys are taken in tiles, widened to floats once for all queries. The scores of a query with [`LANES`](v::LANES) keys
 /// are that many sums along the head, folded into one vector; sums and weighted values are rescaled once a tile.
@@ -29,49 +22,24 @@ macro_rules! attend {
         /// A tile of keys or values: heads of at most `C` vectors, zeros behind them.
         type Tile<const C: usize> = [[[f32; v::LANES]; C]; KEYS];
 
-        /// Over half floats, see [`AttendSpan`].
+        /// See [`AttendSpan`].
         #[target_feature(enable = $features)]
-        pub(crate) fn f16(span: &mut AttendSpan) {
+        pub(crate) fn attend(span: &mut AttendSpan) {
             match span.head_dim {
-                64 if few(span) => return few_f16::attend::<{ 64 / v::LANES }>(span),
-                128 if few(span) => return few_f16::attend::<{ 128 / v::LANES }>(span),
-                256 if few(span) => return few_f16::attend::<{ 256 / v::LANES }>(span),
-                _ => {}
-            }
-            let (keys, values) = (bytemuck::cast_slice(span.k), bytemuck::cast_slice(span.v));
-            let (keys, values) = (Rows::F16(keys), Rows::F16(values));
-            match span.head_dim {
-                n if !n.is_multiple_of(v::LANES) => $below::f16(span),
-                ..=64 => attend::<{ 64 / v::LANES }>(span, keys, values),
-                65..=128 => attend::<{ 128 / v::LANES }>(span, keys, values),
-                129..=256 => attend::<{ 256 / v::LANES }>(span, keys, values),
-                _ => $below::f16(span),
-            }
-        }
-
-        /// Over floats, see [`AttendSpan`].
-        #[target_feature(enable = $features)]
-        pub(crate) fn f32(span: &mut AttendSpan) {
-            match span.head_dim {
-                64 if few(span) => return few_f32::attend::<{ 64 / v::LANES }>(span),
-                128 if few(span) => return few_f32::attend::<{ 128 / v::LANES }>(span),
-                256 if few(span) => return few_f32::attend::<{ 256 / v::LANES }>(span),
-                _ => {}
-            }
-            let (keys, values) = (bytemuck::cast_slice(span.k), bytemuck::cast_slice(span.v));
-            let (keys, values) = (Rows::F32(keys), Rows::F32(values));
-            match span.head_dim {
-                n if !n.is_multiple_of(v::LANES) => $below::f32(span),
-                ..=64 => attend::<{ 64 / v::LANES }>(span, keys, values),
-                65..=128 => attend::<{ 128 / v::LANES }>(span, keys, values),
-                129..=256 => attend::<{ 256 / v::LANES }>(span, keys, values),
-                _ => $below::f32(span),
+                64 if few(span) => few::attend::<{ 64 / few::LEN }>(span),
+                128 if few(span) => few::attend::<{ 128 / few::LEN }>(span),
+                256 if few(span) => few::attend::<{ 256 / few::LEN }>(span),
+                n if !n.is_multiple_of(v::LANES) => $below::attend(span),
+                ..=64 => in_tiles::<{ 64 / v::LANES }>(span),
+                65..=128 => in_tiles::<{ 128 / v::LANES }>(span),
+                129..=256 => in_tiles::<{ 256 / v::LANES }>(span),
+                _ => $below::attend(span),
             }
         }
 
         #[inline]
         #[target_feature(enable = $features)]
-        fn attend<const C: usize>(span: &mut AttendSpan, keys: Rows, values: Rows) {
+        fn in_tiles<const C: usize>(span: &mut AttendSpan) {
             let n = span.head_dim;
             let n_queries = span.visible.len();
             assert!(n <= C * v::LANES && n.is_multiple_of(v::LANES));
@@ -85,8 +53,8 @@ macro_rules! attend {
             let mut start = seen.start / KEYS * KEYS;
             while start < seen.end {
                 let end = seen.end.min(start + KEYS);
-                widen(keys, n, start..end, &mut key_tile);
-                widen(values, n, start..end, &mut value_tile);
+                widen(span.k, n, start..end, &mut key_tile);
+                widen(span.v, n, start..end, &mut value_tile);
                 let mut first = 0;
                 while first < n_queries {
                     let queries = first..(first + QUERIES).min(n_queries);
@@ -146,8 +114,17 @@ macro_rules! attend {
         #[inline]
         #[target_feature(enable = $features)]
         fn widen<const C: usize>(rows: Rows, n: usize, keys: Range<usize>, tile: &mut Tile<C>) {
+            const IN_BLOCK: usize = 32 / v::LANES;
             let elements = keys.start * n..keys.end * n;
+            let blocks = keys.start * (n / 32)..keys.end * (n / 32);
             match rows {
+                Rows::F32(rows) => {
+                    for (row, wide) in rows[elements].chunks_exact(n).zip(tile) {
+                        for (x, wide) in row.as_chunks::<{ v::LANES }>().0.iter().zip(wide) {
+                            *wide = *x;
+                        }
+                    }
+                }
                 Rows::F16(rows) => {
                     for (row, wide) in rows[elements].chunks_exact(n).zip(tile) {
                         for (x, wide) in row.as_chunks::<{ v::LANES }>().0.iter().zip(wide) {
@@ -155,10 +132,21 @@ macro_rules! attend {
                         }
                     }
                 }
-                Rows::F32(rows) => {
-                    for (row, wide) in rows[elements].chunks_exact(n).zip(tile) {
-                        for (x, wide) in row.as_chunks::<{ v::LANES }>().0.iter().zip(wide) {
-                            *wide = *x;
+                Rows::Q8_0(rows) => {
+                    for (row, wide) in rows[blocks].chunks_exact(n / 32).zip(tile) {
+                        for (block, wide) in row.iter().zip(wide.as_chunks_mut::<IN_BLOCK>().0) {
+                            for i in 0..IN_BLOCK {
+                                v::store(v::load_q8_0(block, i), &mut wide[i]);
+                            }
+                        }
+                    }
+                }
+                Rows::Q4_0(rows) => {
+                    for (row, wide) in rows[blocks].chunks_exact(n / 32).zip(tile) {
+                        for (block, wide) in row.iter().zip(wide.as_chunks_mut::<IN_BLOCK>().0) {
+                            for i in 0..IN_BLOCK {
+                                v::store(v::load_q4_0(block, i), &mut wide[i]);
+                            }
                         }
                     }
                 }

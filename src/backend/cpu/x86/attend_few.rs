@@ -1,43 +1,51 @@
 //! Attention of a few queries that see the same keys, as in decode, over a level's vectors.
 
-/// Defines such an attention over keys and values of `$element`, which `$load` widens.
+/// Defines such an attention, `few`.
 ///
 /// With few queries there is nothing to gain from widened tiles: keys and values are widened in registers. The scores
 /// of a whole block of keys come before their softmax, whose long chain of dependent steps is then walked once a block
 /// and not once a tile; and sums of weighted values stay in registers through the block.
 macro_rules! attend_few {
-    ($features:literal, $name:ident, $element:ty, $load:path) => {
-        pub(super) mod $name {
+    ($features:literal) => {
+        $crate::backend::cpu::x86::attend_few::attend_few! { $features:
+            F32, f32_rows, [[f32; v::LANES]; IN_BLOCK], |block, i| v::load(&block[i]);
+            F16, f16_rows, [[u16; v::LANES]; IN_BLOCK], |block, i| v::load_f16(&block[i]);
+            Q8_0, q8_0_rows, crate::quant::BlockQ8_0, |block, i| v::load_q8_0(block, i);
+            Q4_0, q4_0_rows, crate::quant::BlockQ4_0, |block, i| v::load_q4_0(block, i);
+        }
+    };
+    ($features:literal: $($rows:ident, $name:ident, $block:ty, |$at:ident, $i:ident| $load:expr;)*) => {
+        mod few {
             use super::v;
-            use crate::backend::cpu::table::AttendSpan;
-            use crate::backend::cpu::x86::prefetch;
+            use crate::backend::cpu::table::{AttendSpan, Rows};
+
+            /// Elements of a head that are taken together: a block of the quantized types.
+            pub(super) const LEN: usize = 32;
+
+            /// Vectors of so many.
+            const IN_BLOCK: usize = LEN / v::LANES;
 
             /// Keys whose scores are held at a time.
-            const BLOCK: usize = 256;
+            const KEYS: usize = 256;
 
-            /// Keys or values, heads of `C` vectors.
-            type Rows<'a, const C: usize> = &'a [[[$element; v::LANES]; C]];
+            /// Queries, or their sums: heads of `H` blocks.
+            type Heads<const H: usize, const Q: usize> = [[[[f32; v::LANES]; IN_BLOCK]; H]; Q];
 
             /// Queries that share a pass over keys and values, and their sums.
-            struct Group<'a, const C: usize, const Q: usize> {
-                q: &'a [[[f32; v::LANES]; C]; Q],
+            struct Group<'a, const H: usize, const Q: usize> {
+                q: &'a Heads<H, Q>,
                 max: &'a mut [f32; Q],
                 sum: &'a mut [f32; Q],
-                out: &'a mut [[[f32; v::LANES]; C]; Q],
+                out: &'a mut Heads<H, Q>,
             }
 
             /// See [`AttendSpan`]; all queries see what the first does.
             #[target_feature(enable = $features)]
-            pub(in super::super) fn attend<const C: usize>(span: &mut AttendSpan) {
-                let rows = |bytes| {
-                    let elements: &[$element] = bytemuck::cast_slice(bytes);
-                    elements.as_chunks::<{ v::LANES }>().0.as_chunks::<C>().0
-                };
-                let (start, end) = span.visible[0];
-                let (keys, values) = (&rows(span.k)[..end], &rows(span.v)[..end]);
-                let mut q = span.q.as_chunks::<{ v::LANES }>().0.as_chunks::<C>().0;
+            pub(super) fn attend<const H: usize>(span: &mut AttendSpan) {
+                let q = span.q.as_chunks::<{ v::LANES }>().0;
+                let mut q = q.as_chunks::<IN_BLOCK>().0.as_chunks::<H>().0;
                 let out = span.out.as_chunks_mut::<{ v::LANES }>().0;
-                let mut out = out.as_chunks_mut::<C>().0;
+                let mut out = out.as_chunks_mut::<IN_BLOCK>().0.as_chunks_mut::<H>().0;
                 let (mut max, mut sum) = (&mut *span.max, &mut *span.sum);
                 macro_rules! take {
                     ($n:literal) => {{
@@ -49,20 +57,19 @@ macro_rules! attend_few {
                         (group_out, out) = out.split_first_chunk_mut::<$n>().expect("one a query");
                         (group_max, max) = max.split_first_chunk_mut::<$n>().expect("one a query");
                         (group_sum, sum) = sum.split_first_chunk_mut::<$n>().expect("one a query");
-                        add_keys::<C, $n>(
+                        add_keys::<H, $n>(
                             Group {
                                 q: group,
                                 max: group_max,
                                 sum: group_sum,
                                 out: group_out,
                             },
-                            keys,
-                            values,
-                            start,
+                            (span.k, span.v),
+                            span.visible[0],
                         );
                     }};
                 }
-                while start < end && !q.is_empty() {
+                while !q.is_empty() {
                     match q.len() {
                         1 => take!(1),
                         2 => take!(2),
@@ -74,71 +81,37 @@ macro_rules! attend_few {
 
             #[inline]
             #[target_feature(enable = $features)]
-            fn add_keys<const C: usize, const Q: usize>(
-                group: Group<C, Q>,
-                keys: Rows<C>,
-                values: Rows<C>,
-                start: usize,
+            fn add_keys<const H: usize, const Q: usize>(
+                group: Group<H, Q>,
+                (keys, values): (Rows, Rows),
+                (mut first, n_keys): (usize, usize),
             ) {
-                let n_keys = keys.len().min(values.len());
-                let mut weights = [[0.0f32; BLOCK]; Q];
-                let mut first = start;
+                let mut weights = [[0.0f32; KEYS]; Q];
                 while first < n_keys {
-                    let end = n_keys.min(first + BLOCK);
-                    scores(group.q, &keys[..end], values, first, &mut weights);
+                    let end = n_keys.min(first + KEYS);
+                    match keys {
+                        $(Rows::$rows(keys) => {
+                            $name::scores(group.q, keys, values.bytes(), first..end, &mut weights)
+                        })*
+                    }
                     let mut shrink = [0.0; Q];
                     for r in 0..Q {
                         let (max, sum) = (&mut group.max[r], &mut group.sum[r]);
                         shrink[r] = softmax(&mut weights[r], end - first, max, sum);
                     }
-                    add_values(&weights, shrink, &values[first..end], group.out);
+                    match values {
+                        $(Rows::$rows(values) => {
+                            $name::add_values(&weights, shrink, values, first..end, group.out)
+                        })*
+                    }
                     first = end;
-                }
-            }
-
-            /// The products of each query with the keys from `first`; those beyond the last key repeat its product.
-            #[inline]
-            #[target_feature(enable = $features)]
-            fn scores<const C: usize, const Q: usize>(
-                q: &[[[f32; v::LANES]; C]; Q],
-                keys: Rows<C>,
-                values: Rows<C>,
-                first: usize,
-                out: &mut [[f32; BLOCK]; Q],
-            ) {
-                for g in 0..(keys.len() - first)
-                    .div_ceil(v::LANES)
-                    .min(BLOCK / v::LANES)
-                {
-                    let mut sums = [[v::splat(0.0); v::LANES]; Q];
-                    for j in 0..v::LANES {
-                        let at = (first + g * v::LANES + j).min(keys.len() - 1);
-                        let key = &keys[at];
-                        for line in 0..size_of_val(key) / 64 {
-                            prefetch(&values[at], 64 * line);
-                        }
-                        let mut sum = [v::splat(0.0); Q];
-                        for i in 0..C {
-                            let key = $load(&key[i]);
-                            for r in 0..Q {
-                                sum[r] = v::fma(key, v::load(&q[r][i]), sum[r]);
-                            }
-                        }
-                        for r in 0..Q {
-                            sums[r][j] = sum[r];
-                        }
-                    }
-                    for r in 0..Q {
-                        let out = &mut out[r].as_chunks_mut::<{ v::LANES }>().0[g];
-                        v::store(v::fold(sums[r]), out);
-                    }
                 }
             }
 
             /// The first `n` scores to weights. Returns the factor that what was summed before must take.
             #[inline]
             #[target_feature(enable = $features)]
-            fn softmax(scores: &mut [f32; BLOCK], n: usize, max: &mut f32, sum: &mut f32) -> f32 {
+            fn softmax(scores: &mut [f32; KEYS], n: usize, max: &mut f32, sum: &mut f32) -> f32 {
                 let groups = scores.as_chunks_mut::<{ v::LANES }>().0;
                 let groups = &mut groups[..n.div_ceil(v::LANES)];
                 let mut top = v::splat(f32::NEG_INFINITY);
@@ -165,44 +138,106 @@ macro_rules! attend_few {
                 shrink
             }
 
-            /// `out = out * shrink + weights * values` for each query.
-            #[inline]
-            #[target_feature(enable = $features)]
-            fn add_values<const C: usize, const Q: usize>(
-                weights: &[[f32; BLOCK]; Q],
-                shrink: [f32; Q],
-                values: Rows<C>,
-                out: &mut [[[f32; v::LANES]; C]; Q],
-            ) {
-                const W: usize = v::WIDTH;
-                for at in (0..C).step_by(W) {
-                    let mut sums = [[v::splat(0.0); W]; Q];
-                    for r in 0..Q {
-                        for w in 0..W {
-                            let old = v::load(&out[r][at + w]);
-                            sums[r][w] = v::mul(old, v::splat(shrink[r]));
-                        }
-                    }
-                    for key in 0..values.len().min(BLOCK) {
-                        let row = &values[key];
-                        let mut value = [v::splat(0.0); W];
-                        for w in 0..W {
-                            value[w] = $load(&row[at + w]);
-                        }
-                        for r in 0..Q {
-                            let weight = v::splat(weights[r][key]);
-                            for w in 0..W {
-                                sums[r][w] = v::fma(weight, value[w], sums[r][w]);
+            $(mod $name {
+                use std::ops::Range;
+
+                use super::{Heads, IN_BLOCK, KEYS, v};
+                use crate::backend::cpu::x86::prefetch;
+
+                type Block = $block;
+
+                /// A vector of a block.
+                #[inline]
+                #[target_feature(enable = $features)]
+                fn load($at: &Block, $i: usize) -> v::V {
+                    $load
+                }
+
+                /// The products of each query with `keys`; those beyond the last key repeat its product.
+                #[inline]
+                #[target_feature(enable = $features)]
+                pub(super) fn scores<const H: usize, const Q: usize>(
+                    q: &Heads<H, Q>,
+                    rows: &[impl bytemuck::Pod],
+                    values: &[u8],
+                    keys: Range<usize>,
+                    out: &mut [[f32; KEYS]; Q],
+                ) {
+                    let rows = bytemuck::cast_slice::<_, Block>(rows).as_chunks::<H>().0;
+                    // Values are asked for while keys are multiplied.
+                    let value_bytes = values.len() / rows.len();
+                    let rows = &rows[..keys.end];
+                    for g in 0..keys.len().div_ceil(v::LANES).min(KEYS / v::LANES) {
+                        let mut sums = [[v::splat(0.0); v::LANES]; Q];
+                        for j in 0..v::LANES {
+                            let at = (keys.start + g * v::LANES + j).min(rows.len() - 1);
+                            for bytes in (0..value_bytes).step_by(64) {
+                                prefetch(&values[at * value_bytes], bytes);
+                            }
+                            let key = &rows[at];
+                            let mut sum = [v::splat(0.0); Q];
+                            for h in 0..H {
+                                for i in 0..IN_BLOCK {
+                                    let key = load(&key[h], i);
+                                    for r in 0..Q {
+                                        sum[r] = v::fma(key, v::load(&q[r][h][i]), sum[r]);
+                                    }
+                                }
+                            }
+                            for r in 0..Q {
+                                sums[r][j] = sum[r];
                             }
                         }
-                    }
-                    for r in 0..Q {
-                        for w in 0..W {
-                            v::store(sums[r][w], &mut out[r][at + w]);
+                        for r in 0..Q {
+                            let out = &mut out[r].as_chunks_mut::<{ v::LANES }>().0[g];
+                            v::store(v::fold(sums[r]), out);
                         }
                     }
                 }
-            }
+
+                /// `out = out * shrink + weights * values` for each query.
+                #[inline]
+                #[target_feature(enable = $features)]
+                pub(super) fn add_values<const H: usize, const Q: usize>(
+                    weights: &[[f32; KEYS]; Q],
+                    shrink: [f32; Q],
+                    rows: &[impl bytemuck::Pod],
+                    keys: Range<usize>,
+                    out: &mut Heads<H, Q>,
+                ) {
+                    const W: usize = v::WIDTH;
+                    let rows = bytemuck::cast_slice::<_, Block>(rows).as_chunks::<H>().0;
+                    let rows = &rows[keys];
+                    for at in (0..H * IN_BLOCK).step_by(W) {
+                        let mut sums = [[v::splat(0.0); W]; Q];
+                        for r in 0..Q {
+                            let out = out[r].as_flattened();
+                            for w in 0..W {
+                                sums[r][w] = v::mul(v::load(&out[at + w]), v::splat(shrink[r]));
+                            }
+                        }
+                        for key in 0..rows.len().min(KEYS) {
+                            let row = &rows[key];
+                            let mut value = [v::splat(0.0); W];
+                            for w in 0..W {
+                                value[w] = load(&row[(at + w) / IN_BLOCK], (at + w) % IN_BLOCK);
+                            }
+                            for r in 0..Q {
+                                let weight = v::splat(weights[r][key]);
+                                for w in 0..W {
+                                    sums[r][w] = v::fma(weight, value[w], sums[r][w]);
+                                }
+                            }
+                        }
+                        for r in 0..Q {
+                            let out = out[r].as_flattened_mut();
+                            for w in 0..W {
+                                v::store(sums[r][w], &mut out[at + w]);
+                            }
+                        }
+                    }
+                }
+            })*
         }
     };
 }

@@ -4,16 +4,17 @@
 //! the largest cache holds, and each call takes the next copy, as each layer of a model has weights of its own. The
 //! other kernels run on each thread for itself, with memory that stays in a cache.
 
+use std::fmt::Write;
 use std::hint::black_box;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use bytemuck::Zeroable;
-use kinglet::backend::Activation;
 use kinglet::backend::cpu::acts::{Acts, BF16_LEN, BF16_TOKENS, Q8Row, Q8RowMut, Tile};
 use kinglet::backend::cpu::isa::Isa;
 use kinglet::backend::cpu::pool::{OutCols, Output, Pool};
 use kinglet::backend::cpu::table::{self, *};
+use kinglet::backend::{Activation, KvType, KvTypes};
 use kinglet::profile::machine;
 use kinglet::profile::roofline::{Rate, Resource};
 use kinglet::quant::{self, DType};
@@ -52,6 +53,8 @@ struct Case {
     /// Length of a row, or of a head.
     k: usize,
     n_tokens: usize,
+    /// Of cached keys and values.
+    kv: KvTypes,
 }
 
 /// What a call does, and the memory for it.
@@ -95,8 +98,7 @@ fn entries() -> Vec<Entry> {
     entries.extend(of(table::ADD, add));
     entries.extend(of(table::TO_F16, to_f16));
     entries.extend(of(table::SHORT_CONV, short_conv));
-    entries.extend(of(table::ATTEND_F16, attend_f16));
-    entries.extend(of(table::ATTEND_F32, attend_f32));
+    entries.extend(of(table::ATTEND, attend));
     entries.extend(of(table::ATTEND_TILES, attend_tiles));
     entries.extend(of(table::READ, read));
     entries.extend(of(table::PRODUCTS_I8, products_i8));
@@ -152,6 +154,7 @@ pub fn run(args: &BenchArgs) -> Outcome {
             )));
         }
     }
+    let kinds = super::plan::kv_types(args);
     let measure = if args.no_measure {
         Measure::Never
     } else {
@@ -163,12 +166,21 @@ pub fn run(args: &BenchArgs) -> Outcome {
         let roofline = limits::roofline(*n_threads, measure)?;
         let _busy = Busy::start(args.n_busy())?;
         for (entry, shapes) in entries.iter().zip(&shapes) {
-            for shape in shapes {
+            let kinds = if attends(entry) {
+                &kinds[..]
+            } else {
+                &kinds[..1]
+            };
+            for (shape, kv) in shapes
+                .iter()
+                .flat_map(|shape| kinds.iter().map(move |kv| (shape, kv)))
+            {
                 for n_tokens in &tokens {
                     let case = Case {
                         n: shape.0,
                         k: shape.1,
                         n_tokens: *n_tokens,
+                        kv: *kv,
                     };
                     let prepared = (entry.prepare)(entry.name, &case);
                     let times = match entry.formats {
@@ -238,13 +250,17 @@ fn chosen(names: &[String]) -> Outcome<Vec<Entry>> {
     names.iter().map(find).collect()
 }
 
+/// Whether a row reads cached keys and values.
+fn attends(entry: &Entry) -> bool {
+    entry.name.starts_with("attend_")
+}
+
 /// The shapes that were given, or one that suits the row; each must suit it.
 fn shapes(entry: &Entry, given: &[Shape]) -> Outcome<Vec<Shape>> {
-    let attends = entry.name.starts_with("attend_");
     if given.is_empty() {
         return Ok(vec![match entry.formats {
             Some(_) => Shape(2048, 2048),
-            None if attends => Shape(PAGE, 64),
+            None if attends(entry) => Shape(PAGE, 64),
             None => Shape(1, 2048),
         }]);
     }
@@ -253,7 +269,7 @@ fn shapes(entry: &Entry, given: &[Shape]) -> Outcome<Vec<Shape>> {
             Some((dtype, ActFormat::Bf16)) => dtype.block_len().max(BF16_LEN),
             Some((dtype, ActFormat::Q8)) => dtype.block_len().max(32),
             Some((dtype, _)) => dtype.block_len(),
-            None if attends || entry.name.starts_with("products_") => 64,
+            None if attends(entry) || entry.name.starts_with("products_") => 64,
             None => 32,
         };
         if shape.0 == 0 || shape.1 == 0 || !shape.1.is_multiple_of(unit) {
@@ -287,12 +303,6 @@ impl Random {
     fn floats(&mut self, n: usize) -> Vec<f32> {
         let float = |_| (self.bits() & 0xff_ffff) as f32 / (1 << 23) as f32 - 1.0;
         (0..n).map(float).collect()
-    }
-
-    fn halves(&mut self, n: usize) -> Vec<u8> {
-        let floats = self.floats(n);
-        let halves = floats.into_iter().map(quant::f32_to_f16);
-        halves.flat_map(u16::to_ne_bytes).collect()
     }
 
     /// `n` weights in whole blocks of a format.
@@ -374,7 +384,7 @@ fn time_matmul(
     pool: &Pool,
     args: &BenchArgs,
 ) -> Outcome<Vec<Duration>> {
-    let Case { n, k, n_tokens } = *case;
+    let Case { n, k, n_tokens, .. } = *case;
     let row = matmuls().find(|row| row.name() == entry.name);
     let kernel = row
         .and_then(Ready::new)
@@ -633,35 +643,23 @@ fn short_conv(name: &'static str, case: &Case) -> Prepared {
     })
 }
 
-fn attend_f16(name: &'static str, case: &Case) -> Prepared {
-    let n = case.n * case.k;
-    attend(ready(table::ATTEND_F16, name), case, random().halves(n))
-}
-
-fn attend_f32(name: &'static str, case: &Case) -> Prepared {
-    let floats = random().floats(case.n * case.k);
-    attend(
-        ready(table::ATTEND_F32, name),
-        case,
-        bytemuck::cast_slice(&floats).to_vec(),
-    )
-}
-
-fn attend(kernel: Ready<Attend>, case: &Case, keys: Vec<u8>) -> Prepared {
-    let Case { n, k, n_tokens } = *case;
+fn attend(name: &'static str, case: &Case) -> Prepared {
+    let kernel = ready(table::ATTEND, name);
+    let Case { n, k, n_tokens, kv } = *case;
+    let [keys, values] = [kv.keys, kv.values].map(|kind| random().weights(kind.dtype(), n * k));
     let q = random().floats(n_tokens * k);
     let visible = vec![(0, n); n_tokens];
     let (mut max, mut sum) = (vec![0.0; n_tokens], vec![0.0; n_tokens]);
     let mut out = vec![0.0; n_tokens * k];
-    let bytes = 2 * keys.len();
+    let bytes = keys.len() + values.len();
     let mut prepared = own(0, 4 * n * k * n_tokens, move || {
         max.fill(f32::NEG_INFINITY);
         sum.fill(0.0);
         out.fill(0.0);
         kernel.run(&mut AttendSpan {
             q: &q,
-            k: &keys,
-            v: &keys,
+            k: Rows::new(kv.keys, &keys),
+            v: Rows::new(kv.values, &values),
             head_dim: k,
             decode: true,
             visible: &visible,
@@ -680,14 +678,24 @@ fn attend_tiles(name: &'static str, case: &Case) -> Prepared {
     let n_keys = case.n.max(n_tokens);
     let start = n_keys - n_tokens;
     let n_pages = n_keys.div_ceil(PAGE);
-    let pages: Vec<Vec<u8>> = (0..n_pages)
-        .map(|_| random().halves(PAGE * head_dim))
-        .collect();
-    let q = random().floats(n_tokens * head_dim);
+    let mut random = random();
+    let mut pages = |kind: KvType| -> Vec<Vec<u8>> {
+        let page = |_| random.weights(kind.dtype(), PAGE * head_dim);
+        (0..n_pages).map(page).collect()
+    };
+    let kv = case.kv;
+    let (keys, values) = (pages(kv.keys), pages(kv.values));
+    let q = random.floats(n_tokens * head_dim);
     let mut out = vec![0.0; n_tokens * head_dim];
     let seen: usize = (start..n_keys).map(|position| position + 1).sum();
     let mut prepared = own(0, 4 * seen * head_dim, move || {
-        let pages: Vec<&[u8]> = pages.iter().map(Vec::as_slice).collect();
+        let rows = |kind| move |page| Rows::new(kind, page);
+        let keys: Vec<_> = keys.iter().map(Vec::as_slice).map(rows(kv.keys)).collect();
+        let values: Vec<_> = values
+            .iter()
+            .map(Vec::as_slice)
+            .map(rows(kv.values))
+            .collect();
         kernel.run(&mut AttendBatch {
             q: &q,
             q_stride: head_dim,
@@ -698,12 +706,12 @@ fn attend_tiles(name: &'static str, case: &Case) -> Prepared {
             window: None,
             first: 0,
             page: PAGE,
-            keys: &pages,
-            values: &pages,
+            keys: &keys,
+            values: &values,
             out: OutCols::whole(&mut out, head_dim),
         });
     });
-    prepared.bytes = 2 * n_keys * head_dim * 2;
+    prepared.bytes = kv.row_bytes(n_keys * head_dim);
     prepared
 }
 
@@ -787,7 +795,11 @@ impl Measured<'_> {
         let giga = |rate: Option<f64>| rate.map(|rate| rate / 1e9);
         let cell =
             |x: Option<f64>, digits: usize| x.map_or("-".to_owned(), |x| format!("{x:.digits$}"));
-        let shape = format!("{}x{}", self.case.n, self.case.k);
+        let Case { n, k, kv, .. } = self.case;
+        let mut shape = format!("{n}x{k}");
+        if attends(self.entry) && kv != KvTypes::default() {
+            write!(shape, " {}/{}", kv.keys.name(), kv.values.name()).expect("a string takes all");
+        }
         Record {
             cells: vec![
                 self.entry.name.to_owned(),
@@ -806,6 +818,11 @@ impl Measured<'_> {
                 ("n_out", json!(self.case.n)),
                 ("n_in", json!(self.case.k)),
                 ("n_tokens", json!(self.case.n_tokens)),
+                ("type_k", json!(attends(self.entry).then(|| kv.keys.name()))),
+                (
+                    "type_v",
+                    json!(attends(self.entry).then(|| kv.values.name())),
+                ),
                 ("n_threads", json!(self.n_threads)),
                 ("avg_us", json!(mean(&us))),
                 ("stddev_us", json!(deviation(&us))),
@@ -835,7 +852,8 @@ mod tests {
         let cases = [(8, 256, 1), (33, 512, 40)];
         for entry in entries().iter().filter(|entry| entry.isa.detected()) {
             for (n, k, n_tokens) in cases {
-                let case = Case { n, k, n_tokens };
+                let kv = KvTypes::default();
+                let case = Case { n, k, n_tokens, kv };
                 let prepared = (entry.prepare)(entry.name, &case);
                 assert!(prepared.bytes > 0 || prepared.ops > 0, "{}", entry.name);
                 assert_eq!(

@@ -335,11 +335,8 @@ fn kernels(model: &Model, kv: KvTypes) -> Vec<&'static str> {
     }
     let ops = Operations::best();
     rows.push(ops.quantize.name());
+    rows.push(ops.attend.name());
     let floats = kv.keys == KvType::F32 || kv.values == KvType::F32;
-    rows.push(match floats {
-        false => ops.attend_f16.name(),
-        true => ops.attend_f32.name(),
-    });
     if !floats && model.info().config.head_dim.is_multiple_of(64) {
         rows.extend(ops.attend_tiles.map(|row| row.name()));
     }

@@ -147,7 +147,7 @@ fn tests(args: &BenchArgs, depths: &[usize]) -> Vec<Test> {
 }
 
 /// Every type of keys with every type of values.
-fn kv_types(args: &BenchArgs) -> Vec<KvTypes> {
+pub fn kv_types(args: &BenchArgs) -> Vec<KvTypes> {
     let given = |kinds: &[KvType]| match kinds {
         [] => vec![KvType::default()],
         kinds => kinds.to_vec(),
