@@ -329,7 +329,7 @@ pub(super) struct Ledger {
     overruns: AtomicU64,
 }
 
-/// What sessions have been promised.
+/// What sessions and snapshots have been promised.
 #[derive(Default)]
 struct Held {
     sessions: u64,
@@ -427,7 +427,7 @@ impl Ledger {
     }
 }
 
-/// A session's part of the budget, given back when it ends.
+/// A session's or a snapshot's part of the budget, given back when it ends.
 pub(super) struct Claim {
     ledger: Arc<Ledger>,
     bytes: u64,
@@ -460,23 +460,29 @@ impl Claim {
     }
 }
 
+const BESIDE: &str = "it does not fit beside the sessions and snapshots that there are";
+
 impl Claim {
     /// As much once more, for another session of the same kind.
     pub fn again(&self) -> Result<Self> {
+        self.another(self.bytes)
+    }
+
+    /// `bytes` beside what has been promised, for what this session has and keeps.
+    pub fn another(&self, bytes: u64) -> Result<Self> {
         let ledger = &self.ledger;
         let mut held = ledger.held();
         let room = &ledger.room;
-        let others = room.base.total() - room.base.weights + held.sessions + self.bytes;
+        let others = room.base.total() - room.base.weights + held.sessions + bytes;
         if let (Some(experts), Some(sizes)) = (&ledger.experts, &room.experts) {
-            let others = others + room.base.weights - sizes.bytes;
+            let others = others + room.base.weights - sizes.bytes - sizes.table;
             let least = sizes.min_slots as u64 * sizes.slot_bytes;
             let left = ledger.memory.saturating_sub(others);
             if left < least {
                 return Err(Error::OverBudget {
                     needed: others + least,
                     memory: ledger.memory,
-                    advice: "another session of this size does not fit beside those that there are"
-                        .into(),
+                    advice: BESIDE.into(),
                 });
             }
             if left < held.experts {
@@ -490,16 +496,15 @@ impl Claim {
             let kept = kept.filter(|_| allowed).ok_or(Error::OverBudget {
                 needed,
                 memory: ledger.memory,
-                advice: "another session of this size does not fit beside those that there are"
-                    .into(),
+                advice: BESIDE.into(),
             })?;
             held.weights = kept;
             ledger.limit(kept);
         }
-        held.sessions += self.bytes;
+        held.sessions += bytes;
         Ok(Self {
             ledger: Arc::clone(ledger),
-            bytes: self.bytes,
+            bytes,
             concessions: self.concessions.clone(),
         })
     }

@@ -81,12 +81,13 @@ impl Timeline {
 }
 
 /// What a session held at some time: cheap to take and to keep, since keys and values are shared until one side writes
-/// where the other has some.
+/// where the other has some. Of a budget it takes what it holds, since in the end all of that may be its own.
 pub struct Snapshot {
     model: Model,
     kv: KvTypes,
     memory: Memory,
     line: Timeline,
+    _claim: Option<Claim>,
 }
 
 impl Snapshot {
@@ -153,7 +154,7 @@ impl Session {
     /// Another session that holds the same.
     ///
     /// # Errors
-    /// If memory is missing, or the backend cannot be had once more.
+    /// If memory is missing, the model's budget does not suffice, or the backend cannot be had once more.
     pub fn fork(&self) -> Result<Self> {
         let mut fork = Self {
             model: self.model.clone(),
@@ -163,20 +164,29 @@ impl Session {
             claim: self.claim.as_ref().map(Claim::again).transpose()?,
             ..*self
         };
-        fork.restore(&self.snapshot()?)?;
+        // What the fork has of its own it has claimed.
+        fork.restore(&self.hold(None)?)?;
         Ok(fork)
     }
 
     /// What this session holds now.
     ///
     /// # Errors
-    /// If memory is missing.
+    /// If memory is missing, or the model's budget does not suffice.
     pub fn snapshot(&self) -> Result<Snapshot> {
+        let (kv, conv) = self.engine.state_bytes();
+        let bytes = (kv + conv + self.line.bytes()) as u64;
+        let claim = self.claim.as_ref().map(|claim| claim.another(bytes));
+        self.hold(claim.transpose()?)
+    }
+
+    fn hold(&self, claim: Option<Claim>) -> Result<Snapshot> {
         Ok(Snapshot {
             model: self.model.clone(),
             kv: self.kv,
             memory: self.engine.memory()?,
             line: self.line.clone(),
+            _claim: claim,
         })
     }
 
