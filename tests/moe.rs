@@ -1,5 +1,8 @@
 //! Mixture of experts in quantized formats: against floats, in every way that the same tokens can be computed.
 
+#[path = "moe/oracle.rs"]
+mod oracle;
+
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
