@@ -1,5 +1,7 @@
 //! Mixture of experts in quantized formats: against floats, in every way that the same tokens can be computed.
 
+#[path = "moe/disk.rs"]
+mod disk;
 #[path = "moe/oracle.rs"]
 mod oracle;
 

@@ -10,6 +10,7 @@ use crate::backend::BackendKind;
 use crate::backend::cpu::residency::FileTable;
 use crate::backend::cpu::stored::StoredExperts;
 use crate::error::{Error, Result};
+use crate::experts::disk::Disk;
 use crate::experts::{
     self, Budget, ExpertStore, IoMode, LayerExperts, Layout, Part, PolicyKind, Prefetch, UsageFile,
 };
@@ -153,11 +154,12 @@ pub(super) fn to_store(gguf: &Gguf, options: &LoadOptions) -> Result<Option<Foun
 }
 
 /// Opens a store for what was `found` in `gguf`. With a budget for the whole process it begins with the least that it can
-/// work with: sessions say how much is left for it.
+/// work with: sessions say how much is left for it. Without a `disk` it opens the files of the model once more.
 pub(super) fn open(
     gguf: &Gguf,
     found: &Found,
     options: &LoadOptions,
+    disk: Option<Box<dyn Disk>>,
 ) -> Result<Arc<StoredExperts>> {
     let given = &options.experts;
     let least = Budget::Slots(found.layout.min_slots());
@@ -178,8 +180,14 @@ pub(super) fn open(
         trace: given.trace.clone(),
         ..experts::Options::default()
     };
-    let paths: Vec<PathBuf> = gguf.parts().iter().map(|part| part.path().into()).collect();
-    let store = ExpertStore::open(&paths, found.layout.clone(), &store)?;
+    let layout = found.layout.clone();
+    let store = match disk {
+        Some(disk) => ExpertStore::with_disk(disk, layout, &store)?,
+        None => {
+            let paths = gguf.parts().iter().map(|part| part.path().into());
+            ExpertStore::open(&paths.collect::<Vec<PathBuf>>(), layout, &store)?
+        }
+    };
     Ok(Arc::new(StoredExperts::new(store, &found.blocks)))
 }
 

@@ -34,6 +34,7 @@ use crate::backend::planner::Tally;
 use crate::backend::{BackendKind, KvTypes, Step};
 use crate::error::{Error, Result};
 use crate::experts::ExpertStore;
+use crate::experts::disk::Disk;
 use crate::gguf::{Gguf, ReadAhead, TensorInfo};
 use crate::model::Pass;
 use crate::model::config::Config;
@@ -138,6 +139,19 @@ impl Model {
     /// # Errors
     /// If the file cannot be read, is no GGUF file, or holds a model that is not supported.
     pub fn load(path: &Path, options: &LoadOptions) -> Result<Self> {
+        Self::load_from(path, options, None)
+    }
+
+    /// The same, whose experts `disk` reads wherever the options have them read when they are used. Its files are the
+    /// parts of the model.
+    ///
+    /// # Errors
+    /// As [`Model::load`].
+    pub fn load_with_disk(path: &Path, options: &LoadOptions, disk: Box<dyn Disk>) -> Result<Self> {
+        Self::load_from(path, options, Some(disk))
+    }
+
+    fn load_from(path: &Path, options: &LoadOptions, disk: Option<Box<dyn Disk>>) -> Result<Self> {
         let start = now();
         let gguf = Gguf::open(path)?;
         let mapped = now();
@@ -152,7 +166,7 @@ impl Model {
             true => Residency::owned(experts::file_table(&gguf)?),
             false => Residency::unlimited(),
         });
-        let open = |found| experts::open(&gguf, found, options);
+        let open = |found| experts::open(&gguf, found, options, disk);
         let stored = found.as_ref().map(open).transpose()?;
         let (tokenizer, network) = rayon::join(
             || Tokenizer::from_gguf(&gguf),

@@ -124,27 +124,6 @@ impl Shape {
     }
 }
 
-/// Lends a drive to a store and keeps it.
-pub struct Lent(pub Arc<FakeDisk>);
-
-impl Disk for Lent {
-    fn name(&self) -> &'static str {
-        self.0.name()
-    }
-
-    fn read(&self, file: usize, offset: u64, into: &mut [u8], needed: usize) -> Result<(), Fault> {
-        self.0.read(file, offset, into, needed)
-    }
-
-    fn path(&self, file: usize) -> &Path {
-        self.0.path(file)
-    }
-
-    fn pace(&self) -> Option<Pace> {
-        self.0.pace()
-    }
-}
-
 /// With so many slots.
 pub fn slots(n: usize) -> Options {
     Options {

@@ -8,7 +8,7 @@ use kinglet::Error;
 use kinglet::experts::disk::{FakeDisk, Fault, FaultRates, Pace};
 use kinglet::experts::{Budget, Class, ExpertStore, Options, PolicyKind, Prefetch, Request};
 
-use crate::common::{Lent, Random, Shape, ones, slots};
+use crate::common::{Random, Shape, ones, slots};
 
 const FAULTS: FaultRates = FaultRates {
     os: 0.02,
@@ -49,7 +49,7 @@ fn run(seed: u64, shape: &Shape, image: &[u8]) -> u64 {
     if faulty {
         disk.set_fault_rates(FAULTS);
     }
-    let store = ExpertStore::with_disk(Box::new(Lent(disk.clone())), shape.layout(), &options);
+    let store = ExpertStore::with_disk(Box::new(disk.clone()), shape.layout(), &options);
     let store = store.expect("a store");
     let mut open: Vec<Request> = Vec::new();
     let mut failed = 0;
@@ -175,7 +175,7 @@ fn a_thousand_faults_under_threads() {
         prefetch: Prefetch::Speculative,
         ..slots(14)
     };
-    let store = ExpertStore::with_disk(Box::new(Lent(disk.clone())), shape.layout(), &options);
+    let store = ExpertStore::with_disk(Box::new(disk.clone()), shape.layout(), &options);
     let store = store.expect("a store");
     let stop = AtomicBool::new(false);
     let (right, failed) = (AtomicU64::new(0), AtomicU64::new(0));
@@ -269,7 +269,7 @@ fn an_error_names_the_file_and_the_next_request_tries_again() {
         (Fault::Changed, "fake-0: written to while in use"),
     ] {
         let disk = Arc::new(FakeDisk::new(vec![image.clone()], None));
-        let store = ExpertStore::with_disk(Box::new(Lent(disk.clone())), shape.layout(), &options);
+        let store = ExpertStore::with_disk(Box::new(disk.clone()), shape.layout(), &options);
         let store = store.expect("a store");
         disk.fail_next(fault);
         let request = store.begin(0, &[1], &[1.0], Class::Exact).expect("room");

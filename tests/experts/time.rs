@@ -6,7 +6,7 @@ use std::time::Duration;
 use kinglet::experts::disk::{FakeDisk, Pace};
 use kinglet::experts::{Class, Counters, ExpertStore, Options, Prefetch};
 
-use crate::common::{Lent, Random, Shape, ones, pace, slots};
+use crate::common::{Random, Shape, ones, pace, slots};
 
 const PART: usize = 256 << 10;
 
@@ -28,7 +28,7 @@ fn shape(n_layers: usize) -> Shape {
 fn lent(shape: &Shape, pace: Pace, options: &Options) -> (Arc<FakeDisk>, ExpertStore) {
     let disk = Arc::new(FakeDisk::new(vec![shape.image()], Some(pace)));
     let _ = disk.take_log();
-    let store = ExpertStore::with_disk(Box::new(Lent(disk.clone())), shape.layout(), options);
+    let store = ExpertStore::with_disk(Box::new(disk.clone()), shape.layout(), options);
     (disk, store.expect("a store"))
 }
 

@@ -324,7 +324,7 @@ impl Net {
         let kind = &self.kind;
         let name = |part: &str| format!("blk.{i}.attn_{part}");
         // Every fourth layer of the hybrid SmallThinker sees everything, and has no positions.
-        let is_global = kind.window.is_some() && i % 4 == 0;
+        let is_global = kind.window.is_some() && i.is_multiple_of(4);
         let window = kind.window.filter(|_| !is_global).unwrap_or(usize::MAX);
         let turned = |part: &str, t: usize| {
             let mut rows = self.times(&name(part), &x[t]);
@@ -364,6 +364,14 @@ impl Net {
 }
 
 impl Kind {
+    pub fn architecture(&self) -> &'static str {
+        self.architecture
+    }
+
+    pub fn n_moe_layers(&self) -> usize {
+        self.n_layers - self.n_dense
+    }
+
     /// LFM2 keeps its final norm under the embedding's name.
     fn last_norm(&self) -> &'static str {
         match self.architecture {

@@ -258,11 +258,18 @@ impl Cpu {
         }
         if let (Some(layer), Some(experts)) = (moe.gate.weight.stored, &self.experts) {
             self.named = None;
-            let named = match out.n_tokens {
-                1 => Named::Token(experts.token(layer, out.row(0).split_at(k))),
-                n => Named::Batch(experts.batch(layer, k, (0..n).map(|t| out.row(t)))),
+            self.named = match (self.step, out.n_tokens) {
+                (Step::Prefill, n) => {
+                    let rows = (0..n).map(|t| out.row(t));
+                    Some((layer, Named::Batch(experts.batch(layer, k, rows))))
+                }
+                (Step::Decode, 1) => {
+                    let route = out.row(0).split_at(k);
+                    Some((layer, Named::Token(experts.token(layer, route))))
+                }
+                // A replay asks for one token's after the other's.
+                (Step::Decode, _) => None,
             };
-            self.named = Some((layer, named));
         }
         out
     }
@@ -289,7 +296,7 @@ impl Cpu {
         let rows = out.data.chunks_exact_mut(x.n_cols).enumerate();
         for (t, out) in rows {
             let request = stored.as_ref().map(|(layer, experts)| match named.take() {
-                Some(Named::Token(request)) if x.n_tokens == 1 => request,
+                Some(Named::Token(request)) => request,
                 _ => experts.token(*layer, routes.row(t).split_at(k)),
             });
             let source = request.as_ref().map_or(Source::Mapped, Source::Held);
