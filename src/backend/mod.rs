@@ -424,6 +424,10 @@ pub trait Backend {
         out
     }
 
+    /// A layer begins whose router will read `x` after the layer's mixer has added to it and a norm with `gain` has run:
+    /// what it would choose now is a guess at what it will choose, on which experts may be read ahead. Changes no result.
+    fn foresee(&mut self, _x: &Self::Tensor, _gain: &Self::Vector, _eps: f32, _moe: &Moe<Self>) {}
+
     /// The experts of the rows `from..` of `x` and their weights, see [`Routing`]: rows of `n_used` indices, the best first,
     /// then as many weights. Where experts are read from a file, this is where their reading begins.
     fn route(&mut self, x: &Self::Tensor, from: usize, moe: &Moe<Self>) -> Self::Tensor;

@@ -208,6 +208,9 @@ const EMPTY: Span = Span {
             bytes: 0,
             reading: 0,
             waited: 0,
+            guesses: 0,
+            guesses_used: 0,
+            guesses_wasted: 0,
         },
         regions: 0,
     },
@@ -394,6 +397,10 @@ impl<B: Backend> Backend for Tracer<B> {
             (names[0].0, Label::new(Operation::GatedFfn, &name, &kernel))
         };
         self.timed_as(key, label, |b| b.gated_ffn(x, ffn))
+    }
+
+    fn foresee(&mut self, x: &B::Tensor, gain: &B::Vector, eps: f32, moe: &Moe<B>) {
+        self.inner.foresee(x, gain, eps, moe);
     }
 
     fn route(&mut self, x: &B::Tensor, from: usize, moe: &Moe<B>) -> B::Tensor {

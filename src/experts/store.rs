@@ -216,6 +216,11 @@ impl ExpertStore {
         &self.shared.layout
     }
 
+    /// How far ahead experts are read.
+    pub fn prefetch(&self) -> Prefetch {
+        self.shared.prefetch
+    }
+
     /// A token, or the pass over a part of a prompt, begins. What the one before has added.
     pub fn next_token(&self) -> Counters {
         let mut core = self.shared.lock();

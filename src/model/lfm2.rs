@@ -148,6 +148,7 @@ impl<B: Backend> Network<B> for Lfm2<B> {
         let angles = b.rope_angles(&self.rope, pass.start, pass.tokens.len());
         let mut x = self.embedding.embed(b, pass.tokens, 1.0);
         for (i, (layer, state)) in self.layers.iter().zip(&mut state.layers).enumerate() {
+            layer.ffn.foresee(b, &x, &layer.ffn_norm, eps);
             let h = b.rms_norm(&x, &layer.mixer_norm, eps);
             let h = match &layer.mixer {
                 Mixer::Attention(attention) => attention.forward(b, state.kv(), &h, &angles, pass),

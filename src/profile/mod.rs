@@ -30,6 +30,15 @@ pub struct ExpertWork {
     pub reading: u64,
     /// Nanoseconds in which somebody waited for one.
     pub waited: u64,
+    /// Experts that were read on a guess.
+    #[serde(default)]
+    pub guesses: u64,
+    /// Of these, those that were used.
+    #[serde(default)]
+    pub guesses_used: u64,
+    /// Of these, those that made room for others before.
+    #[serde(default)]
+    pub guesses_wasted: u64,
 }
 
 impl ExpertWork {
@@ -41,6 +50,9 @@ impl ExpertWork {
             bytes: self.bytes - before.bytes,
             reading: self.reading - before.reading,
             waited: self.waited - before.waited,
+            guesses: self.guesses - before.guesses,
+            guesses_used: self.guesses_used - before.guesses_used,
+            guesses_wasted: self.guesses_wasted - before.guesses_wasted,
         }
     }
 
@@ -62,6 +74,9 @@ impl std::ops::AddAssign for ExpertWork {
         self.bytes += other.bytes;
         self.reading += other.reading;
         self.waited += other.waited;
+        self.guesses += other.guesses;
+        self.guesses_used += other.guesses_used;
+        self.guesses_wasted += other.guesses_wasted;
     }
 }
 

@@ -80,6 +80,36 @@ fn no_order_of_reads_changes_a_number() {
     }
 }
 
+/// A router after the mixer: what it would have chosen before is read, and what it does choose is computed.
+#[test]
+fn guesses_change_no_number() {
+    let tokens = tokens(48);
+    for kind in [oracle::lfm2moe(), oracle::qwen3moe()] {
+        let folder = Folder::new(&format!("guess-{}", kind.architecture()));
+        let path = folder.0.join("model.gguf");
+        let cycle = kind.n_moe_layers() * oracle::N_USED;
+        Net::random(kind).write(&path);
+        let resident = Model::load(&path, &LoadOptions::default()).expect("a model");
+        let expected = decoded(&resident, &tokens);
+        for n_slots in [3 * oracle::N_USED, cycle + 2 * oracle::N_USED] {
+            for prefetch in Prefetch::ALL {
+                let (model, _) = load(&path, n_slots, prefetch, pace(5, 4));
+                assert!(
+                    decoded(&model, &tokens) == expected,
+                    "{n_slots} slots, {prefetch:?}"
+                );
+                let total = model.experts().expect("a store").stats().total;
+                if prefetch == Prefetch::Speculative {
+                    assert!(total.guesses_used > 0, "{total:?}");
+                    assert!(total.guesses_used + total.guesses_wasted <= total.guesses);
+                } else {
+                    assert_eq!(total.guesses, 0, "{prefetch:?}");
+                }
+            }
+        }
+    }
+}
+
 /// A read that fails is an error of the token that needed it, and of no other: the next try computes what it would have.
 #[test]
 fn a_thousand_failed_reads_are_errors_of_their_tokens() {

@@ -600,6 +600,10 @@ impl Backend for Cpu {
         out
     }
 
+    fn foresee(&mut self, x: &Tensor, gain: &Vec<f32>, eps: f32, moe: &Moe<Self>) {
+        self.run_foresee(x, gain, eps, moe);
+    }
+
     fn route(&mut self, x: &Tensor, from: usize, moe: &Moe<Self>) -> Tensor {
         self.run_route(x, from, moe)
     }

@@ -240,6 +240,25 @@ fn route_row(z: &[f32], bias: Option<&[f32]>, routing: &Routing, out: &mut [f32]
 }
 
 impl Cpu {
+    /// Only for a decoded token, and where guesses are read: a prompt uses nearly all experts of a layer anyway.
+    pub(super) fn run_foresee(&mut self, x: &Tensor, gain: &Vec<f32>, eps: f32, moe: &Moe<Self>) {
+        let guessing = self.experts.as_ref().filter(|experts| experts.guesses());
+        let (Some(layer), Some(experts)) = (moe.gate.weight.stored, guessing.cloned()) else {
+            return;
+        };
+        if self.step == Step::Prefill || x.n_tokens != 1 {
+            return;
+        }
+        let k = moe.routing.n_used;
+        let h = self.rms_norm(x, gain, eps);
+        let [logits] = self.linear(&h, [&moe.router]);
+        let mut route = [0.0; 2 * MAX_USED];
+        let route = &mut route[..2 * k];
+        let bias = moe.selection_bias.as_deref();
+        route_row(logits.row(0), bias, &moe.routing, route);
+        experts.hint(layer, &route[..k]);
+    }
+
     pub(super) fn run_route(&mut self, x: &Tensor, from: usize, moe: &Moe<Self>) -> Tensor {
         let k = moe.routing.n_used;
         let mut out = self.tensor(x.n_tokens - from, 2 * k);

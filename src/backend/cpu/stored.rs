@@ -5,9 +5,9 @@
 use std::collections::BTreeMap;
 use std::panic::resume_unwind;
 
-use crate::backend::Lost;
+use crate::backend::{Lost, MAX_USED};
 use crate::error::Result;
-use crate::experts::{Class, ExpertStore, Request, Waves};
+use crate::experts::{Class, ExpertStore, Prefetch, Request, Waves};
 use crate::profile::ExpertWork;
 
 /// Matrices of experts whose bytes are a store's.
@@ -52,6 +52,9 @@ impl StoredExperts {
             bytes: totals.all_bytes(),
             reading: totals.reading.as_nanos() as u64,
             waited: totals.waited.as_nanos() as u64,
+            guesses: totals.guesses,
+            guesses_used: totals.guesses_used,
+            guesses_wasted: totals.guesses_wasted,
         }
     }
 
@@ -60,14 +63,21 @@ impl StoredExperts {
         self.layers.get(name).copied()
     }
 
+    /// Whether experts are read on guesses.
+    pub(super) fn guesses(&self) -> bool {
+        self.store.prefetch() == Prefetch::Speculative
+    }
+
+    /// A guess at the experts of one row of routes.
+    pub(super) fn hint(&self, layer: usize, ids: &[f32]) {
+        self.store.hint(layer, whole(ids, &mut [0; MAX_USED]));
+    }
+
     /// Holds the experts of one row of routes.
     pub(super) fn token(&self, layer: usize, (ids, weights): (&[f32], &[f32])) -> Request {
-        let mut list = [0; crate::backend::MAX_USED];
-        let list = &mut list[..ids.len()];
-        list.iter_mut()
-            .zip(ids)
-            .for_each(|(to, id)| *to = *id as u32);
-        read(self.store.begin(layer, list, weights, Class::Exact))
+        let mut list = [0; MAX_USED];
+        let ids = whole(ids, &mut list);
+        read(self.store.begin(layer, ids, weights, Class::Exact))
     }
 
     /// Holds the experts of many rows of routes, `n_used` experts each, group by group.
@@ -93,6 +103,15 @@ impl StoredExperts {
             waves,
         }
     }
+}
+
+/// Indices, which routes hold as floats.
+fn whole<'l>(ids: &[f32], list: &'l mut [u32; MAX_USED]) -> &'l [u32] {
+    let list = &mut list[..ids.len()];
+    list.iter_mut()
+        .zip(ids)
+        .for_each(|(to, id)| *to = *id as u32);
+    list
 }
 
 /// What a router has named and nobody has computed yet.

@@ -190,8 +190,16 @@ pub fn expert_line(experts: &ExpertWork, n: usize) -> Option<String> {
     let hidden = experts.hidden().map_or(String::new(), |hidden| {
         format!(" ({:.0} % hidden)", 100.0 * hidden)
     });
+    let guesses = match experts.guesses {
+        0 => String::new(),
+        guesses => format!(
+            ", {:.1} guessed, {:.0} % of them used",
+            guesses as f64 / n,
+            100.0 * experts.guesses_used as f64 / guesses as f64
+        ),
+    };
     Some(format!(
-        "{hits:.1} % in memory of {:.1} a token, {:.2} MB read a token, {:.2} ms waited of {:.2} ms reading a token{hidden}",
+        "{hits:.1} % in memory of {:.1} a token, {:.2} MB read a token, {:.2} ms waited of {:.2} ms reading a token{hidden}{guesses}",
         experts.used as f64 / n,
         experts.bytes as f64 / 1e6 / n,
         experts.waited as f64 / 1e6 / n,

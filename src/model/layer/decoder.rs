@@ -84,6 +84,7 @@ impl<B: Backend> Network<B> for Decoder<B> {
         let angles = b.rope_angles(&self.rope, pass.start, pass.tokens.len());
         let mut x = self.embedding.embed(b, pass.tokens, 1.0);
         for (i, (layer, state)) in self.layers.iter().zip(&mut state.layers).enumerate() {
+            layer.ffn.foresee(b, &x, &layer.ffn_norm, eps);
             let h = b.rms_norm(&x, &layer.attention_norm, eps);
             let h = layer.attention.forward(b, state.kv(), &h, &angles, pass);
             b.add(&mut x, &h);

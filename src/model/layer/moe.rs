@@ -109,6 +109,13 @@ pub(crate) enum FeedForward<B: Backend> {
 }
 
 impl<B: Backend> FeedForward<B> {
+    /// `x`: (n_tokens, hidden), before the mixer; `gain` that of the norm after it.
+    pub(crate) fn foresee(&self, b: &mut B, x: &B::Tensor, gain: &B::Vector, eps: f32) {
+        if let FeedForward::Moe(moe) = self {
+            b.foresee(x, gain, eps, moe);
+        }
+    }
+
     /// `x`: (n_tokens, hidden), normed.
     pub(crate) fn forward(&self, b: &mut B, x: &B::Tensor) -> B::Tensor {
         match self {
