@@ -1,9 +1,6 @@
 //! Small models with experts that can be told apart by every byte.
 
-use std::path::Path;
-use std::sync::Arc;
-
-use kinglet::experts::disk::{Disk, FakeDisk, Fault, Pace};
+use kinglet::experts::disk::{FakeDisk, Pace};
 use kinglet::experts::{Budget, ExpertStore, LayerExperts, Layout, Options, Part, Request};
 
 /// Numbers that look random (splitmix64).
