@@ -31,10 +31,9 @@ const RULES: &[(&str, &[&str])] = &[
 
 /// Where `unsafe` is allowed: the map, the memory of experts and advice about their files, the pool and what its
 /// workers ask of the system, the map of a measurement, the kernel table, the loads and stores of each instruction-set
-/// level, the calls into ggml, and a word of the program to its allocator.
+/// level, and the calls into ggml.
 const FENCE: &[&str] = &[
     "src/gguf/map.rs",
-    "src/bin/kinglet/main.rs",
     "src/experts/arena.rs",
     "src/experts/disk/sys.rs",
     "src/backend/cpu/pool.rs",

@@ -30,20 +30,7 @@ use clap::Parser;
 use args::{Cli, Command};
 use failure::Outcome;
 
-/// glibc takes what a freed buffer had for the size below which buffers share the heap, where they leave holes: 2 % more
-/// memory than a plan says. Said by us, the size stays.
-#[cfg(all(target_os = "linux", target_env = "gnu"))]
-#[allow(unsafe_code, reason = "the allocator is asked through C")]
-fn keep_large_buffers_apart() {
-    // SAFETY: takes numbers alone, and no other thread runs yet.
-    unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10) };
-}
-
-#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
-fn keep_large_buffers_apart() {}
-
 fn main() -> ExitCode {
-    keep_large_buffers_apart();
     let arguments = args::spelled_out(std::env::args_os().collect());
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
