@@ -604,12 +604,50 @@ pub struct EvalArgs {
 pub enum EvalCommand {
     /// Perplexity of a text, by llama-perplexity's method.
     Ppl(PplArgs),
+    /// How far predictions are from those of dense attention over f16 keys and values.
+    Kl(KlArgs),
+    /// Whether a fact planted in a long text is found again.
+    Needle(NeedleArgs),
+    /// Whether pairs of random words are recalled: multi-query associative recall.
+    Recall(RecallArgs),
 }
 
+/// How the session that is measured reads tokens and what it keeps of them.
 #[derive(Args)]
-pub struct PplArgs {
+pub struct ScoringArgs {
+    /// Tokens read at once
+    #[arg(short, long, visible_alias = "batch-size", value_name = "N", default_value = "512", value_parser = positive)]
+    batch: usize,
     #[command(flatten)]
-    pub model: ModelArgs,
+    cache: CacheArgs,
+    /// One JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl ScoringArgs {
+    /// The session that is measured.
+    pub fn options(&self, n_ctx: usize) -> SessionOptions {
+        SessionOptions {
+            n_ctx,
+            kv: self.cache.types(),
+            batch: self.batch,
+        }
+    }
+
+    /// The session that it is compared with: what is lossy is off.
+    pub fn dense(&self, n_ctx: usize) -> SessionOptions {
+        SessionOptions {
+            n_ctx,
+            batch: self.batch,
+            ..SessionOptions::default()
+        }
+    }
+}
+
+/// A text cut into windows.
+#[derive(Args)]
+pub struct WindowArgs {
     /// The text
     #[arg(short, long, value_name = "FILE")]
     pub file: PathBuf,
@@ -619,14 +657,85 @@ pub struct PplArgs {
     /// Windows at most
     #[arg(long, value_name = "N", value_parser = positive)]
     pub chunks: Option<usize>,
-    /// Tokens read at once
-    #[arg(short, long, visible_alias = "batch-size", value_name = "N", default_value = "512", value_parser = positive)]
-    pub batch: usize,
+}
+
+#[derive(Args)]
+pub struct PplArgs {
     #[command(flatten)]
-    pub cache: CacheArgs,
-    /// One JSON object
-    #[arg(long)]
-    pub json: bool,
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub windows: WindowArgs,
+    #[command(flatten)]
+    pub scoring: ScoringArgs,
+}
+
+#[derive(Args)]
+pub struct KlArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub windows: WindowArgs,
+    #[command(flatten)]
+    pub scoring: ScoringArgs,
+}
+
+#[derive(Args)]
+pub struct NeedleArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// The text in which facts are hidden
+    #[arg(short, long, value_name = "FILE")]
+    pub file: PathBuf,
+    /// Lengths of prompts, in tokens
+    #[arg(short, long, value_name = "N", default_value = "2048")]
+    lengths: Numbers,
+    /// Where facts lie, in per cent of the text
+    #[arg(short, long, value_name = "N", default_value = "0-100+10")]
+    depths: Numbers,
+    /// Facts hidden at the same time; each is asked for
+    #[arg(long, value_name = "N", default_value = "1", value_parser = positive)]
+    pub needles: usize,
+    /// How often, each time with other facts and another part of the text
+    #[arg(long, value_name = "N", default_value = "1", value_parser = positive)]
+    pub trials: usize,
+    /// Write the table as a heat map
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
+    #[command(flatten)]
+    pub scoring: ScoringArgs,
+}
+
+impl NeedleArgs {
+    pub fn lengths(&self) -> &[usize] {
+        &self.lengths.0
+    }
+
+    pub fn depths(&self) -> &[usize] {
+        &self.depths.0
+    }
+}
+
+#[derive(Args)]
+pub struct RecallArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Lengths of prompts, in tokens
+    #[arg(short, long, value_name = "N", default_value = "2048")]
+    lengths: Numbers,
+    /// Pairs of words at the beginning, each asked for once
+    #[arg(short, long, value_name = "N", default_value = "32", value_parser = positive)]
+    pub pairs: usize,
+    /// How often, each time with other words
+    #[arg(long, value_name = "N", default_value = "1", value_parser = positive)]
+    pub trials: usize,
+    #[command(flatten)]
+    pub scoring: ScoringArgs,
+}
+
+impl RecallArgs {
+    pub fn lengths(&self) -> &[usize] {
+        &self.lengths.0
+    }
 }
 
 /// Numbers as llama-bench takes them: `1,2,4`, `1-4`, `64-256+64`, `1-8*2`.
