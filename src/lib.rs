@@ -8,6 +8,7 @@
 //! - [`model`]: an architecture per file, written over [`backend::Backend`];
 //! - [`backend`]: the operations of a forward pass, and the CPU that runs them;
 //! - [`experts`]: which experts are in memory, and the reads that bring them;
+//! - [`sparsity`]: which keys attention may leave out;
 //! - [`session`]: one timeline of tokens on a model;
 //! - [`sampler`]: logits to a token;
 //! - [`profile`]: what the machine can do at most, what was done, and where the time went;
@@ -22,11 +23,13 @@ pub mod profile;
 pub mod quant;
 pub mod sampler;
 pub mod session;
+pub mod sparsity;
 pub mod tokenizer;
 
 pub use backend::{BackendKind, KvType, KvTypes};
 pub use error::{Error, Result};
 pub use session::{LoadOptions, MemoryReport, Model, ModelInfo, OnExceed, Session, SessionOptions};
+pub use sparsity::Sparsity;
 
 /// The README's example, compiled with the documentation tests.
 #[doc = include_str!("../README.md")]

@@ -29,6 +29,7 @@ fn options(n_ctx: usize) -> SessionOptions {
         n_ctx,
         kv: KvType::F32.into(),
         batch: 512,
+        ..SessionOptions::default()
     }
 }
 
@@ -171,6 +172,7 @@ fn streamed_weights_compute_the_same() {
         n_ctx: 512,
         kv: KvType::F16.into(),
         batch: 32,
+        ..SessionOptions::default()
     };
     let whole = Model::load(&root(SMALL), &load(None, OnExceed::Refuse)).unwrap();
     let expected = logits(&mut Session::new(&whole, &options).unwrap());

@@ -148,6 +148,68 @@ fn wrong_arguments_exit_with_2() {
         &["inspect", model, "--template"],
         &["eval", "ppl", model, "-f", "Cargo.toml", "-c", "3"],
         &["eval", "ppl", model, "-f", "Cargo.toml", "-c", "100000"],
+        &["eval", "needle", model, "-f", "Cargo.toml", "-l", "20"],
+        &["eval", "needle", model, "-f", "Cargo.toml", "-d", "101"],
+        &[
+            "eval",
+            "needle",
+            model,
+            "-f",
+            "Cargo.toml",
+            "--needles",
+            "13",
+        ],
+        &["eval", "recall", model, "-l", "64", "-p", "1000"],
+        &[
+            "run",
+            model,
+            "-p",
+            "a",
+            "--dhsa",
+            "on",
+            "--block-topk",
+            "512",
+        ],
+        &[
+            "run",
+            model,
+            "-p",
+            "a",
+            "--window-sink",
+            "64",
+            "--block-topk",
+            "512",
+        ],
+        &[
+            "run",
+            model,
+            "-p",
+            "a",
+            "--window-sink",
+            "64",
+            "--sink",
+            "64",
+        ],
+        &[
+            "run",
+            model,
+            "-p",
+            "a",
+            "--dhsa",
+            "on",
+            "--dhsa-chunk",
+            "shift:1",
+        ],
+        &[
+            "run",
+            model,
+            "-p",
+            "a",
+            "--dhsa",
+            "on",
+            "--dhsa-budget",
+            "100",
+        ],
         &["chat", model],
     ] {
         let output = run(args);
@@ -970,6 +1032,119 @@ fn perplexity_of_a_random_model_is_that_of_a_wide_guess() {
     assert!((batches / ppl - 1.0).abs() < 1e-3, "{batches} {ppl}");
     let output = run(&args[..args.len() - 1]);
     assert!(ok(&output).starts_with("PPL = "), "{}", ok(&output));
+}
+
+#[test]
+fn divergence_is_nothing_for_what_is_dense_and_something_else_for_the_rest() {
+    let text = scratch("kl.txt");
+    let line = "the thing and the other thing were one in the end. ";
+    fs::write(&text, line.repeat(12)).unwrap();
+    let model = tiny();
+    let (model, text) = (path(&model), path(&text));
+    let args = ["eval", "kl", model, "-f", text, "-c", "64", "--json"];
+    let same = json(&run(&args));
+    assert_eq!(same["kl_max"], 0.0);
+    assert_eq!(same["top1_same"], 1.0);
+    assert_eq!(same["ln_p_lost"], 0.0);
+    assert_eq!(same["ppl"], same["ppl_dense"]);
+    assert_eq!(same["lossy"]["attention"], "dense");
+    let ppl = json(&run(&[
+        "eval", "ppl", model, "-f", text, "-c", "64", "--json",
+    ]));
+    assert_eq!(same["scored_tokens"], ppl["scored_tokens"]);
+    let ratio = same["ppl"].as_f64().unwrap() / ppl["ppl"].as_f64().unwrap();
+    assert!((ratio - 1.0).abs() < 1e-3, "{ratio}");
+
+    let some = json(&run(&[&args[..], &["--window-sink", "16"]].concat()));
+    let (mean, p99) = (
+        some["kl_mean"].as_f64().unwrap(),
+        some["kl_p99"].as_f64().unwrap(),
+    );
+    assert!(0.0 < mean && mean < p99 && p99 <= some["kl_max"].as_f64().unwrap());
+    assert_eq!(some["ppl_dense"], same["ppl"]);
+    assert_eq!(some["lossy"]["attention"], "window of 16 keys, first 4");
+    let all = json(&run(&[&args[..], &["--window-sink", "64"]].concat()));
+    assert_eq!(all["kl_max"], 0.0);
+}
+
+#[test]
+fn needles_and_pairs_are_asked_for_at_each_length() {
+    let text = scratch("haystack.txt");
+    let sentence = |i: usize| format!("On day {i} the ship went on, and nothing happened. ");
+    fs::write(&text, (0..60).map(sentence).collect::<String>()).unwrap();
+    let svg = scratch("needles.svg");
+    let args = [
+        &[
+            "eval",
+            "needle",
+            "models/lfm2-smol-Q4_0.gguf",
+            "-f",
+            path(&text),
+        ][..],
+        &[
+            "-l",
+            "320,400",
+            "-d",
+            "0,50,100",
+            "--json",
+            "--svg",
+            path(&svg),
+        ],
+    ];
+    let args = args.concat();
+    let apart = json(&run(&args));
+    let cells = apart["cells"].as_array().unwrap();
+    assert_eq!(cells.len(), 6);
+    for cell in cells {
+        let ln_p = |name: &str| cell[name].as_f64().unwrap();
+        assert!(ln_p("ln_p") < 0.0 && ln_p("ln_p_without") < 0.0);
+        // A weak model, but one that looks back: what stands there is likelier than what does not.
+        assert!(ln_p("ln_p") > ln_p("ln_p_without"), "{cell}");
+    }
+    assert_eq!(
+        fs::read_to_string(&svg)
+            .unwrap()
+            .matches("<rect x=")
+            .count(),
+        6
+    );
+    let together = json(&run(&[&args[..], &["--needles", "3"]].concat()));
+    assert_eq!(together["cells"].as_array().unwrap().len(), 6);
+
+    // 64 keys do not reach back to what lies before; a question that is read densely does.
+    let window = [&args[..], &["--window-sink", "64"]].concat();
+    let gain = |found: &serde_json::Value| found["lengths"][1]["gain"].as_f64().unwrap();
+    let sparse = json(&run(&window));
+    let tail = json(&run(&[&window[..], &["--dense-tail"]].concat()));
+    assert!(gain(&sparse) + 1.0 < gain(&apart), "{sparse} {apart}");
+    assert!(gain(&sparse) + 1.0 < gain(&tail), "{sparse} {tail}");
+    assert_eq!(
+        (&sparse["dense_tail"], &tail["dense_tail"]),
+        (&false.into(), &true.into())
+    );
+
+    let args = [
+        "eval",
+        "recall",
+        "models/lfm2-smol-Q4_0.gguf",
+        "-l",
+        "200,300",
+        "-p",
+        "8",
+    ];
+    let args_json = [&args[..], &["--trials", "2", "--json"]].concat();
+    let recalled = json(&run(&args_json));
+    let sparse = json(&run(&[&args_json[..], &["--window-sink", "64"]].concat()));
+    let lengths = |found: &serde_json::Value| found["lengths"].as_array().unwrap().clone();
+    for (dense, sparse) in lengths(&recalled).iter().zip(&lengths(&sparse)) {
+        assert_eq!(
+            (&dense["asked"], &sparse["asked"]),
+            (&16.into(), &16.into())
+        );
+        let ln_p = [dense, sparse].map(|length| length["ln_p"].as_f64().unwrap());
+        assert!(ln_p[0] < 0.0 && ln_p[1] < 0.0 && ln_p[0] != ln_p[1]);
+    }
+    assert!(ok(&run(&args)).contains("200 tokens: "));
 }
 
 #[test]

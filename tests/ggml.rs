@@ -21,7 +21,7 @@ use kinglet::backend::ggml::Ggml;
 use kinglet::backend::{Activation, Attention, Backend, LinearOf, Rope, RopePairs, Step};
 use kinglet::quant::{self, Bytes, DType, Tensor};
 use kinglet::tokenizer::Special;
-use kinglet::{BackendKind, Error, KvType, LoadOptions, Model, Session, SessionOptions};
+use kinglet::{BackendKind, Error, KvType, KvTypes, LoadOptions, Model, Session, SessionOptions};
 
 use self::blocks::{Fill, random_blocks};
 use self::common::{Random, assert_near};
@@ -358,7 +358,7 @@ fn attend<B: Backend>(
         shape.n_heads * shape.head_dim,
         shape.n_kv_heads * shape.head_dim,
     );
-    let mut kv = b.kv(shape, kind.into());
+    let mut kv = b.kv(shape, &KvTypes::from(kind).into());
     let mut out = Vec::new();
     let mut start = 0;
     for n in steps {

@@ -45,6 +45,7 @@ fn session(model: &Model, kv: KvType, batch: usize) -> Session {
             n_ctx: 512,
             kv: kv.into(),
             batch,
+            ..SessionOptions::default()
         },
     )
     .expect("a session")

@@ -15,6 +15,7 @@ const RULES: &[(&str, &[&str])] = &[
     // A store knows files and numbers alone: it lies below.
     ("backend", &["quant", "experts"]),
     ("model", &["gguf", "quant", "backend"]),
+    ("sparsity", &["backend"]),
     (
         "session",
         &[
@@ -25,6 +26,7 @@ const RULES: &[(&str, &[&str])] = &[
             "experts",
             "model",
             "sampler",
+            "sparsity",
         ],
     ),
 ];

@@ -178,6 +178,7 @@ fn session(model: &Model, batch: usize) -> Session {
         n_ctx: 256,
         kv: KvType::F32.into(),
         batch,
+        ..SessionOptions::default()
     };
     Session::new(model, &options).expect("a session")
 }

@@ -4,7 +4,9 @@ use std::fs;
 use std::ops::ControlFlow::Continue;
 use std::path::{Path, PathBuf};
 
+use kinglet::backend::select::Chunking;
 use kinglet::session::Plan;
+use kinglet::sparsity::{Heads, Policy, Sparsity};
 use kinglet::{Error, KvType, KvTypes, LoadOptions, Model, Session, SessionOptions};
 
 const TINY: &str = "tests/data/lfm2-tiny-random.gguf";
@@ -66,6 +68,7 @@ fn the_planner_counts_what_the_cpu_does() {
             n_ctx: 300,
             kv,
             batch,
+            ..SessionOptions::default()
         };
         let model = Model::load(&path, &load(1)).unwrap();
         let outline = Model::outline(&path, &load(1)).unwrap();
@@ -83,19 +86,35 @@ fn the_planner_counts_what_the_cpu_does() {
 
 #[test]
 fn several_threads_hold_what_is_planned() {
-    let options = SessionOptions {
-        n_ctx: 300,
-        kv: KvType::F32.into(),
-        batch: 64,
+    // Of at most 90 keys; the second keeps sums of some.
+    let dhsa = Policy::Dhsa {
+        chunking: Chunking::Fixed(8),
+        heads: Heads::Each,
     };
-    for threads in [2, 3] {
+    let sparse = [Policy::Window, dhsa].map(|policy| Sparsity {
+        local: 8,
+        ..Sparsity::new(policy, 32)
+    });
+    let dense = Sparsity::default();
+    for (threads, sparsity) in [2, 3].into_iter().flat_map(|n| {
+        let all = [dense].into_iter().chain(sparse);
+        all.map(move |sparsity| (n, sparsity))
+    }) {
+        let options = SessionOptions {
+            n_ctx: 300,
+            kv: KvType::F32.into(),
+            batch: 64,
+            sparsity,
+        };
         let model = Model::load(&root(TINY), &load(threads)).unwrap();
         let outline = Model::outline(&root(TINY), &load(threads)).unwrap();
         let mut real = Session::new(&model, &options).unwrap();
         let mut planned = Session::new(&outline, &options).unwrap();
         drive(&mut real).unwrap();
         drive(&mut planned).unwrap();
-        assert_eq!(planned.memory(), real.memory());
+        let work = real.work();
+        assert_eq!(work.pairs_read == work.pairs, sparsity == dense);
+        assert_eq!(planned.memory(), real.memory(), "{threads}, {sparsity}");
     }
 }
 
@@ -133,6 +152,7 @@ fn a_plan_is_what_a_full_session_holds() {
         n_ctx: 300,
         kv: KvType::F16.into(),
         batch: 32,
+        ..SessionOptions::default()
     };
     let plan = Plan::new(&model, &options, 300).unwrap();
     let mut session = Session::new(&model, &options).unwrap();

@@ -10,12 +10,14 @@ pub mod cpu;
 #[cfg(feature = "ggml")]
 pub mod ggml;
 pub mod planner;
+pub mod select;
 pub mod tracer;
 
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
+use self::select::KvOptions;
 use crate::error::{Error, Result};
 use crate::profile::{Trace, Work};
 use crate::quant::{DType, Tensor};
@@ -296,7 +298,7 @@ pub trait Backend {
     fn vector(&self, data: Vec<f32>) -> Self::Vector;
 
     /// An empty cache for keys and values of `attention`.
-    fn kv(&self, attention: &Attention, kinds: KvTypes) -> Self::Kv;
+    fn kv(&self, attention: &Attention, options: &KvOptions) -> Self::Kv;
 
     /// Makes room to write at `positions`: they exist, and belong to this cache alone.
     ///
@@ -389,7 +391,7 @@ pub trait Backend {
     fn kv_write(&mut self, kv: &mut Self::Kv, k: &Self::Tensor, v: &Self::Tensor, start: usize);
 
     /// Attends from the rows of `q`, at positions `start..`, to all cached positions that causality and the window
-    /// let them see.
+    /// let them see, or to those of them that the cache's [`select::Select`] chooses.
     fn attention(
         &mut self,
         q: &Self::Tensor,

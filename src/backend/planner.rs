@@ -5,14 +5,16 @@
 
 use super::cpu::acts::{BF16_TOKENS, bf16_floats, q8_floats};
 use super::cpu::attention;
+use super::cpu::attention_selected;
 use super::cpu::scratch::{Buffer, Scratch};
 use super::cpu::table::{ActFormat, Operations};
 use std::ops::Range;
 
 use super::cpu::moe::{chunk_rows, max_groups, n_chunks};
 use super::cpu::{Kernels, conv_floats, gated, step_of_wanted};
+use super::select::KvOptions;
 use super::{
-    Activation, Attention, Backend, GatedFfn, KV_PAGE, KvTypes, Linear, Moe, Rope, RopePairs, Step,
+    Activation, Attention, Backend, GatedFfn, KV_PAGE, Linear, Moe, Rope, RopePairs, Step,
 };
 use crate::error::{Error, Result};
 use crate::profile::roofline::Resource;
@@ -61,7 +63,7 @@ pub struct Tensor {
 /// The pages that keys and values would lie in.
 pub struct Kv {
     shape: Attention,
-    kinds: KvTypes,
+    options: KvOptions,
     n_pages: usize,
 }
 
@@ -183,10 +185,10 @@ impl Backend for Planner {
         data.len()
     }
 
-    fn kv(&self, attention: &Attention, kinds: KvTypes) -> Kv {
+    fn kv(&self, attention: &Attention, options: &KvOptions) -> Kv {
         Kv {
             shape: *attention,
-            kinds,
+            options: options.clone(),
             n_pages: 0,
         }
     }
@@ -197,7 +199,10 @@ impl Backend for Planner {
     }
 
     fn kv_copy(&self, kv: &Kv) -> Result<Kv> {
-        Ok(Kv { ..*kv })
+        Ok(Kv {
+            options: kv.options.clone(),
+            ..*kv
+        })
     }
 
     fn kv_save(&self, _: &Kv, _: usize, _: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
@@ -214,7 +219,9 @@ impl Backend for Planner {
     }
 
     fn kv_bytes(&self, kv: &Kv) -> usize {
-        kv.n_pages * attention::page_bytes(&kv.shape, kv.kinds)
+        let chunking = kv.options.select.as_ref().and_then(|s| s.chunking());
+        let sums = chunking.map_or(0, |c| c.bytes(&kv.shape, kv.n_pages * KV_PAGE));
+        kv.n_pages * attention::page_bytes(&kv.shape, kv.options.kinds) + sums
     }
 
     fn conv_bytes(&self, (n_rows, n_channels): &(usize, usize)) -> usize {
@@ -382,20 +389,13 @@ impl Backend for Planner {
         let out = self.tensor(q.n_tokens, q.n_cols);
         let positions = start..start + q.n_tokens;
         let (step, n_threads) = (self.step, self.n_threads);
-        let work = attention::work(shape, kv.kinds, positions.clone());
+        let work = attention::work_selected(shape, &kv.options, positions.clone());
         let values = q.n_tokens * q.n_cols;
         self.count(Operation::Attention, Some(Resource::F32), work, values);
-        for together in attention::scratch(
-            &self.operations,
-            shape,
-            kv.kinds,
-            step,
-            positions,
-            n_threads,
-        ) {
-            let taken = together.into_iter().map(|len| self.scratch.take(len));
-            drop(taken.collect::<Vec<_>>());
-        }
+        let (operations, options) = (&self.operations, &kv.options);
+        let runs =
+            attention_selected::scratch(operations, shape, options, step, positions, n_threads);
+        runs.iter().for_each(|lens| self.scratch.reserve(lens));
         out
     }
 

@@ -8,9 +8,8 @@ use std::cell::Cell;
 use std::ops::Range;
 use std::time::Duration;
 
-use super::{
-    Activation, Attention, Backend, GatedFfn, KvTypes, Linear, Moe, Rope, RopePairs, Runs, Step,
-};
+use super::select::KvOptions;
+use super::{Activation, Attention, Backend, GatedFfn, Linear, Moe, Rope, RopePairs, Runs, Step};
 use crate::error::Result;
 use crate::profile::span::now;
 use crate::profile::{ExpertWork, Label, Operation, PassKind, PassRecord, Span, Trace, Work};
@@ -202,6 +201,9 @@ const EMPTY: Span = Span {
         attention_ops: 0,
         neurons: 0,
         skipped_neurons: 0,
+        pairs: 0,
+        pairs_read: 0,
+        decide_ns: 0,
         experts: ExpertWork {
             used: 0,
             hits: 0,
@@ -264,8 +266,8 @@ impl<B: Backend> Backend for Tracer<B> {
         self.inner.vector(data)
     }
 
-    fn kv(&self, attention: &Attention, kinds: KvTypes) -> B::Kv {
-        self.inner.kv(attention, kinds)
+    fn kv(&self, attention: &Attention, options: &KvOptions) -> B::Kv {
+        self.inner.kv(attention, options)
     }
 
     fn kv_reserve(&self, kv: &mut B::Kv, positions: Range<usize>) -> Result<()> {

@@ -8,7 +8,8 @@ use super::layer::ffn;
 use super::state::{LayerState, State};
 use super::weights::Weights;
 use super::{Network, Pass};
-use crate::backend::{Activation, Backend, GatedFfn, KvTypes, Rope, RopePairs};
+use crate::backend::select::KvOptions;
+use crate::backend::{Activation, Backend, GatedFfn, Rope, RopePairs};
 use crate::error::{Error, Result};
 
 struct Gemma3<B: Backend> {
@@ -105,7 +106,7 @@ impl<B: Backend> Network<B> for Gemma3<B> {
         &self.config
     }
 
-    fn state(&self, backend: &B, kv: KvTypes) -> State<B> {
+    fn state(&self, backend: &B, kv: &KvOptions) -> State<B> {
         let layers = self
             .layers
             .iter()

@@ -11,7 +11,8 @@ use super::layer::short_conv::ShortConv;
 use super::state::{LayerState, State};
 use super::weights::Weights;
 use super::{Network, Pass};
-use crate::backend::{Activation, Backend, Gating, KvTypes, Rope, RopePairs};
+use crate::backend::select::KvOptions;
+use crate::backend::{Activation, Backend, Gating, Rope, RopePairs};
 use crate::error::{Error, Result};
 
 struct Lfm2<B: Backend> {
@@ -131,7 +132,7 @@ impl<B: Backend> Network<B> for Lfm2<B> {
         &self.config
     }
 
-    fn state(&self, backend: &B, kv: KvTypes) -> State<B> {
+    fn state(&self, backend: &B, kv: &KvOptions) -> State<B> {
         let layers = self.layers.iter().map(|layer| match &layer.mixer {
             Mixer::Attention(attention) => LayerState::Kv(backend.kv(&attention.shape, kv)),
             Mixer::ShortConv(_) => {

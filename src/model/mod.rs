@@ -16,7 +16,8 @@ mod smallthinker;
 use self::config::Config;
 use self::state::State;
 use self::weights::Weights;
-use crate::backend::{Backend, KvTypes, Step};
+use crate::backend::select::KvOptions;
+use crate::backend::{Backend, Step};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 
@@ -48,7 +49,7 @@ pub trait Network<B: Backend>: Send + Sync {
     fn config(&self) -> &Config;
 
     /// Fresh memory for one sequence.
-    fn state(&self, backend: &B, kv: KvTypes) -> State<B>;
+    fn state(&self, backend: &B, kv: &KvOptions) -> State<B>;
 
     /// Runs `pass` and returns logits, `(n_wanted, n_vocab)`, if any are wanted. `state` has room for the positions.
     fn forward(&self, backend: &mut B, state: &mut State<B>, pass: &Pass) -> Option<B::Tensor>;

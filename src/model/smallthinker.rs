@@ -9,7 +9,8 @@ use super::layer::moe::{self, Sizes};
 use super::state::{LayerState, State};
 use super::weights::Weights;
 use super::{Network, Pass};
-use crate::backend::{Activation, Backend, Gating, KvTypes, Moe, Rope, RopePairs};
+use crate::backend::select::KvOptions;
+use crate::backend::{Activation, Backend, Gating, Moe, Rope, RopePairs};
 use crate::error::{Error, Result};
 
 struct SmallThinker<B: Backend> {
@@ -83,7 +84,7 @@ impl<B: Backend> Network<B> for SmallThinker<B> {
         &self.config
     }
 
-    fn state(&self, backend: &B, kv: KvTypes) -> State<B> {
+    fn state(&self, backend: &B, kv: &KvOptions) -> State<B> {
         let layers = self
             .layers
             .iter()

@@ -97,6 +97,15 @@ pub struct Work {
     /// Those of them whose gate was 0, so that no other product was made for them.
     #[serde(default)]
     pub skipped_neurons: u64,
+    /// Pairs of a query and a key that causality and windows allow.
+    #[serde(default)]
+    pub pairs: u64,
+    /// Of these the ones that were read: fewer where keys are left out.
+    #[serde(default)]
+    pub pairs_read: u64,
+    /// Nanoseconds in which was decided which, of all threads together.
+    #[serde(default)]
+    pub decide_ns: u64,
     /// Experts that were read when they were used; nothing where all are in memory.
     #[serde(default)]
     pub experts: ExpertWork,
@@ -114,6 +123,9 @@ impl Work {
             attention_ops: self.attention_ops - before.attention_ops,
             neurons: self.neurons - before.neurons,
             skipped_neurons: self.skipped_neurons - before.skipped_neurons,
+            pairs: self.pairs - before.pairs,
+            pairs_read: self.pairs_read - before.pairs_read,
+            decide_ns: self.decide_ns - before.decide_ns,
             experts: self.experts.since(&before.experts),
             // Backends count them modulo 2^32.
             regions: u64::from(self.regions.wrapping_sub(before.regions) as u32),
@@ -123,6 +135,11 @@ impl Work {
     /// Bytes read.
     pub fn bytes(&self) -> u64 {
         self.weight_bytes + self.kv_bytes
+    }
+
+    /// The share of allowed pairs that were read; `None` where nothing was to be read.
+    pub fn share_read(&self) -> Option<f64> {
+        (self.pairs > 0).then(|| self.pairs_read as f64 / self.pairs as f64)
     }
 
     /// Multiplications and additions.
@@ -139,6 +156,9 @@ impl std::ops::AddAssign for Work {
         self.attention_ops += other.attention_ops;
         self.neurons += other.neurons;
         self.skipped_neurons += other.skipped_neurons;
+        self.pairs += other.pairs;
+        self.pairs_read += other.pairs_read;
+        self.decide_ns += other.decide_ns;
         self.experts += other.experts;
         self.regions += other.regions;
     }

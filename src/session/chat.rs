@@ -257,7 +257,7 @@ impl Chat {
             });
         }
         let file = StateFile::open(path)?;
-        let (session, extra, reread) = match file.fits(self.model(), self.session.kv_types()) {
+        let (session, extra, reread) = match file.fits(self.model(), &self.session.options()) {
             Ok(()) => {
                 let (session, extra) = file.load(self.model(), &self.session.options())?;
                 (Some(session), extra, None)

@@ -15,8 +15,9 @@ use crate::backend::cpu::stored::StoredExperts;
 #[cfg(feature = "ggml")]
 use crate::backend::ggml::Ggml;
 use crate::backend::planner::{Planner, Tally};
+use crate::backend::select::KvOptions;
 use crate::backend::tracer::Tracer;
-use crate::backend::{Backend, BackendKind, KvTypes, Lost, NoMemory};
+use crate::backend::{Backend, BackendKind, Lost, NoMemory};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::model::config::Config;
@@ -30,7 +31,7 @@ pub(super) trait Loaded: Send + Sync {
     fn config(&self) -> &Config;
 
     /// A backend with fresh memory for one sequence.
-    fn engine(&self, kv: KvTypes) -> Result<Box<dyn Engine>>;
+    fn engine(&self, kv: &KvOptions) -> Result<Box<dyn Engine>>;
 }
 
 /// Runs passes of one sequence and remembers what its layers do.
@@ -159,7 +160,7 @@ struct Runner<B: Backend> {
     network: Arc<dyn Network<B>>,
     backend: B,
     state: State<B>,
-    kv: KvTypes,
+    kv: KvOptions,
 }
 
 impl<B, F> Loaded for Placed<B, F>
@@ -171,13 +172,13 @@ where
         self.network.config()
     }
 
-    fn engine(&self, kv: KvTypes) -> Result<Box<dyn Engine>> {
+    fn engine(&self, kv: &KvOptions) -> Result<Box<dyn Engine>> {
         let backend = (self.backend)()?;
         Ok(Box::new(Runner {
             state: self.network.state(&backend, kv),
             network: Arc::clone(&self.network),
             backend,
-            kv,
+            kv: kv.clone(),
         }))
     }
 }
@@ -232,7 +233,7 @@ impl<B: Backend + Send + 'static> Engine for Runner<B> {
     }
 
     fn memory(&self) -> Result<Memory> {
-        let mut copy = self.network.state(&self.backend, self.kv);
+        let mut copy = self.network.state(&self.backend, &self.kv);
         copy.copy_from(&self.backend, &self.state)?;
         Ok(Memory(Box::new(copy)))
     }

@@ -5,7 +5,7 @@
 //! | 8 | `\x8fKSTATE\n` |
 //! | 4, 4 | version, positions of a page of keys and values |
 //! | 16, 16 | hashes of the model and of its tokenizer |
-//! | 1, 1, 2 | types of keys and of values, zeros |
+//! | 1, 1, 2 | types of keys and of values, which keys are attended to: 0 for all, else a hash of the policy |
 //! | 4, 8 | tokens, tokens that fitted into the session |
 //! | 7 × 16 | sections: bytes, XXH3 of them |
 //! | 8 | XXH3 of all before |
@@ -37,6 +37,7 @@ use super::{Model, Session, SessionOptions};
 use crate::backend::{KV_PAGE, KvType, KvTypes, Step};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
+use crate::sparsity::Sparsity;
 
 const MAGIC: &[u8; 8] = b"\x8fKSTATE\n";
 const VERSION: u32 = 1;
@@ -131,6 +132,7 @@ struct Section {
 struct Header {
     hashes: Hashes,
     kv: [u8; 2],
+    sparsity: u16,
     n_tokens: u32,
     n_ctx: u64,
     sections: [Section; N_SECTIONS],
@@ -144,7 +146,7 @@ impl Header {
         out.extend(self.hashes.model.to_le_bytes());
         out.extend(self.hashes.tokenizer.to_le_bytes());
         out.extend(self.kv);
-        out.extend([0, 0]);
+        out.extend(self.sparsity.to_le_bytes());
         out.extend(self.n_tokens.to_le_bytes());
         out.extend(self.n_ctx.to_le_bytes());
         for section in &self.sections {
@@ -178,12 +180,10 @@ impl Header {
             tokenizer: u128::from_le_bytes(take(&mut rest)),
         };
         let kv = take(&mut rest);
-        if take(&mut rest) != [0; 2] {
-            return Err("header: expected zeros after the cache types".into());
-        }
         Ok(Self {
             hashes,
             kv,
+            sparsity: u16::from_le_bytes(take(&mut rest)),
             n_tokens: u32::from_le_bytes(take(&mut rest)),
             n_ctx: u64::from_le_bytes(take(&mut rest)),
             sections: std::array::from_fn(|_| Section {
@@ -275,11 +275,12 @@ impl StateFile {
         self.header.n_tokens as usize
     }
 
-    /// Whether `model` can go on with it, and with `kv` as the type of its cache.
+    /// Whether `model` can go on with it, with the cache types of `options` and the keys that they attend to.
     ///
     /// # Errors
     /// [`Error::Mismatch`], which tells why not.
-    pub fn fits(&self, model: &Model, kv: KvTypes) -> Result<()> {
+    pub fn fits(&self, model: &Model, options: &SessionOptions) -> Result<()> {
+        let SessionOptions { kv, sparsity, .. } = *options;
         let hashes = model.hashes()?;
         let other = |what: String| {
             Err(Error::Mismatch {
@@ -309,6 +310,13 @@ impl StateFile {
                 name(values)
             ));
         }
+        if self.header.sparsity != sparsity_hash(&sparsity) {
+            let found = match self.header.sparsity {
+                0 => "dense",
+                _ => "another policy, or another budget",
+            };
+            return other(format!("attention: expected {sparsity}, found {found}"));
+        }
         Ok(())
     }
 
@@ -334,7 +342,7 @@ impl StateFile {
     /// [`StateFile::fits`], [`Error::ContextFull`] if it has more tokens than `options` allow, [`Error::Io`],
     /// [`Error::OutOfMemory`].
     pub fn load(mut self, model: &Model, options: &SessionOptions) -> Result<(Session, Extra)> {
-        self.fits(model, options.kv)?;
+        self.fits(model, options)?;
         let mut session = Session::new(model, options)?;
         let config = &model.info().config;
         let n = self.n_tokens();
@@ -482,6 +490,15 @@ fn codes(kv: KvTypes) -> [u8; 2] {
     [kv.keys, kv.values].map(|kind| kind as u8)
 }
 
+/// 0 for dense attention. What is read with some keys left out is no beginning for a session that reads them all, nor the
+/// other way round: the first would tell as exact what is not.
+fn sparsity_hash(sparsity: &Sparsity) -> u16 {
+    if sparsity.is_dense() {
+        return 0;
+    }
+    (hash_of(sparsity.to_string().as_bytes()) as u16).max(1)
+}
+
 impl Session {
     /// Writes the session to `path`. A file of that name is replaced when the new one is complete and safe, and stays
     /// as it is if that fails.
@@ -545,6 +562,7 @@ impl Session {
         let header = Header {
             hashes: *self.model.hashes()?,
             kv: codes(self.kv),
+            sparsity: sparsity_hash(&self.sparsity),
             n_tokens: n as u32,
             n_ctx: self.n_ctx as u64,
             sections,

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::Session;
 use crate::error::{Error, Result};
-use crate::profile::ExpertWork;
+use crate::profile::{ExpertWork, Work};
 use crate::sampler::Sampler;
 
 /// When a reply ends, and how its tokens become text.
@@ -79,6 +79,8 @@ pub struct Stats {
     pub decode: Duration,
     /// What was read of experts for them, where these are read when they are used.
     pub experts: ExpertWork,
+    /// What the backend did for all of it.
+    pub work: Work,
 }
 
 impl Stats {
@@ -129,6 +131,7 @@ pub fn generate(
     on: &mut dyn FnMut(Event) -> ControlFlow<()>,
 ) -> Result<Reply> {
     let begin = Instant::now();
+    let before = session.work();
     let (needed, n_ctx) = (prompt.len(), session.n_ctx());
     if needed > n_ctx {
         return Err(Error::ContextFull { needed, n_ctx });
@@ -230,6 +233,7 @@ pub fn generate(
         reply.stats.decode = decode_begin.elapsed();
         reply.stats.experts = session.work().experts.since(&work.experts);
     }
+    reply.stats.work = session.work().since(&before);
     // Half a character, or what might have become a stop text.
     let shown = reply.text.len();
     if !stops.found {

@@ -31,6 +31,7 @@ use self::timeline::Timeline;
 use crate::backend::cpu::residency::Residency;
 use crate::backend::cpu::stored::StoredExperts;
 use crate::backend::planner::Tally;
+use crate::backend::select::KvOptions;
 use crate::backend::{BackendKind, KvTypes, Step};
 use crate::error::{Error, Result};
 use crate::experts::ExpertStore;
@@ -41,6 +42,7 @@ use crate::model::config::Config;
 use crate::profile::span::now;
 use crate::profile::topology::Topology;
 use crate::profile::{Trace, Work, machine};
+use crate::sparsity::Sparsity;
 use crate::tokenizer::Tokenizer;
 
 /// Context where neither caller nor file gives a smaller one: metadata often states more than models were trained on.
@@ -79,6 +81,8 @@ pub struct SessionOptions {
     pub n_ctx: usize,
     /// Types of cached keys and values.
     pub kv: KvTypes,
+    /// Which keys queries attend to.
+    pub sparsity: Sparsity,
     /// Tokens of a prefill step; 0: 512.
     pub batch: usize,
 }
@@ -369,9 +373,18 @@ pub struct Session {
     n_ctx: usize,
     batch: usize,
     kv: KvTypes,
+    sparsity: Sparsity,
     n_replayed: usize,
     /// Its part of the model's budget.
     claim: Option<Claim>,
+}
+
+/// How caches are made.
+fn kv_options(kinds: KvTypes, sparsity: &Sparsity) -> Result<KvOptions> {
+    Ok(KvOptions {
+        kinds,
+        select: sparsity.selector()?,
+    })
 }
 
 impl Session {
@@ -423,13 +436,24 @@ impl Session {
                 });
             }
         }
+        if !options.sparsity.is_dense() && model.backend() != BackendKind::Cpu {
+            return Err(Error::Unsupported {
+                kind: "sparse attention of this backend",
+                found: options.sparsity.to_string(),
+                supported: "dense".into(),
+            });
+        }
         Ok(Self {
             model: model.clone(),
-            engine: model.0.network.engine(options.kv)?,
+            engine: model
+                .0
+                .network
+                .engine(&kv_options(options.kv, &options.sparsity)?)?,
             line: Timeline::default(),
             n_ctx,
             batch,
             kv: options.kv,
+            sparsity: options.sparsity,
             n_replayed: 0,
             claim,
         })
@@ -450,8 +474,14 @@ impl Session {
         SessionOptions {
             n_ctx: self.n_ctx,
             kv: self.kv,
+            sparsity: self.sparsity,
             batch: self.batch,
         }
+    }
+
+    /// Which keys queries attend to.
+    pub fn sparsity(&self) -> &Sparsity {
+        &self.sparsity
     }
 
     /// Types of cached keys and values.

@@ -160,8 +160,8 @@ impl Plan {
         let mut full = open()?;
         let options = SessionOptions {
             n_ctx: full.n_ctx,
-            kv: options.kv,
             batch: full.batch,
+            ..*options
         };
         // A step without logits, one with them, and the last token: what takes most is among them.
         full.count_prefill((full.n_ctx - 1).min(2 * full.batch))?;

@@ -12,10 +12,11 @@ use std::sync::Arc;
 
 use super::budget::Claim;
 use super::engine::Memory;
-use super::{Model, Session};
+use super::{Model, Session, kv_options};
 use crate::backend::{KvTypes, Step};
 use crate::error::{Error, Result};
 use crate::model::Pass;
+use crate::sparsity::Sparsity;
 
 /// Marks that are kept: two a turn, where its prompt begins and where it ends.
 const MARKS: usize = 4;
@@ -85,6 +86,7 @@ impl Timeline {
 pub struct Snapshot {
     model: Model,
     kv: KvTypes,
+    sparsity: Sparsity,
     memory: Memory,
     line: Timeline,
     _claim: Option<Claim>,
@@ -158,7 +160,11 @@ impl Session {
     pub fn fork(&self) -> Result<Self> {
         let mut fork = Self {
             model: self.model.clone(),
-            engine: self.model.0.network.engine(self.kv)?,
+            engine: self
+                .model
+                .0
+                .network
+                .engine(&kv_options(self.kv, &self.sparsity)?)?,
             line: Timeline::default(),
             n_replayed: 0,
             claim: self.claim.as_ref().map(Claim::again).transpose()?,
@@ -184,6 +190,7 @@ impl Session {
         Ok(Snapshot {
             model: self.model.clone(),
             kv: self.kv,
+            sparsity: self.sparsity,
             memory: self.engine.memory()?,
             line: self.line.clone(),
             _claim: claim,
@@ -196,9 +203,13 @@ impl Session {
     /// [`Error::Invalid`] if it is of another model or cache type, [`Error::ContextFull`] if it does not fit; nothing
     /// has changed then.
     pub fn restore(&mut self, snapshot: &Snapshot) -> Result<()> {
-        if !Arc::ptr_eq(&self.model.0, &snapshot.model.0) || self.kv != snapshot.kv {
+        if !Arc::ptr_eq(&self.model.0, &snapshot.model.0)
+            || self.kv != snapshot.kv
+            || self.sparsity != snapshot.sparsity
+        {
             return Err(Error::Invalid(
-                "snapshot: expected one of this model and cache type, found another".into(),
+                "snapshot: expected one of this model, cache type and sparsity, found another"
+                    .into(),
             ));
         }
         let (needed, n_ctx) = (snapshot.line.tokens.len(), self.n_ctx);

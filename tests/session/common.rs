@@ -48,7 +48,12 @@ pub fn session(model: &Model, batch: usize) -> Session {
 /// The same with other cache types.
 pub fn session_with(model: &Model, batch: usize, kv: KvTypes) -> Session {
     let n_ctx = N_CTX;
-    let options = SessionOptions { n_ctx, kv, batch };
+    let options = SessionOptions {
+        n_ctx,
+        kv,
+        batch,
+        ..SessionOptions::default()
+    };
     Session::new(model, &options).expect("a session")
 }
 

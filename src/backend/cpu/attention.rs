@@ -9,13 +9,14 @@ use std::sync::Arc;
 use super::pool::{Output, Pool};
 use super::scratch::Scratch;
 use super::table::{AttendBatch, AttendSpan, AttendTokens, Operations, Ready, Rows, ToF16};
+use crate::backend::select::{Chunking, Chunks, KvOptions, Select};
 use crate::backend::{Attention, KV_PAGE, KvType, KvTypes, Step};
 use crate::error::{Error, Result};
 use crate::profile::Work;
 use crate::quant;
 
 /// Positions in a page.
-const PAGE: usize = KV_PAGE;
+pub(super) const PAGE: usize = KV_PAGE;
 
 /// Queries that share a pass over the keys: few enough for their sums to stay in the first-level cache.
 const MAX_QUERIES: usize = 64;
@@ -37,6 +38,9 @@ pub struct KvCache {
     kinds: KvTypes,
     n_kv_heads: usize,
     head_dim: usize,
+    select: Option<Arc<dyn Select>>,
+    /// Sums of keys, where `select` wants some.
+    chunks: Arc<Chunks>,
 }
 
 type Page = Vec<u8>;
@@ -47,15 +51,51 @@ pub(in crate::backend) fn page_bytes(shape: &Attention, kinds: KvTypes) -> usize
 }
 
 impl KvCache {
-    pub(super) fn new(attention: &Attention, kinds: KvTypes) -> Self {
+    pub(super) fn new(attention: &Attention, options: &KvOptions) -> Self {
         let (n_kv_heads, head_dim) = (attention.n_kv_heads, attention.head_dim);
         Self {
             keys: Vec::new(),
             values: Vec::new(),
-            kinds,
+            kinds: options.kinds,
             n_kv_heads,
             head_dim,
+            select: options.select.clone(),
+            chunks: Arc::default(),
         }
+    }
+
+    /// Who chooses keys.
+    pub(super) fn select(&self) -> Option<&dyn Select> {
+        self.select.as_deref()
+    }
+
+    /// Sums of keys.
+    pub(super) fn chunks(&self) -> &Chunks {
+        &self.chunks
+    }
+
+    fn chunking(&self) -> Option<Chunking> {
+        self.select()?.chunking()
+    }
+
+    /// Sums the keys at `positions`, which are the last.
+    pub(super) fn sum_keys(&mut self, positions: Range<usize>) {
+        let Some(chunking) = self.chunking() else {
+            return;
+        };
+        // Taken out so that the keys can be read meanwhile.
+        let mut chunks = std::mem::take(&mut self.chunks);
+        let own = Arc::get_mut(&mut chunks).expect("the cache's own since room was made there");
+        let (n, kind) = (self.head_dim, self.kinds.keys);
+        let row = kind.row_bytes(n);
+        own.update(chunking, n, positions, &|position, out| {
+            let page = &self.keys[position / PAGE];
+            for (head, out) in out.chunks_exact_mut(n).enumerate() {
+                let at = (head * PAGE + position % PAGE) * row;
+                quant::dequantize(kind.dtype(), &page[at..at + row], out);
+            }
+        });
+        self.chunks = chunks;
     }
 
     /// Makes room to write at `positions`.
@@ -85,6 +125,13 @@ impl KvCache {
             while pages.len() < end {
                 pages.push(fresh(kind, &[])?);
             }
+        }
+        if let Some(chunking) = self.chunking() {
+            if Arc::get_mut(&mut self.chunks).is_none() {
+                self.chunks = Arc::new(self.chunks.try_clone()?);
+            }
+            let chunks = Arc::get_mut(&mut self.chunks).expect("made so");
+            chunks.reserve(chunking, (self.n_kv_heads, self.head_dim), end * PAGE)?;
         }
         Ok(())
     }
@@ -125,6 +172,7 @@ impl KvCache {
                 }
             }
         }
+        self.sum_keys(0..n);
         Ok(())
     }
 
@@ -139,7 +187,8 @@ impl KvCache {
             .iter()
             .chain(&self.values)
             .map(|page| page.len())
-            .sum()
+            .sum::<usize>()
+            + self.chunks.bytes()
     }
 
     /// Stores the keys and values of one position, `(n_kv_heads, head_dim)` each.
@@ -186,18 +235,18 @@ pub(super) struct Attend<'a> {
 }
 
 /// Running sums of some queries in one buffer: largest scores, sums of weights, weighted values.
-struct Sums<'a> {
-    max: &'a mut [f32],
-    sum: &'a mut [f32],
-    out: &'a mut [f32],
+pub(super) struct Sums<'a> {
+    pub(super) max: &'a mut [f32],
+    pub(super) sum: &'a mut [f32],
+    pub(super) out: &'a mut [f32],
 }
 
 impl<'a> Sums<'a> {
-    fn floats(n_queries: usize, head_dim: usize) -> usize {
+    pub(super) fn floats(n_queries: usize, head_dim: usize) -> usize {
         n_queries * (head_dim + 2)
     }
 
-    fn fresh(buffer: &'a mut [f32], n_queries: usize) -> Self {
+    pub(super) fn fresh(buffer: &'a mut [f32], n_queries: usize) -> Self {
         buffer.fill(0.0);
         let (max, rest) = buffer.split_at_mut(n_queries);
         max.fill(f32::NEG_INFINITY);
@@ -227,11 +276,55 @@ pub(super) fn kernel(cache: &KvCache, step: Step, operations: &Operations) -> &'
 pub(in crate::backend) fn work(shape: &Attention, kinds: KvTypes, positions: Range<usize>) -> Work {
     let read = positions.end - seen_from(shape, positions.start).start;
     let seen: usize = positions.map(|p| seen_from(shape, p).len()).sum();
+    let pairs = (seen * shape.n_heads) as u64;
     Work {
         kv_bytes: (read * shape.n_kv_heads * kinds.row_bytes(shape.head_dim)) as u64,
-        attention_ops: 4 * (seen * shape.n_heads * shape.head_dim) as u64,
+        attention_ops: 4 * pairs * shape.head_dim as u64,
+        pairs,
+        pairs_read: pairs,
         ..Work::default()
     }
+}
+
+/// The same where `select` chooses keys, as if no two queries read the same one.
+pub(in crate::backend) fn work_selected(
+    shape: &Attention,
+    options: &KvOptions,
+    positions: Range<usize>,
+) -> Work {
+    let Some(select) = &options.select else {
+        return work(shape, options.kinds, positions);
+    };
+    let mut sum = Work::default();
+    for (is_dense, run) in runs(shape, select.as_ref(), positions) {
+        let mut dense = work(shape, options.kinds, run.clone());
+        if !is_dense {
+            let n_keys = run.len() * select.budget();
+            dense.pairs_read = (n_keys * shape.n_heads) as u64;
+            dense.attention_ops = 4 * dense.pairs_read * shape.head_dim as u64;
+            dense.kv_bytes =
+                (n_keys * shape.n_kv_heads * options.kinds.row_bytes(shape.head_dim)) as u64;
+        }
+        sum += dense;
+    }
+    sum
+}
+
+/// Adjacent positions whose queries all see everything, or all do not.
+pub(super) fn runs(
+    shape: &Attention,
+    select: &dyn Select,
+    mut positions: Range<usize>,
+) -> impl Iterator<Item = (bool, Range<usize>)> {
+    let is_dense = move |position| select.sees_all(position, &seen_from(shape, position));
+    std::iter::from_fn(move || {
+        let start = positions.next()?;
+        let dense = is_dense(start);
+        let mut rest = positions.clone();
+        let end = rest.find(|position| is_dense(*position) != dense);
+        positions.start = end.unwrap_or(positions.end);
+        Some((dense, start..positions.start))
+    })
 }
 
 /// Pages that queries at `positions` see.
@@ -298,11 +391,11 @@ fn tiles(
 }
 
 impl Attend<'_> {
-    fn group(&self) -> usize {
+    pub(super) fn group(&self) -> usize {
         self.shape.n_heads / self.shape.n_kv_heads
     }
 
-    fn visible(&self, position: usize) -> Range<usize> {
+    pub(super) fn visible(&self, position: usize) -> Range<usize> {
         seen_from(self.shape, position)
     }
 
@@ -312,7 +405,7 @@ impl Attend<'_> {
     }
 
     /// Keys and values of a head in a page.
-    fn rows(&self, page: usize, kv_head: usize) -> [Rows<'_>; 2] {
+    pub(super) fn rows(&self, page: usize, kv_head: usize) -> [Rows<'_>; 2] {
         let cache = self.cache;
         let KvTypes { keys, values } = cache.kinds;
         [(keys, &cache.keys), (values, &cache.values)].map(|(kind, pages)| {

@@ -4,6 +4,7 @@ pub mod acts;
 #[cfg(target_arch = "x86_64")]
 mod amx;
 pub(super) mod attention;
+pub(super) mod attention_selected;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -39,9 +40,9 @@ use self::residency::{Place, Residency};
 use self::scratch::{Buffer, Scratch};
 use self::stored::{Named, StoredExperts};
 use self::table::{ActFormat, Gated, GatedRows, MatMul, Operations, Picked, Ready, ShortConvRows};
+use super::select::KvOptions;
 use super::{
-    Activation, Attention, Backend, GatedFfn, KvTypes, Linear, LinearOf, Moe, Rope, RopePairs,
-    Runs, Step,
+    Activation, Attention, Backend, GatedFfn, Linear, LinearOf, Moe, Rope, RopePairs, Runs, Step,
 };
 use crate::error::{Error, Result};
 use crate::profile::Work;
@@ -122,6 +123,49 @@ const FEW: usize = 4;
 
 /// Rows of a batch that are worth a region of their own for elementwise work.
 const PARALLEL_ROWS: usize = 8;
+
+impl Cpu {
+    /// Rows of `q` at positions `start..`, to every key they see.
+    fn attend_dense(
+        &mut self,
+        kv: &KvCache,
+        attention: &Attention,
+        start: usize,
+        q: &[f32],
+        out: &mut [f32],
+    ) {
+        let n_cols = attention.n_heads * attention.head_dim;
+        let (kinds, positions) = (kv.kinds(), start..start + q.len() / n_cols);
+        self.work += attention::work(attention, kinds, positions.clone());
+        // Tasks of one token take nothing.
+        if self.step == Step::Prefill {
+            let (operations, n_threads) = (&self.operations, self.pool.n_threads());
+            let runs = attention::scratch(
+                operations, attention, kinds, self.step, positions, n_threads,
+            );
+            runs.iter().for_each(|lens| self.scratch.reserve(lens));
+        }
+        let attend = attention::Attend {
+            cache: kv,
+            shape: attention,
+            start,
+            decode: self.step == Step::Decode,
+            operations: &self.operations,
+            scratch: &self.scratch,
+        };
+        if let Some(kernel) = attend.tiles(self.step) {
+            attend.many_in_tiles(&self.pool, kernel, q, out);
+        } else if attend.decode {
+            // One, or a replay of some that came one by one.
+            let rows = q.chunks_exact(n_cols).zip(out.chunks_exact_mut(n_cols));
+            for (i, (q, out)) in rows.enumerate() {
+                attend.one(&self.pool, start + i, q, out);
+            }
+        } else {
+            attend.many(&self.pool, q, out);
+        }
+    }
+}
 
 impl Cpu {
     /// A backend on `pool` with the best kernels of this machine. Its weights stay in memory.
@@ -399,8 +443,8 @@ impl Backend for Cpu {
         data
     }
 
-    fn kv(&self, attention: &Attention, kinds: KvTypes) -> KvCache {
-        KvCache::new(attention, kinds)
+    fn kv(&self, attention: &Attention, options: &KvOptions) -> KvCache {
+        KvCache::new(attention, options)
     }
 
     fn kv_reserve(&self, kv: &mut KvCache, positions: Range<usize>) -> Result<()> {
@@ -644,6 +688,7 @@ impl Backend for Cpu {
         for i in 0..k.n_tokens {
             kv.write(start + i, k.row(i), v.row(i), self.operations.to_f16);
         }
+        kv.sum_keys(start..start + k.n_tokens);
     }
 
     fn attention(
@@ -654,40 +699,18 @@ impl Backend for Cpu {
         attention: &Attention,
     ) -> Tensor {
         let mut out = self.tensor(q.n_tokens, q.n_cols);
-        let (kinds, positions) = (kv.kinds(), start..start + q.n_tokens);
-        self.work += attention::work(attention, kinds, positions.clone());
-        // Taken first what tasks will take, so that it is there whichever thread is faster, and a worker never meets missing
-        // memory. Tasks of one token take nothing.
-        if self.step == Step::Prefill {
-            let (operations, n_threads) = (&self.operations, self.pool.n_threads());
-            for together in attention::scratch(
-                operations, attention, kinds, self.step, positions, n_threads,
-            ) {
-                let taken = together.into_iter().map(|len| self.scratch.take(len));
-                drop(taken.collect::<Vec<_>>());
-            }
-        }
-        let attend = attention::Attend {
-            cache: kv,
-            shape: attention,
-            start,
-            decode: self.step == Step::Decode,
-            operations: &self.operations,
-            scratch: &self.scratch,
+        let positions = start..start + q.n_tokens;
+        let Some(select) = kv.select() else {
+            self.attend_dense(kv, attention, start, &q.data, &mut out.data);
+            return out;
         };
-        if let Some(kernel) = attend.tiles(self.step) {
-            attend.many_in_tiles(&self.pool, kernel, &q.data, &mut out.data);
-        } else if attend.decode {
-            // One, or a replay of some that came one by one.
-            let rows = q
-                .data
-                .chunks_exact(q.n_cols)
-                .zip(out.data.chunks_exact_mut(q.n_cols));
-            for (i, (q, out)) in rows.enumerate() {
-                attend.one(&self.pool, start + i, q, out);
+        for (is_dense, run) in attention::runs(attention, select, positions) {
+            let rows = (run.start - start) * q.n_cols..(run.end - start) * q.n_cols;
+            let (q, out) = (&q.data[rows.clone()], &mut out.data[rows]);
+            match is_dense {
+                true => self.attend_dense(kv, attention, run.start, q, out),
+                false => self.attend_selected(kv, attention, run.start, select, q, out),
             }
-        } else {
-            attend.many(&self.pool, &q.data, &mut out.data);
         }
         out
     }

@@ -115,6 +115,13 @@ impl<L: Lines> Scratch<L> {
         }
     }
 
+    /// Makes what buffers of `lens`, held together, take: then they are there whichever thread is faster, and a worker
+    /// never meets missing memory.
+    pub(crate) fn reserve(&self, lens: &[usize]) {
+        let taken = lens.iter().map(|len| self.take(*len));
+        drop(taken.collect::<Vec<_>>());
+    }
+
     /// Bytes of all buffers, in use or not.
     pub(crate) fn bytes(&self) -> usize {
         lock(&self.account).held * size_of::<Line>()

@@ -13,9 +13,9 @@ use std::sync::{Arc, OnceLock};
 
 use self::graph::{CacheView, Graph, Node};
 use self::memory::{Memory, Repacked};
+use super::select::KvOptions;
 use super::{
-    Activation, Attention, Backend, Gating, KV_PAGE, KvType, KvTypes, Linear, Moe, Rope, RopePairs,
-    Step,
+    Activation, Attention, Backend, Gating, KV_PAGE, KvType, Linear, Moe, Rope, RopePairs, Step,
 };
 use crate::error::{Error, Result};
 use crate::quant::{Bytes, DType, Tensor as FileTensor};
@@ -305,7 +305,9 @@ impl Backend for Ggml {
         }
     }
 
-    fn kv(&self, attention: &Attention, kinds: KvTypes) -> KvCache {
+    /// Sessions see to it that nothing here selects keys.
+    fn kv(&self, attention: &Attention, options: &KvOptions) -> KvCache {
+        let kinds = options.kinds;
         KvCache {
             owner: Arc::clone(&self.owner),
             memory: None,

@@ -6,9 +6,11 @@ use std::time::Duration;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use kinglet::backend::select::Chunking;
 use kinglet::experts::{IoMode, PolicyKind, Prefetch};
 use kinglet::sampler::{Settings, Source, preset};
 use kinglet::session::{ExpertOptions, GenerateOptions, OnExceed};
+use kinglet::sparsity::{Heads, Policy, Sparsity};
 use kinglet::{BackendKind, KvType, KvTypes, Model, Session, SessionOptions};
 
 use crate::failure::Outcome;
@@ -278,6 +280,81 @@ impl CacheArgs {
     }
 }
 
+/// Which keys attention reads. All but `dense` lose something: `kinglet eval` tells how much.
+#[derive(Args)]
+#[command(next_help_heading = "Sparse attention")]
+pub struct AttentionArgs {
+    /// DHSA: each token reads the chunks of keys that score best
+    #[arg(long, value_name = "WHAT", default_value = "off", conflicts_with_all = ["block_topk", "window_sink"])]
+    dhsa: Switch,
+    /// Keys that a token reads with it, the first and the last included
+    #[arg(long, value_name = "N", default_value = "1024", value_parser = positive)]
+    dhsa_budget: usize,
+    /// Keys of a chunk: as many, or `shift:N` for some N, up to where keys change the most
+    #[arg(long, value_name = "N", default_value = "16", value_parser = chunking)]
+    dhsa_chunk: Chunking,
+    /// Whether heads of keys choose each by the mean of their queries, share one choice, or let their queries vote
+    #[arg(long, value_name = "WHAT", default_value = "each")]
+    dhsa_heads: DhsaHeads,
+    /// Each token reads the blocks of 64 keys whose pooled keys score best, N keys in all
+    #[arg(long, value_name = "N", value_parser = positive, conflicts_with = "window_sink")]
+    block_topk: Option<usize>,
+    /// Each token reads the first keys and the last, N in all
+    #[arg(long, value_name = "N", value_parser = positive)]
+    window_sink: Option<usize>,
+    /// First keys that are always read
+    #[arg(long, value_name = "N", default_value_t = Sparsity::DEFAULT_SINK)]
+    sink: usize,
+    /// Last keys that are always read
+    #[arg(long, value_name = "N", default_value_t = Sparsity::DEFAULT_LOCAL, value_parser = positive)]
+    local: usize,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Switch {
+    On,
+    Off,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum DhsaHeads {
+    Each,
+    Shared,
+    Vote,
+}
+
+/// `16` or `shift:16`.
+fn chunking(text: &str) -> Result<Chunking, String> {
+    match text.strip_prefix("shift:") {
+        Some(n) => Ok(Chunking::Shift(positive(n)?)),
+        None => Ok(Chunking::Fixed(positive(text)?)),
+    }
+}
+
+impl AttentionArgs {
+    pub fn sparsity(&self) -> Sparsity {
+        let (policy, budget) = match (self.dhsa, self.block_topk, self.window_sink) {
+            (Switch::On, ..) => {
+                let heads = match self.dhsa_heads {
+                    DhsaHeads::Each => Heads::Each,
+                    DhsaHeads::Shared => Heads::Shared,
+                    DhsaHeads::Vote => Heads::Vote,
+                };
+                let chunking = self.dhsa_chunk;
+                (Policy::Dhsa { chunking, heads }, self.dhsa_budget)
+            }
+            (_, Some(budget), _) => (Policy::Blocks, budget),
+            (_, _, Some(budget)) => (Policy::Window, budget),
+            _ => return Sparsity::default(),
+        };
+        Sparsity {
+            sink: self.sink,
+            local: self.local,
+            ..Sparsity::new(policy, budget)
+        }
+    }
+}
+
 /// How much a session holds, and in which type.
 #[derive(Args)]
 pub struct SessionArgs {
@@ -289,6 +366,8 @@ pub struct SessionArgs {
     batch: usize,
     #[command(flatten)]
     cache: CacheArgs,
+    #[command(flatten)]
+    attention: AttentionArgs,
 }
 
 fn time(text: &str) -> Result<Duration, String> {
@@ -326,6 +405,7 @@ impl SessionArgs {
         SessionOptions {
             n_ctx: self.ctx.unwrap_or(0),
             kv: self.cache.types(),
+            sparsity: self.attention.sparsity(),
             batch: self.batch,
         }
     }
@@ -620,6 +700,8 @@ pub struct ScoringArgs {
     batch: usize,
     #[command(flatten)]
     cache: CacheArgs,
+    #[command(flatten)]
+    attention: AttentionArgs,
     /// One JSON object
     #[arg(long)]
     pub json: bool,
@@ -631,6 +713,7 @@ impl ScoringArgs {
         SessionOptions {
             n_ctx,
             kv: self.cache.types(),
+            sparsity: self.attention.sparsity(),
             batch: self.batch,
         }
     }
@@ -698,6 +781,10 @@ pub struct NeedleArgs {
     /// How often, each time with other facts and another part of the text
     #[arg(long, value_name = "N", default_value = "1", value_parser = positive)]
     pub trials: usize,
+    /// Read questions and numbers with dense attention, as is usual when sparse attention is published: what is
+    /// sparse then is the reading of the text alone
+    #[arg(long)]
+    pub dense_tail: bool,
     /// Write the table as a heat map
     #[arg(long, value_name = "FILE")]
     pub svg: Option<PathBuf>,
@@ -859,6 +946,8 @@ pub struct BenchArgs {
     /// Type of cached values; also `-ctv` [default: f16]
     #[arg(long, value_name = "TYPE", value_delimiter = ',', value_parser = cache_types())]
     pub cache_type_v: Vec<KvType>,
+    #[command(flatten)]
+    pub attention: AttentionArgs,
     #[command(flatten)]
     pub budget: BudgetArgs,
     /// Draw tokens in stretches of N out of 64 neighbouring numbers: for files that `models/synthetic.py --sticky` makes

@@ -318,6 +318,13 @@ fn system(phase: &Phase, energy_source: Option<&str>) -> String {
         }
         parts.push(waits);
     }
+    if let Some(share) = phase.work.share_read().filter(|share| *share < 1.0) {
+        parts.push(format!(
+            "attention read {} of the pairs that it might, all threads took {:.1} ms to decide which",
+            percent(share),
+            phase.work.decide_ns as f64 / 1e6
+        ));
+    }
     if let Some(line) = ui::expert_line(&phase.work.experts, phase.tokens) {
         parts.push(format!("experts {line}"));
     }

@@ -165,6 +165,9 @@ fn print_json(reply: &Reply, sampler: &Sampler) -> Outcome {
             "decode_tokens": stats.decode_tokens,
             "decode_ms": ms(stats.decode),
             "decode_tokens_per_second": stats.decode_rate(),
+            "pairs": stats.work.pairs,
+            "pairs_read": stats.work.pairs_read,
+            "decide_ms": stats.work.decide_ns as f64 / 1e6,
         },
     });
     let mut out = io::stdout().lock();

@@ -231,6 +231,9 @@ pub fn stats_line(stats: &Stats) -> String {
             line += &format!(" · experts {hits:.0} % in memory, {read} read a token");
         }
     }
+    if let Some(share) = stats.work.share_read().filter(|share| *share < 1.0) {
+        line += &format!(" · {:.1} % of keys read", 100.0 * share);
+    }
     line
 }
 

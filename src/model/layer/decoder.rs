@@ -4,7 +4,8 @@ use super::attention::SelfAttention;
 use super::embedding::Embedding;
 use super::ffn;
 use super::moe::{self, FeedForward, Sizes};
-use crate::backend::{Activation, Backend, KvTypes, Rope};
+use crate::backend::select::KvOptions;
+use crate::backend::{Activation, Backend, Rope};
 use crate::error::{Error, Result};
 use crate::model::config::Config;
 use crate::model::state::{LayerState, State};
@@ -69,7 +70,7 @@ impl<B: Backend> Network<B> for Decoder<B> {
         &self.config
     }
 
-    fn state(&self, backend: &B, kv: KvTypes) -> State<B> {
+    fn state(&self, backend: &B, kv: &KvOptions) -> State<B> {
         let layers = self
             .layers
             .iter()

@@ -5,7 +5,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use kinglet::profile::topology::Topology;
-use kinglet::{BackendKind, KvType, KvTypes};
+use kinglet::{BackendKind, KvType, KvTypes, Sparsity};
 
 use crate::args::BenchArgs;
 use crate::failure::{Failure, Outcome};
@@ -60,6 +60,7 @@ pub struct Group {
     /// Tokens of a step of that.
     pub n_ubatch: usize,
     pub kv: KvTypes,
+    pub sparsity: Sparsity,
     pub n_threads: usize,
     /// Of a prompt.
     pub n_threads_batch: usize,
@@ -100,6 +101,7 @@ pub fn groups(args: &BenchArgs) -> Outcome<Vec<Group>> {
                             n_batch,
                             n_ubatch: n_ubatch.min(n_batch),
                             kv,
+                            sparsity: args.attention.sparsity(),
                             n_threads,
                             n_threads_batch: args.n_threads_batch().unwrap_or(n_threads),
                             tests: tests.clone(),

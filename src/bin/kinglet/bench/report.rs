@@ -113,6 +113,9 @@ pub fn columns(groups: &[Group]) -> Vec<Column> {
         columns.push(Column::number("type_k", 6));
         columns.push(Column::number("type_v", 6));
     }
+    if shown.sparsity {
+        columns.push(Column::text("attention", 20));
+    }
     columns.push(Column::number("test", 15));
     columns.push(Column::number("t/s", 20));
     columns
@@ -123,6 +126,7 @@ pub struct Shown {
     n_batch: bool,
     n_ubatch: bool,
     kv: bool,
+    sparsity: bool,
 }
 
 impl Shown {
@@ -131,6 +135,7 @@ impl Shown {
             n_batch: groups.iter().any(|g| g.n_batch != 2048),
             n_ubatch: groups.iter().any(|g| g.n_ubatch != 512),
             kv: groups.iter().any(|g| g.kv != KvTypes::default()),
+            sparsity: groups.iter().any(|g| !g.sparsity.is_dense()),
         }
     }
 }
@@ -243,6 +248,9 @@ impl Row<'_> {
                 group.kv.values.name().to_owned(),
             ]);
         }
+        if shown.sparsity {
+            cells.push(group.sparsity.to_string());
+        }
         cells.extend([self.test.to_string(), format!("{avg:.2} ± {stddev:.2}")]);
 
         let number = |value: Option<f64>| cell(value, |x| format!("{x:.2}"));
@@ -292,6 +300,7 @@ impl Row<'_> {
             ("n_threads_batch", json!(group.n_threads_batch)),
             ("type_k", json!(group.kv.keys.name())),
             ("type_v", json!(group.kv.values.name())),
+            ("attention", json!(group.sparsity.to_string())),
             ("n_prompt", json!(self.test.n_prompt)),
             ("n_gen", json!(self.test.n_gen)),
             ("n_depth", json!(self.test.n_depth)),
@@ -310,6 +319,9 @@ impl Row<'_> {
             ("barriers_per_token", json!(barriers)),
             ("decode_weight_bytes", json!(per_token(reply.weight_bytes))),
             ("decode_kv_bytes", json!(per_token(reply.kv_bytes))),
+            ("decode_pairs_read", json!(reply.share_read().map(round))),
+            ("prefill_pairs_read", json!(prompt.share_read().map(round))),
+            ("decide_ns", json!(prompt.decide_ns + reply.decide_ns)),
             ("decode_gb_s", json!(read.giga())),
             ("decode_percent_of_memory", json!(read.limits[0].map(round))),
             ("decode_percent_of_file", json!(read.limits[1].map(round))),

@@ -33,12 +33,16 @@ fn lossy(options: &SessionOptions) -> Value {
     json!({
         "cache_type_k": options.kv.keys.name(),
         "cache_type_v": options.kv.values.name(),
+        "attention": options.sparsity.to_string(),
     })
 }
 
 /// The same in a line of text.
 fn lossy_line(options: &SessionOptions) -> String {
-    format!("keys and values: {}", options.kv)
+    format!(
+        "keys and values: {}; attention: {}",
+        options.kv, options.sparsity
+    )
 }
 
 fn flow() -> ControlFlow<()> {

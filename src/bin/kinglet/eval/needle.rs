@@ -4,7 +4,6 @@
 //! but given token by token: the mean of `ln p` of its tokens, what that gains over a prompt without any fact, and whether
 //! each token was the likeliest. Facts lie between sentences; facts hidden together lie at different depths.
 
-use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::path::Path;
 
@@ -140,6 +139,13 @@ pub fn run(args: &NeedleArgs) -> Outcome {
             "--depths: expected at most 100 per cent, found {depth}"
         )));
     }
+    if args.needles > PLACES.len() {
+        let most = PLACES.len();
+        let found = args.needles;
+        return Err(Failure::usage(format!(
+            "--needles: expected at most {most}, which have places of their own, found {found}"
+        )));
+    }
     if haystack.0.is_empty() {
         return Err(Failure::usage(format!(
             "{}: expected a text, found none",
@@ -211,12 +217,15 @@ impl<'a> Search<'a> {
                 args.needles
             )));
         }
+        let n_text = length - asked;
+        let mut options = args.scoring.options(length);
+        options.sparsity.dense_from = args.dense_tail.then_some(n_text);
         Ok(Self {
             tokenizer,
             haystack,
-            session: Session::new(model, &args.scoring.options(length))?,
+            session: Session::new(model, &options)?,
             length,
-            n_text: length - asked,
+            n_text,
         })
     }
 
@@ -303,12 +312,13 @@ fn print(args: &NeedleArgs, cells: &[Cell]) -> Outcome {
         let json = json!({
             "lengths": lengths.collect::<Vec<_>>(),
             "needles": args.needles,
+            "dense_tail": args.dense_tail,
             "cells": cells.iter().map(cell).collect::<Vec<_>>(),
             "lossy": lossy(&options),
         });
         writeln!(out, "{json}")?;
     } else {
-        writeln!(out, "{}", lossy_line(&options))?;
+        writeln!(out, "{}", conditions(args))?;
         write!(out, "ln p at %")?;
         for depth in args.depths() {
             write!(out, "{depth:>7}")?;
@@ -331,9 +341,17 @@ fn print(args: &NeedleArgs, cells: &[Cell]) -> Outcome {
     Ok(())
 }
 
+/// The lossy options in a line of text.
+fn conditions(args: &NeedleArgs) -> String {
+    let tail = match args.dense_tail {
+        true => "; questions are read densely",
+        false => "",
+    };
+    format!("{}{tail}", lossy_line(&args.scoring.options(0)))
+}
+
 fn draw(args: &NeedleArgs, cells: &[Cell], path: &Path) -> Outcome {
-    let mut title = String::from("Mean ln p of hidden numbers; ");
-    let _ = write!(title, "{}", lossy_line(&args.scoring.options(0)));
+    let title = format!("Mean ln p of hidden numbers; {}", conditions(args));
     let value = |depth: usize, length: usize| mean(at(cells, length, depth).map(|c| c.ln_p));
     let map = HeatMap {
         title: &title,

@@ -1,0 +1,401 @@
+//! Attention to keys that a [`Select`] chooses, token by token: each with the heads that share keys, over spans of the
+//! cache as they lie there.
+//!
+//! A token's own choice costs what tokens that share keys would save, and buys that no token's result depends on those
+//! computed with it.
+
+use std::cell::RefCell;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use super::Cpu;
+use super::attention::{self, Attend, KvCache, PAGE, Sums, work};
+use super::pool::Output;
+use super::table::{AttendSpan, Operations};
+use crate::backend::select::{Ask, KvOptions, Plan, Select};
+use crate::backend::{Attention, Step};
+use crate::profile::Work;
+use crate::profile::span::now;
+
+/// Tokens of a task: few, since tasks are unlike.
+const TASK_TOKENS: usize = 8;
+
+/// Query heads that may share a head of keys here.
+const MAX_GROUP: usize = 64;
+
+thread_local! {
+    /// Of the thread, kept so that steady work allocates nothing.
+    static PLAN: RefCell<Plan> = RefCell::default();
+}
+
+/// The floats of the buffers that `n_tokens`, none of which sees everything, take on `n_threads` together.
+fn run_scratch(shape: &Attention, n_tokens: usize, n_threads: usize) -> Vec<usize> {
+    let (n, group) = (shape.head_dim, shape.n_heads / shape.n_kv_heads);
+    let n_tasks = n_tokens.div_ceil(TASK_TOKENS) * shape.n_kv_heads;
+    [group * n, Sums::floats(group, n)].repeat(n_tasks.min(n_threads))
+}
+
+/// As [`attention::scratch`], with the keys that `options` choose.
+pub(in crate::backend) fn scratch(
+    operations: &Operations,
+    shape: &Attention,
+    options: &KvOptions,
+    step: Step,
+    positions: Range<usize>,
+    n_threads: usize,
+) -> Vec<Vec<usize>> {
+    let dense = |run| attention::scratch(operations, shape, options.kinds, step, run, n_threads);
+    let Some(select) = &options.select else {
+        return dense(positions);
+    };
+    let of_run = |(is_dense, run): (bool, Range<usize>)| match is_dense {
+        true => dense(run),
+        false => vec![run_scratch(shape, run.len(), n_threads)],
+    };
+    attention::runs(shape, select.as_ref(), positions)
+        .flat_map(of_run)
+        .collect()
+}
+
+/// What tasks have done together.
+#[derive(Default)]
+struct Done {
+    keys: AtomicU64,
+    decide_ns: AtomicU64,
+}
+
+impl Cpu {
+    /// Rows of `q` at positions `start..`, none of which sees everything.
+    pub(super) fn attend_selected(
+        &mut self,
+        cache: &KvCache,
+        shape: &Attention,
+        start: usize,
+        select: &dyn Select,
+        q: &[f32],
+        out: &mut [f32],
+    ) {
+        let (n, n_cols) = (shape.head_dim, shape.n_heads * shape.head_dim);
+        let n_tokens = q.len() / n_cols;
+        self.scratch
+            .reserve(&run_scratch(shape, n_tokens, self.pool.n_threads()));
+        let attend = Attend {
+            cache,
+            shape,
+            start,
+            decode: self.step == Step::Decode,
+            operations: &self.operations,
+            scratch: &self.scratch,
+        };
+        let group = attend.group();
+        let done = Done::default();
+        let mut outputs = [Output::new(out, n_cols)];
+        self.pool
+            .run_tiles(&mut outputs, (TASK_TOKENS, group * n), &|mut tile| {
+                let kv_head = tile.first_col / (group * n);
+                PLAN.with_borrow_mut(|plan| {
+                    for t in 0..tile.out.n_tokens() {
+                        let token = tile.first_row + t;
+                        let q = &q[token * n_cols..][..n_cols];
+                        let out = tile.out.row(t);
+                        attend.token(select, plan, kv_head, start + token, q, out, &done);
+                    }
+                });
+            });
+        let dense = work(shape, cache.kinds(), start..start + n_tokens);
+        let keys = done.keys.into_inner();
+        let pairs_read = keys * group as u64;
+        self.work += Work {
+            kv_bytes: keys * cache.kinds().row_bytes(n) as u64,
+            attention_ops: 4 * pairs_read * n as u64,
+            pairs: dense.pairs,
+            pairs_read,
+            decide_ns: done.decide_ns.into_inner(),
+            ..Work::default()
+        };
+    }
+}
+
+impl Attend<'_> {
+    /// One token and one head of keys: `out` (group, head_dim).
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "a task's own and what all tasks share"
+    )]
+    fn token(
+        &self,
+        select: &dyn Select,
+        plan: &mut Plan,
+        kv_head: usize,
+        position: usize,
+        q: &[f32],
+        out: &mut [f32],
+        done: &Done,
+    ) {
+        let (n, group) = (self.shape.head_dim, self.group());
+        let seen = self.visible(position);
+        let begin = now();
+        plan.spans.clear();
+        let ask = Ask {
+            position,
+            seen: seen.clone(),
+            attention: self.shape,
+            kv_head,
+            q,
+            chunks: self.cache.chunks(),
+        };
+        select.select(&ask, plan);
+        done.decide_ns.fetch_add(now() - begin, Relaxed);
+
+        let mut scaled = self.scratch.take(group * n);
+        let own = q[kv_head * group * n..].iter();
+        let scale = self.shape.scale;
+        scaled.iter_mut().zip(own).for_each(|(s, q)| *s = q * scale);
+        let mut buffer = self.scratch.take(Sums::floats(group, n));
+        let mut sums = Sums::fresh(&mut buffer, group);
+        let visible = |span: &Range<usize>| span.start.max(seen.start)..span.end.min(seen.end);
+        let mut n_keys = 0;
+        for span in plan.spans.iter().map(visible) {
+            n_keys += span.len();
+            self.add_span(kv_head, span, &scaled, &mut sums);
+        }
+        if n_keys == 0 {
+            n_keys = seen.len();
+            self.add_span(kv_head, seen, &scaled, &mut sums);
+        }
+        done.keys.fetch_add(n_keys as u64, Relaxed);
+        for (i, out) in out.chunks_exact_mut(n).enumerate() {
+            let inverse = 1.0 / sums.sum[i];
+            let values = &sums.out[i * n..][..n];
+            out.iter_mut()
+                .zip(values)
+                .for_each(|(o, v)| *o = v * inverse);
+        }
+    }
+
+    /// Adds the keys at positions `span` to the sums of the queries `q` of one token.
+    fn add_span(&self, kv_head: usize, span: Range<usize>, q: &[f32], sums: &mut Sums) {
+        let mut start = span.start;
+        while start < span.end {
+            let page = start / PAGE;
+            let end = span.end.min((page + 1) * PAGE);
+            let [k, v] = self.rows(page, kv_head);
+            let visible = [(start - page * PAGE, end - page * PAGE); MAX_GROUP];
+            self.operations.attend.run(&mut AttendSpan {
+                q,
+                k,
+                v,
+                head_dim: self.shape.head_dim,
+                // Whatever the step: the sums are this token's alone.
+                decode: true,
+                visible: &visible[..sums.max.len()],
+                max: sums.max,
+                sum: sums.sum,
+                out: sums.out,
+            });
+            start = end;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::backend::cpu::pool::Pool;
+    use crate::backend::select::{Chunking, KvOptions};
+    use crate::backend::{Backend, KvType, KvTypes};
+    use crate::quant;
+
+    const SHAPE: Attention = Attention {
+        n_heads: 6,
+        n_kv_heads: 2,
+        head_dim: 64,
+        scale: 0.125,
+        window: None,
+    };
+    const N: usize = 700;
+
+    /// Ranges that look like chance, some of them beyond what may be seen; for every third position none.
+    #[derive(Debug)]
+    struct Chance {
+        dense_below: usize,
+    }
+
+    impl Chance {
+        fn spans(position: usize, kv_head: usize) -> Vec<Range<usize>> {
+            if position.is_multiple_of(3) {
+                return Vec::new();
+            }
+            let mut at = (position * 7 + kv_head * 31) % 13;
+            let mut spans = Vec::new();
+            while at < position + 40 {
+                let end = at + 1 + (at * 5 + position) % 37;
+                spans.push(at..end);
+                at = end + 1 + (at * 11 + position) % 90;
+            }
+            spans
+        }
+    }
+
+    impl Select for Chance {
+        fn chunking(&self) -> Option<Chunking> {
+            None
+        }
+
+        fn sees_all(&self, position: usize, _: &Range<usize>) -> bool {
+            position < self.dense_below
+        }
+
+        fn budget(&self) -> usize {
+            N
+        }
+
+        fn select(&self, ask: &Ask, plan: &mut Plan) {
+            plan.spans.extend(Self::spans(ask.position, ask.kv_head));
+        }
+    }
+
+    fn numbers(n: usize, seed: usize) -> Vec<f32> {
+        let mut rng = seed as u64;
+        let next = || {
+            rng = rng
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            (rng >> 40) as f32 / (1 << 23) as f32 - 1.0
+        };
+        std::iter::repeat_with(next)
+            .take(n)
+            .map(|x| 3.0 * x)
+            .collect()
+    }
+
+    /// All positions, from `start` in steps of `batch`, `(n - start, n_heads * head_dim)`; and the work of that.
+    fn attend(
+        dense_below: Option<usize>,
+        shape: &Attention,
+        kinds: KvTypes,
+        step: Step,
+        batch: usize,
+    ) -> (Vec<f32>, Work) {
+        let mut cpu = Cpu::new(Arc::new(Pool::new(2).unwrap()));
+        let options = KvOptions {
+            kinds,
+            select: dense_below.map(|dense_below| Arc::new(Chance { dense_below }) as _),
+        };
+        let mut kv = cpu.kv(shape, &options);
+        cpu.kv_reserve(&mut kv, 0..N).unwrap();
+        let (n_q, n_kv) = (
+            shape.n_heads * shape.head_dim,
+            shape.n_kv_heads * shape.head_dim,
+        );
+        let tensor = |cpu: &Cpu, rows: &[f32], n_cols: usize| {
+            let mut tensor = cpu.tensor(rows.len() / n_cols, n_cols);
+            tensor.data.copy_from_slice(rows);
+            tensor
+        };
+        let (q, k, v) = (
+            numbers(N * n_q, 1),
+            numbers(N * n_kv, 2),
+            numbers(N * n_kv, 3),
+        );
+        let (k, v) = (tensor(&cpu, &k, n_kv), tensor(&cpu, &v, n_kv));
+        cpu.kv_write(&mut kv, &k, &v, 0);
+        cpu.begin(step);
+        let mut out = Vec::new();
+        for (i, rows) in q.chunks(batch * n_q).enumerate() {
+            let q = tensor(&cpu, rows, n_q);
+            out.extend_from_slice(&cpu.attention(&q, &kv, i * batch, shape).data);
+        }
+        (out, cpu.work())
+    }
+
+    /// The same by the definition, in double precision, and how many pairs were read.
+    fn oracle(dense_below: usize, shape: &Attention, kinds: KvTypes) -> (Vec<f64>, u64) {
+        let (n, group) = (shape.head_dim, shape.n_heads / shape.n_kv_heads);
+        let n_kv = shape.n_kv_heads * n;
+        let cached = |kind: KvType, seed| {
+            let mut numbers = numbers(N * n_kv, seed);
+            let mut bytes = vec![0; kind.row_bytes(numbers.len())];
+            quant::quantize(kind.dtype(), &numbers, &mut bytes);
+            quant::dequantize(kind.dtype(), &bytes, &mut numbers);
+            numbers.into_iter().map(f64::from).collect::<Vec<_>>()
+        };
+        let (k, v) = (cached(kinds.keys, 2), cached(kinds.values, 3));
+        let q = numbers(N * shape.n_heads * n, 1);
+        let (mut out, mut pairs) = (Vec::new(), 0);
+        for (row, q) in q.chunks_exact(n).enumerate() {
+            let (position, head) = (row / shape.n_heads, row % shape.n_heads);
+            let kv_head = head / group;
+            let first = shape.window.map_or(0, |w| (position + 1).saturating_sub(w));
+            let seen = |j: &usize| (first..=position).contains(j);
+            let chosen = Chance::spans(position, kv_head).into_iter().flatten();
+            let mut keys: Vec<usize> = chosen.filter(seen).collect();
+            if keys.is_empty() || position < dense_below {
+                keys = (first..=position).collect();
+            }
+            pairs += keys.len() as u64;
+            let score = |j: &usize| {
+                let key = &k[j * n_kv + kv_head * n..][..n];
+                let products = q.iter().zip(key).map(|(q, k)| f64::from(*q) * k);
+                products.sum::<f64>() * f64::from(shape.scale)
+            };
+            let scores: Vec<f64> = keys.iter().map(score).collect();
+            let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
+            let sum: f64 = weights.iter().sum();
+            for i in 0..n {
+                let values = keys.iter().map(|j| v[j * n_kv + kv_head * n + i]);
+                out.push(values.zip(&weights).map(|(v, w)| v * w).sum::<f64>() / sum);
+            }
+        }
+        (out, pairs)
+    }
+
+    #[test]
+    fn the_chosen_keys_are_attended_to_and_no_others() {
+        let mixed = KvTypes {
+            keys: KvType::Q8_0,
+            values: KvType::Q4_0,
+        };
+        let kinds = [KvType::F16.into(), KvType::F32.into(), mixed];
+        let cases = kinds.map(|kinds| [(None, kinds), (Some(150), kinds)]);
+        for (window, kinds) in cases.into_iter().flatten() {
+            let shape = Attention { window, ..SHAPE };
+            let (expected, pairs) = oracle(100, &shape, kinds);
+            for step in [Step::Prefill, Step::Decode] {
+                let (found, work) = attend(Some(100), &shape, kinds, step, 97);
+                for (found, expected) in found.iter().zip(&expected) {
+                    assert!(
+                        (f64::from(*found) - expected).abs() < 2e-5,
+                        "{found} {expected}"
+                    );
+                }
+                assert_eq!(work.pairs_read, pairs);
+                assert_eq!(work.attention_ops, 4 * 64 * pairs);
+                let all = (0..N).map(|p| window.map_or(p + 1, |w: usize| w.min(p + 1)));
+                assert_eq!(work.pairs, 6 * all.sum::<usize>() as u64);
+            }
+        }
+    }
+
+    #[test]
+    fn a_tokens_result_depends_on_no_other_token_of_its_pass() {
+        let (whole, _) = attend(Some(100), &SHAPE, KvTypes::default(), Step::Prefill, N);
+        for batch in [1, 7, 64, 350] {
+            let (parts, _) = attend(Some(100), &SHAPE, KvTypes::default(), Step::Prefill, batch);
+            assert!(parts == whole, "{batch}");
+        }
+    }
+
+    #[test]
+    fn where_all_is_seen_the_dense_kernel_runs() {
+        for step in [Step::Prefill, Step::Decode] {
+            let (dense, _) = attend(None, &SHAPE, KvTypes::default(), step, 97);
+            let (all, work) = attend(Some(N), &SHAPE, KvTypes::default(), step, 97);
+            assert!(all == dense);
+            assert_eq!((work.pairs, work.decide_ns), (work.pairs_read, 0));
+        }
+    }
+}

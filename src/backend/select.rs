@@ -1,0 +1,401 @@
+//! Which cached keys a query attends to: the hook for policies that leave some out.
+//!
+//! A cache may have a [`Select`]. It is asked once for each token and head of keys, sees queries and sums of keys, and
+//! answers with ranges of positions. It decides from what lies before the token alone and remembers nothing, so a
+//! token's result depends neither on how many were computed with it nor on what came after: going back, going apart,
+//! saving and loading stay exact. The backend intersects the answer with what causality and the model's own window let
+//! the query see; an answer that leaves nothing means everything.
+
+use std::fmt::Debug;
+use std::ops::{Range, RangeInclusive};
+use std::sync::Arc;
+
+use super::{Attention, KvTypes};
+use crate::error::{Error, Result};
+
+/// How keys and values of a layer are kept, and which of them its queries read.
+#[derive(Clone, Debug, Default)]
+pub struct KvOptions {
+    /// Types of the elements.
+    pub kinds: KvTypes,
+    /// Chooses keys; `None`: all of them.
+    pub select: Option<Arc<dyn Select>>,
+}
+
+impl From<KvTypes> for KvOptions {
+    /// All keys.
+    fn from(kinds: KvTypes) -> Self {
+        Self {
+            kinds,
+            select: None,
+        }
+    }
+}
+
+/// A policy that chooses keys.
+pub trait Select: Debug + Send + Sync {
+    /// How the cache must sum keys for it; `None`: not at all.
+    fn chunking(&self) -> Option<Chunking>;
+
+    /// Whether a query at `position` attends to all of `seen`.
+    fn sees_all(&self, position: usize, seen: &Range<usize>) -> bool;
+
+    /// The most keys that another query attends to.
+    fn budget(&self) -> usize;
+
+    /// Chooses keys for a query: fills the empty `plan.spans` with ranges of positions, in order and apart.
+    fn select(&self, ask: &Ask, plan: &mut Plan);
+}
+
+/// What is asked of a [`Select`].
+pub struct Ask<'a> {
+    /// Where the token is.
+    pub position: usize,
+    /// Keys that causality and the model's window let it see.
+    pub seen: Range<usize>,
+    /// The shape of the layer.
+    pub attention: &'a Attention,
+    /// The head of keys that is read.
+    pub kv_head: usize,
+    /// All queries of the token, `(n_heads, head_dim)`.
+    pub q: &'a [f32],
+    /// Sums of keys, where [`Select::chunking`] wants some. Those that the token may know come first: see
+    /// [`Chunks::n_known`].
+    pub chunks: &'a Chunks,
+}
+
+/// The answer, and room to find it in: kept from one to the next, so that asking allocates nothing.
+#[derive(Debug, Default)]
+pub struct Plan {
+    /// The answer.
+    pub spans: Vec<Range<usize>>,
+    /// For the policy.
+    pub scores: Vec<f32>,
+    /// For the policy.
+    pub weights: Vec<f32>,
+    /// For the policy.
+    pub order: Vec<u32>,
+}
+
+impl Plan {
+    /// Appends a range; one that touches the last becomes a part of it.
+    pub fn push(&mut self, span: Range<usize>) {
+        match self.spans.last_mut() {
+            _ if span.is_empty() => {}
+            Some(last) if last.end >= span.start => last.end = last.end.max(span.end),
+            _ => self.spans.push(span),
+        }
+    }
+}
+
+/// Where chunks of adjacent keys end.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Chunking {
+    /// After so many keys.
+    Fixed(usize),
+    /// After half to one and a half of so many keys, there where keys change the most: where the cosine between the sums
+    /// of [`SHIFT_WINDOW`] keys before and after, of all heads together, is least.
+    Shift(usize),
+}
+
+/// Keys on each side of a boundary that are compared.
+pub const SHIFT_WINDOW: usize = 4;
+
+impl Chunking {
+    /// Keys of a chunk, more or less.
+    pub fn nominal(self) -> usize {
+        match self {
+            Chunking::Fixed(n) | Chunking::Shift(n) => n,
+        }
+    }
+
+    /// The fewest keys of a chunk.
+    fn least(self) -> usize {
+        match self {
+            Chunking::Fixed(n) => n,
+            Chunking::Shift(n) => (n / 2).max(1),
+        }
+    }
+
+    /// The most keys of a chunk.
+    pub fn most(self) -> usize {
+        match self {
+            Chunking::Fixed(n) => n,
+            Chunking::Shift(n) => n + n / 2,
+        }
+    }
+
+    /// Keys from the start of a chunk that must be there before its end is known.
+    pub fn reach(self) -> usize {
+        match self {
+            Chunking::Fixed(n) => n,
+            Chunking::Shift(_) => self.most() + SHIFT_WINDOW,
+        }
+    }
+
+    /// Bytes of the sums of `positions`, at most.
+    pub(in crate::backend) fn bytes(self, attention: &Attention, positions: usize) -> usize {
+        let (n, key) = (
+            positions / self.least(),
+            attention.n_kv_heads * attention.head_dim * size_of::<f32>(),
+        );
+        n * (size_of::<Chunk>() + key) + self.reach() * key
+    }
+}
+
+/// Adjacent keys.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Chunk {
+    /// Position of the first.
+    pub start: u32,
+    /// Position after the last.
+    pub end: u32,
+    /// How many positions there had to be for its end to be known.
+    known: u32,
+}
+
+impl Chunk {
+    /// How many keys.
+    pub fn n_keys(&self) -> usize {
+        (self.end - self.start) as usize
+    }
+}
+
+/// Sums of adjacent keys: what a cache derives from the keys that it holds, and nothing else.
+#[derive(Debug, Default)]
+pub struct Chunks {
+    chunks: Vec<Chunk>,
+    /// For each head of keys `(n_chunks, head_dim)`.
+    sums: Vec<Vec<f32>>,
+    /// Where keys are read to: kept, so that steady work allocates nothing.
+    room: Vec<f32>,
+}
+
+impl Chunks {
+    /// Chunks in the order of positions.
+    pub fn chunks(&self) -> &[Chunk] {
+        &self.chunks
+    }
+
+    /// How many chunks somebody knows who sees the first `n` positions alone.
+    pub fn n_known(&self, n: usize) -> usize {
+        self.chunks
+            .partition_point(|chunk| chunk.known as usize <= n)
+    }
+
+    /// The sums of a head of keys, `(n_chunks, head_dim)`.
+    pub fn sums(&self, kv_head: usize) -> &[f32] {
+        &self.sums[kv_head]
+    }
+
+    /// A copy.
+    ///
+    /// # Errors
+    /// If there is no memory for it.
+    pub(in crate::backend) fn try_clone(&self) -> Result<Self> {
+        fn copy<T: Copy>(of: &Vec<T>) -> Result<Vec<T>> {
+            let mut copy = Vec::new();
+            let reserved = copy.try_reserve_exact(of.capacity());
+            reserved.map_err(|_| Error::OutOfMemory {
+                what: "sums of keys".into(),
+                bytes: of.capacity() * size_of::<T>(),
+            })?;
+            copy.extend_from_slice(of);
+            Ok(copy)
+        }
+        Ok(Self {
+            chunks: copy(&self.chunks)?,
+            sums: self.sums.iter().map(copy).collect::<Result<_>>()?,
+            room: copy(&self.room)?,
+        })
+    }
+
+    /// Bytes held.
+    pub(in crate::backend) fn bytes(&self) -> usize {
+        let sums: usize = self.sums.iter().map(Vec::capacity).sum();
+        let floats = sums + self.room.capacity();
+        self.chunks.capacity() * size_of::<Chunk>() + floats * size_of::<f32>()
+    }
+
+    /// Makes room for the sums of `positions`, of `(n_kv_heads, head_dim)`.
+    pub(in crate::backend) fn reserve(
+        &mut self,
+        chunking: Chunking,
+        heads: (usize, usize),
+        positions: usize,
+    ) -> Result<()> {
+        let (n_kv_heads, head_dim) = heads;
+        let n = positions / chunking.least();
+        self.sums.resize_with(n_kv_heads, Vec::new);
+        let room = chunking.reach() * n_kv_heads * head_dim;
+        let more = |held: usize, wanted: usize| wanted.saturating_sub(held);
+        let mut reserved = self
+            .chunks
+            .try_reserve_exact(more(self.chunks.len(), n))
+            .and_then(|()| self.room.try_reserve_exact(more(self.room.len(), room)))
+            .is_ok();
+        for sums in &mut self.sums {
+            reserved &= sums
+                .try_reserve_exact(more(sums.len(), n * head_dim))
+                .is_ok();
+        }
+        reserved.then_some(()).ok_or_else(|| Error::OutOfMemory {
+            what: "sums of keys".into(),
+            bytes: n * n_kv_heads * head_dim * size_of::<f32>(),
+        })
+    }
+
+    /// Takes account of keys that were written at `positions`, of which none are left behind them. `key` reads those of a
+    /// position, `(n_kv_heads, head_dim)`, as they are cached.
+    pub(in crate::backend) fn update(
+        &mut self,
+        chunking: Chunking,
+        head_dim: usize,
+        positions: Range<usize>,
+        key: &dyn Fn(usize, &mut [f32]),
+    ) {
+        let kept = self.n_known(positions.start);
+        self.chunks.truncate(kept);
+        for sums in &mut self.sums {
+            sums.truncate(kept * head_dim);
+        }
+        let n = self.sums.len() * head_dim;
+        let mut keys = std::mem::take(&mut self.room);
+        loop {
+            let start = self.chunks.last().map_or(0, |chunk| chunk.end as usize);
+            let known = start + chunking.reach();
+            if known > positions.end {
+                break;
+            }
+            keys.resize(chunking.reach() * n, 0.0);
+            for (i, key_i) in keys.chunks_exact_mut(n).enumerate() {
+                key(start + i, key_i);
+            }
+            let n_keys = match chunking {
+                Chunking::Fixed(n_keys) => n_keys,
+                Chunking::Shift(_) => {
+                    let ends = chunking.least().max(SHIFT_WINDOW)..=chunking.most();
+                    largest_shift(&keys, n, ends)
+                }
+            };
+            self.chunks.push(Chunk {
+                start: start as u32,
+                end: (start + n_keys) as u32,
+                known: known as u32,
+            });
+            for (kv_head, sums) in self.sums.iter_mut().enumerate() {
+                let at = sums.len();
+                sums.resize(at + head_dim, 0.0);
+                for key in keys.chunks_exact(n).take(n_keys) {
+                    let key = &key[kv_head * head_dim..][..head_dim];
+                    sums[at..]
+                        .iter_mut()
+                        .zip(key)
+                        .for_each(|(sum, k)| *sum += k);
+                }
+            }
+        }
+        self.room = keys;
+    }
+}
+
+/// The end among `ends`, the first of equals, on whose two sides the sums of rows of `keys`, of `n` floats, differ most.
+fn largest_shift(keys: &[f32], n: usize, ends: RangeInclusive<usize>) -> usize {
+    let least = |best: (f32, usize), end: usize| {
+        let (mut product, mut left2, mut right2) = (0.0, 0.0, 0.0);
+        for i in 0..n {
+            let sum = |rows: Range<usize>| rows.map(|row| keys[row * n + i]).sum::<f32>();
+            let left = sum(end - SHIFT_WINDOW..end);
+            let right = sum(end..end + SHIFT_WINDOW);
+            product += left * right;
+            left2 += left * left;
+            right2 += right * right;
+        }
+        let cosine = product / (left2 * right2).sqrt().max(f32::MIN_POSITIVE);
+        if cosine < best.0 { (cosine, end) } else { best }
+    };
+    let first = *ends.start();
+    ends.fold((f32::INFINITY, first), least).1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEADS: (usize, usize) = (2, 4);
+
+    /// Keys of two heads that turn sharply every 11 positions.
+    fn key(position: usize, out: &mut [f32]) {
+        for (i, x) in out.iter_mut().enumerate() {
+            let direction = if i % 4 == position / 11 % 4 { 3.0 } else { 0.0 };
+            *x = direction + ((position * 7 + i * 13) % 5) as f32 * 0.1;
+        }
+    }
+
+    fn whole(chunking: Chunking, n: usize) -> Chunks {
+        let mut chunks = Chunks::default();
+        chunks.reserve(chunking, HEADS, n).unwrap();
+        chunks.update(chunking, HEADS.1, 0..n, &key);
+        chunks
+    }
+
+    #[test]
+    fn sums_are_those_of_the_keys_and_chunks_leave_no_gap() {
+        for chunking in [Chunking::Fixed(16), Chunking::Shift(12)] {
+            let chunks = whole(chunking, 200);
+            let mut at = 0;
+            for (i, chunk) in chunks.chunks().iter().enumerate() {
+                assert_eq!(chunk.start as usize, at);
+                at = chunk.end as usize;
+                assert!((chunking.least()..=chunking.most()).contains(&chunk.n_keys()));
+                assert!(at <= chunk.known as usize && chunk.known as usize <= 200);
+                for head in 0..2 {
+                    let mut expected = [0.0f64; 4];
+                    for position in chunk.start..chunk.end {
+                        let mut keys = [0.0; 8];
+                        key(position as usize, &mut keys);
+                        for (sum, k) in expected.iter_mut().zip(&keys[head * 4..]) {
+                            *sum += f64::from(*k);
+                        }
+                    }
+                    for (sum, expected) in chunks.sums(head)[i * 4..].iter().zip(expected) {
+                        assert!((f64::from(*sum) - expected).abs() < 1e-4);
+                    }
+                }
+            }
+            assert!(200 - at < chunking.reach());
+        }
+    }
+
+    #[test]
+    fn boundaries_lie_where_keys_turn() {
+        let chunks = whole(Chunking::Shift(12), 300);
+        let turns = chunks.chunks().iter().filter(|c| c.end % 11 == 0);
+        // One that starts at a turn finds the next one; there are no others.
+        assert_eq!(turns.count(), chunks.chunks().len());
+    }
+
+    #[test]
+    fn what_is_held_depends_on_the_keys_alone_not_on_how_they_came() {
+        for chunking in [Chunking::Fixed(16), Chunking::Shift(12)] {
+            let expected = whole(chunking, 150);
+            let mut chunks = Chunks::default();
+            chunks.reserve(chunking, HEADS, 300).unwrap();
+            // In steps, too far, back, and on.
+            for positions in [0..7, 7..64, 64..65, 65..131, 131..290, 100..101, 101..150] {
+                chunks.update(chunking, HEADS.1, positions, &key);
+            }
+            assert_eq!(chunks.chunks(), expected.chunks());
+            assert_eq!(chunks.sums, expected.sums);
+            // What may be known of a beginning is what the beginning alone gives.
+            for n in [0, 15, 16, 40, 99, 150] {
+                let alone = whole(chunking, n);
+                let n_known = chunks.n_known(n);
+                assert_eq!(alone.chunks(), &chunks.chunks()[..n_known]);
+                for head in 0..2 {
+                    assert_eq!(alone.sums(head), &chunks.sums(head)[..n_known * 4]);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! Policies: which keys may be left out of attention. What is left out is lost, so each is off unless asked for, and
+//! `kinglet eval` tells its price.
+//!
+//! - [`window`]: the first keys and the last;
+//! - [`blocks`]: the blocks whose pooled keys score best (InfLLM-V2's selector, on models not trained for it);
+//! - [`dhsa`]: chunks of keys by the score of their sum (DHSA).
+//!
+//! All of them always read the first keys, which many heads use as a place to look when there is nothing to see, and the
+//! last. A query that sees no more keys than the budget sees all, so up to there attention is dense to the bit.
+
+pub mod blocks;
+pub mod dhsa;
+pub mod window;
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+pub use self::dhsa::Heads;
+use crate::backend::select::{Ask, Chunking, Plan, Select};
+use crate::error::{Error, Result};
+
+/// Which keys queries attend to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Sparsity {
+    /// Who chooses.
+    pub policy: Policy,
+    /// Keys that a query reads at most.
+    pub budget: usize,
+    /// Of these the first of the sequence.
+    pub sink: usize,
+    /// Of these the last before the query, itself included.
+    pub local: usize,
+    /// From this position on queries read everything.
+    pub dense_from: Option<usize>,
+}
+
+/// Who chooses keys between the first and the last.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Policy {
+    /// Everything is read.
+    #[default]
+    Dense,
+    /// Nothing between is read, all of the budget goes to the last.
+    Window,
+    /// See [`blocks`].
+    Blocks,
+    /// See [`dhsa`].
+    Dhsa {
+        /// Where chunks end.
+        chunking: Chunking,
+        /// Whether heads of keys choose alone.
+        heads: Heads,
+    },
+}
+
+impl Sparsity {
+    /// First keys that are always read, unless the caller says otherwise.
+    pub const DEFAULT_SINK: usize = 4;
+
+    /// Last keys likewise.
+    pub const DEFAULT_LOCAL: usize = 128;
+
+    /// A policy with a budget, and the usual first and last keys.
+    pub fn new(policy: Policy, budget: usize) -> Self {
+        Self {
+            policy,
+            budget,
+            sink: Self::DEFAULT_SINK,
+            local: Self::DEFAULT_LOCAL,
+            dense_from: None,
+        }
+    }
+
+    /// Whether everything is read.
+    pub fn is_dense(&self) -> bool {
+        self.policy == Policy::Dense
+    }
+
+    /// Who chooses, for a cache; `None` if everything is read.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the budget does not suffice for what is always read.
+    pub fn selector(&self) -> Result<Option<Arc<dyn Select>>> {
+        if let Policy::Dhsa { chunking, .. } = self.policy
+            && !(4..=256).contains(&chunking.nominal())
+        {
+            return Err(Error::Invalid(format!(
+                "chunk: expected 4 to 256 keys, found {}",
+                chunking.nominal()
+            )));
+        }
+        let least = match self.policy {
+            Policy::Dense => return Ok(None),
+            Policy::Window => self.sink + 1,
+            Policy::Blocks => blocks::BLOCK + self.local + 2 * blocks::BLOCK,
+            // Beside the last keys lies the chunk whose end is not known yet.
+            Policy::Dhsa { chunking, .. } => {
+                self.sink + self.local.max(chunking.reach()) + chunking.most()
+            }
+        };
+        if self.budget < least {
+            return Err(Error::Invalid(format!(
+                "{}: expected a budget of at least {least} keys, found {}",
+                self.policy, self.budget
+            )));
+        }
+        Ok(Some(Arc::new(*self)))
+    }
+}
+
+/// `dense`, or the policy with its numbers.
+impl fmt::Display for Sparsity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (sink, local) = (self.sink, self.local);
+        match self.policy {
+            Policy::Dense => return f.write_str("dense"),
+            Policy::Window => write!(f, "window of {} keys, first {sink}", self.budget)?,
+            policy => write!(
+                f,
+                "{policy}, {} keys, first {sink}, last {local}",
+                self.budget
+            )?,
+        }
+        match self.dense_from {
+            Some(position) => write!(f, ", dense from {position}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for Policy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Policy::Dense => f.write_str("dense"),
+            Policy::Window => f.write_str("window"),
+            Policy::Blocks => f.write_str("block top-k"),
+            Policy::Dhsa { chunking, heads } => {
+                let shared = match heads {
+                    Heads::Each => "",
+                    Heads::Shared => ", heads share",
+                    Heads::Vote => ", queries vote",
+                };
+                match chunking {
+                    Chunking::Fixed(n) => write!(f, "DHSA of {n} keys a chunk{shared}"),
+                    Chunking::Shift(n) => write!(f, "DHSA of some {n} keys a chunk{shared}"),
+                }
+            }
+        }
+    }
+}
+
+impl Select for Sparsity {
+    fn chunking(&self) -> Option<Chunking> {
+        match self.policy {
+            Policy::Dense | Policy::Window => None,
+            Policy::Blocks => Some(Chunking::Fixed(blocks::STRIDE)),
+            Policy::Dhsa { chunking, .. } => Some(chunking),
+        }
+    }
+
+    fn sees_all(&self, position: usize, seen: &Range<usize>) -> bool {
+        seen.len() <= self.budget || self.dense_from.is_some_and(|from| position >= from)
+    }
+
+    fn budget(&self) -> usize {
+        self.budget
+    }
+
+    fn select(&self, ask: &Ask, plan: &mut Plan) {
+        match self.policy {
+            Policy::Dense => plan.push(ask.seen.clone()),
+            Policy::Window => window::select(self, ask, plan),
+            Policy::Blocks => blocks::select(self, ask, plan),
+            Policy::Dhsa { chunking, heads } => dhsa::select(self, (chunking, heads), ask, plan),
+        }
+    }
+}
+
+/// `a . b`, in sixteen sums.
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = [0.0f32; 16];
+    let (a16, b16) = (a.as_chunks::<16>(), b.as_chunks::<16>());
+    for (a, b) in a16.0.iter().zip(b16.0) {
+        for i in 0..16 {
+            sums[i] += a[i] * b[i];
+        }
+    }
+    let rest = a16.1.iter().zip(b16.1).map(|(a, b)| a * b);
+    sums.iter().sum::<f32>() + rest.sum::<f32>()
+}
+
+/// Moves the `k` indices with the best scores to the front of `order`, the last of them the worst; of equals the first are
+/// better, so the answer is the same everywhere.
+fn best_first(order: &mut [u32], scores: &[f32], k: usize) {
+    if 0 < k && k < order.len() {
+        order.select_nth_unstable_by(k - 1, |&a, &b| {
+            let by_score = scores[b as usize].total_cmp(&scores[a as usize]);
+            by_score.then(a.cmp(&b))
+        });
+    }
+}

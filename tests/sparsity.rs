@@ -1,0 +1,508 @@
+//! Policies: what they choose against a slow definition of it, on the queries and keys of a real model, and that sessions
+//! with one stay exact.
+
+use std::collections::BTreeSet;
+use std::ops::{ControlFlow, Range};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+use kinglet::backend::cpu::Cpu;
+use kinglet::backend::cpu::pool::Pool;
+use kinglet::backend::select::{Ask, Chunking, KvOptions, Plan, Select};
+use kinglet::backend::{Backend, KvType, Step};
+use kinglet::gguf::Gguf;
+use kinglet::model::{self, Pass};
+use kinglet::session::{Extra, Plan as MemoryPlan};
+use kinglet::sparsity::{Heads, Policy, Sparsity};
+use kinglet::{Error, LoadOptions, Model, Session, SessionOptions};
+
+fn at(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+/// SmolLM2 where it was fetched, else the model of this repository.
+fn real_model() -> PathBuf {
+    let path = at(".cache/models/SmolLM2-135M-Instruct.Q4_1.gguf");
+    if path.exists() {
+        return path;
+    }
+    assert!(
+        std::env::var_os("KINGLET_REQUIRE_MODELS").is_none(),
+        "no {}: run models/get-smollm2.sh",
+        path.display()
+    );
+    println!("no SmolLM2: the small model instead");
+    at("models/lfm2-smol-Q4_0.gguf")
+}
+
+fn dhsa(chunking: Chunking, heads: Heads) -> Policy {
+    Policy::Dhsa { chunking, heads }
+}
+
+/// Every policy with a budget of `n`.
+fn policies(n: usize) -> Vec<Sparsity> {
+    let policies = [
+        Policy::Window,
+        Policy::Blocks,
+        dhsa(Chunking::Fixed(16), Heads::Each),
+        dhsa(Chunking::Fixed(16), Heads::Shared),
+        dhsa(Chunking::Shift(16), Heads::Each),
+        dhsa(Chunking::Fixed(16), Heads::Vote),
+    ];
+    let with_local = |policy| Sparsity {
+        local: 40,
+        ..Sparsity::new(policy, n)
+    };
+    policies.into_iter().map(with_local).collect()
+}
+
+/// Asks a policy and compares the answer with the definition.
+#[derive(Debug)]
+struct Checked {
+    sparsity: Sparsity,
+    n_asked: AtomicUsize,
+    broken: Mutex<Vec<String>>,
+}
+
+impl Select for Checked {
+    fn chunking(&self) -> Option<Chunking> {
+        self.sparsity.chunking()
+    }
+
+    fn sees_all(&self, position: usize, seen: &Range<usize>) -> bool {
+        self.sparsity.sees_all(position, seen)
+    }
+
+    fn budget(&self) -> usize {
+        self.sparsity.budget
+    }
+
+    fn select(&self, ask: &Ask, plan: &mut Plan) {
+        self.sparsity.select(ask, plan);
+        self.n_asked.fetch_add(1, Ordering::Relaxed);
+        if let Err(what) = check(&self.sparsity, ask, &plan.spans) {
+            let what = format!("{}, position {}: {what}", self.sparsity, ask.position);
+            self.broken.lock().expect("no panic before").push(what);
+        }
+    }
+}
+
+/// That `spans` are what the policy's definition says, up to scores that are equal within rounding.
+fn check(sparsity: &Sparsity, ask: &Ask, spans: &[Range<usize>]) -> Result<(), String> {
+    if spans.iter().any(|span| span.is_empty()) || spans.windows(2).any(|w| w[0].end >= w[1].start)
+    {
+        return Err(format!("out of order or not apart: {spans:?}"));
+    }
+    let chosen: BTreeSet<usize> = spans.iter().cloned().flatten().collect();
+    let n = ask.seen.end;
+    let budget = sparsity.budget;
+    let needed = |keys: Range<usize>| match keys.clone().find(|j| !chosen.contains(j)) {
+        Some(j) => Err(format!(
+            "key {j} is missing, of {keys:?} that must be there"
+        )),
+        None => Ok(()),
+    };
+    if chosen.last() != Some(&(n - 1)) {
+        return Err("a query must see itself and nothing later".into());
+    }
+    let (units, n_read): (Vec<(Range<usize>, f64)>, RangeExact) = match sparsity.policy {
+        Policy::Dense => return Err("nobody asks".into()),
+        Policy::Window => {
+            needed(0..sparsity.sink)?;
+            needed(n - (budget - sparsity.sink)..n)?;
+            (Vec::new(), (budget, budget))
+        }
+        Policy::Blocks => {
+            let end = (n - sparsity.local) / 64;
+            needed(0..64)?;
+            needed(end * 64..n)?;
+            let units = (1..end).map(|b| (b * 64..b * 64 + 64, block_score(ask, b)));
+            (units.collect(), (budget - 63, budget))
+        }
+        Policy::Dhsa { heads, .. } => {
+            let known = ask.chunks.n_known(n);
+            let chunks = &ask.chunks.chunks()[..known];
+            let complete = chunks.last().expect("some").end as usize;
+            let local = (n - sparsity.local).min(complete);
+            needed(0..sparsity.sink)?;
+            needed(local..n)?;
+            let local_chunks = chunks.partition_point(|c| (c.start as usize) < local);
+            let unit = |(i, chunk): (usize, &kinglet::backend::select::Chunk)| {
+                let keys = chunk.start as usize..chunk.end as usize;
+                let keys = keys.start.max(sparsity.sink)..keys.end.min(local);
+                (!keys.is_empty()).then(|| (keys, chunk_score(ask, heads, i, local_chunks)))
+            };
+            let units = chunks.iter().enumerate().filter_map(unit);
+            (units.collect(), (budget, budget))
+        }
+    };
+    if !(n_read.0..=n_read.1).contains(&chosen.len()) {
+        return Err(format!("{} keys, expected {n_read:?}", chosen.len()));
+    }
+    // Whole units from the best on, of the last the beginning.
+    let mut worst_read = f64::INFINITY;
+    let mut best_left = f64::NEG_INFINITY;
+    let mut n_cut = 0;
+    for (keys, score) in &units {
+        let read = keys.clone().filter(|j| chosen.contains(j)).count();
+        if read > 0 {
+            worst_read = worst_read.min(*score);
+        }
+        if read < keys.len() {
+            best_left = best_left.max(*score);
+        }
+        if read > 0 && read < keys.len() {
+            n_cut += 1;
+            needed(keys.start..keys.start + read)?;
+        }
+    }
+    let tolerance = 1e-4 * best_left.abs().max(1e-6);
+    if n_cut > 1 || worst_read < best_left - tolerance {
+        return Err(format!(
+            "read one of score {worst_read}, left one of {best_left}; {n_cut} cut"
+        ));
+    }
+    Ok(())
+}
+
+type RangeExact = (usize, usize);
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+fn doubles(x: &[f32]) -> Vec<f64> {
+    x.iter().map(|x| f64::from(*x)).collect()
+}
+
+/// The mean over heads of queries times the mean over heads of (mean of keys) times `sqrt(n)`; for votes the softmax of
+/// that over `n_chunks`, of single queries.
+fn chunk_score(ask: &Ask, heads: Heads, i: usize, n_chunks: usize) -> f64 {
+    let shape = ask.attention;
+    let (n, group) = (shape.head_dim, shape.n_heads / shape.n_kv_heads);
+    if heads == Heads::Vote {
+        let weight = |h: usize, i: usize| {
+            let q = doubles(&ask.q[h * n..][..n]);
+            let sum = doubles(&ask.chunks.sums(ask.kv_head)[i * n..][..n]);
+            let n_keys = ask.chunks.chunks()[i].n_keys() as f64;
+            (dot(&q, &sum) / n_keys.sqrt() * f64::from(shape.scale)).exp()
+        };
+        let vote = |h| weight(h, i) / (0..n_chunks).map(|i| weight(h, i)).sum::<f64>();
+        return (ask.kv_head * group..(ask.kv_head + 1) * group)
+            .map(vote)
+            .sum();
+    }
+    let (q_heads, kv_heads) = match heads {
+        Heads::Each => (
+            ask.kv_head * group..(ask.kv_head + 1) * group,
+            ask.kv_head..ask.kv_head + 1,
+        ),
+        Heads::Shared | Heads::Vote => (0..shape.n_heads, 0..shape.n_kv_heads),
+    };
+    let mean = |rows: Vec<Vec<f64>>| -> Vec<f64> {
+        let sum = |c: usize| rows.iter().map(|row| row[c]).sum::<f64>();
+        (0..n).map(|c| sum(c) / rows.len() as f64).collect()
+    };
+    let q = mean(q_heads.map(|h| doubles(&ask.q[h * n..][..n])).collect());
+    let k = mean(
+        kv_heads
+            .map(|h| doubles(&ask.chunks.sums(h)[i * n..][..n]))
+            .collect(),
+    );
+    let n_keys = ask.chunks.chunks()[i].n_keys() as f64;
+    dot(&q, &k) / n_keys * n_keys.sqrt()
+}
+
+/// The best, of the pooled keys that reach into block `b`, of the probabilities summed over heads.
+fn block_score(ask: &Ask, b: usize) -> f64 {
+    let shape = ask.attention;
+    let (n, group) = (shape.head_dim, shape.n_heads / shape.n_kv_heads);
+    let sums = ask.chunks.sums(ask.kv_head);
+    // Means are looked at that end where blocks end before the last keys, or one step later.
+    let end = (ask.seen.end - 40) / 64;
+    let n_means = ask.chunks.n_known(ask.seen.end).min(end * 4 + 1) - 1;
+    let mut total = vec![0.0; n_means];
+    for h in ask.kv_head * group..(ask.kv_head + 1) * group {
+        let q = doubles(&ask.q[h * n..][..n]);
+        let mean = |i: usize| {
+            let sum = doubles(&sums[i * n..][..2 * n]);
+            let pooled: Vec<f64> = (0..n).map(|c| (sum[c] + sum[n + c]) / 32.0).collect();
+            (dot(&q, &pooled) * f64::from(shape.scale)).exp()
+        };
+        let weights: Vec<f64> = (0..n_means).map(mean).collect();
+        let sum: f64 = weights.iter().sum();
+        total
+            .iter_mut()
+            .zip(weights)
+            .for_each(|(t, w)| *t += w / sum);
+    }
+    let reach = (b * 4 - 1)..(b * 4 + 4).min(n_means);
+    total[reach]
+        .iter()
+        .copied()
+        .fold(f64::NEG_INFINITY, f64::max)
+}
+
+/// Tokens without a meaning, but with repeats, as text has them.
+fn tokens(n: usize) -> Vec<u32> {
+    (0..n as u32)
+        .map(|i| 40 + (i * i / 7 + i % 13) % 250)
+        .collect()
+}
+
+#[test]
+fn policies_choose_what_their_definitions_say_on_a_real_model() {
+    let gguf = Gguf::open(&real_model()).expect("a model");
+    let mut cpu = Cpu::new(Arc::new(Pool::new(2).expect("threads")));
+    let network = model::load(&gguf, &cpu).expect("a network");
+    let tokens = tokens(420);
+    for sparsity in policies(256) {
+        let checked = Arc::new(Checked {
+            sparsity,
+            n_asked: AtomicUsize::new(0),
+            broken: Mutex::default(),
+        });
+        let options = KvOptions {
+            select: Some(checked.clone()),
+            ..KvOptions::default()
+        };
+        let mut state = network.state(&cpu, &options);
+        state.reserve(&cpu, 0..tokens.len()).expect("room");
+        let pass = Pass {
+            tokens: &tokens,
+            start: 0,
+            logits_from: tokens.len(),
+            step: Step::Prefill,
+            write_kv: true,
+        };
+        cpu.begin(Step::Prefill);
+        assert!(network.forward(&mut cpu, &mut state, &pass).is_none());
+        cpu.flush().expect("computed");
+        // Positions 256 to 419, in each layer and for each head of keys.
+        let n_heads: usize = network.config().n_kv_heads.iter().sum();
+        assert_eq!(checked.n_asked.load(Ordering::Relaxed), 164 * n_heads);
+        let broken = checked.broken.lock().expect("no panic before");
+        assert!(broken.is_empty(), "{} of them: {}", broken.len(), broken[0]);
+    }
+}
+
+fn tiny() -> Model {
+    let options = LoadOptions {
+        threads: 2,
+        ..LoadOptions::default()
+    };
+    Model::load(&at("tests/data/lfm2-tiny-random.gguf"), &options).expect("a model")
+}
+
+fn session(model: &Model, sparsity: Sparsity, batch: usize) -> Session {
+    let options = SessionOptions {
+        n_ctx: 700,
+        sparsity,
+        batch,
+        ..SessionOptions::default()
+    };
+    Session::new(model, &options).expect("a session")
+}
+
+fn prefill(session: &mut Session, tokens: &[u32]) {
+    let go = &mut |_, _| ControlFlow::Continue(());
+    session.prefill(tokens, go).expect("tokens that fit");
+}
+
+fn decode(session: &mut Session, tokens: &[u32]) {
+    for token in tokens {
+        session.decode(*token).expect("a token that fits");
+    }
+}
+
+#[test]
+fn a_budget_as_long_as_the_text_is_dense_to_the_bit() {
+    let model = tiny();
+    let tokens = tokens(450);
+    let run = |sparsity| {
+        let mut session = session(&model, sparsity, 128);
+        prefill(&mut session, &tokens[..400]);
+        decode(&mut session, &tokens[400..]);
+        (session.logits().to_vec(), session.work())
+    };
+    let (dense, _) = run(Sparsity::default());
+    for budget in [450, 1000] {
+        for sparsity in policies(budget) {
+            let (logits, work) = run(sparsity);
+            assert!(logits == dense, "{sparsity}");
+            assert_eq!(work.pairs, work.pairs_read);
+        }
+    }
+    // Below that something is left out, and it matters.
+    for sparsity in policies(256) {
+        let (logits, work) = run(sparsity);
+        assert!(logits != dense, "{sparsity}");
+        assert!(work.pairs_read < work.pairs);
+        let all_dense = Sparsity {
+            dense_from: Some(256),
+            ..sparsity
+        };
+        assert!(run(all_dense).0 == dense, "{all_dense}");
+    }
+}
+
+#[test]
+fn sessions_with_a_policy_are_exact() {
+    let model = tiny();
+    let tokens = tokens(600);
+    let folder = std::env::temp_dir().join(format!("kinglet-sparsity-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).expect("a folder");
+    for sparsity in policies(256) {
+        // 500 read, 20 decoded, 40 read: what any way there must give.
+        let mut straight = session(&model, sparsity, 512);
+        prefill(&mut straight, &tokens[..500]);
+        decode(&mut straight, &tokens[500..520]);
+        prefill(&mut straight, &tokens[520..560]);
+        let expected = straight.logits().to_vec();
+
+        let same = |session: &Session, what: &str| {
+            assert!(session.logits() == expected, "{sparsity}: {what}");
+        };
+        let mut other = session(&model, sparsity, 37);
+        prefill(&mut other, &tokens[..500]);
+        decode(&mut other, &tokens[500..520]);
+        prefill(&mut other, &tokens[520..560]);
+        same(&other, "batches");
+
+        // Beyond, back to several places, and on, in the middle of chunks and of what was read at once.
+        for back in [555, 519, 511, 470, 271, 130] {
+            prefill(&mut other, &tokens[..30]);
+            other.truncate(back).expect("a shorter session");
+            if back < 500 {
+                prefill(&mut other, &tokens[back..500]);
+            }
+            if back < 520 {
+                decode(&mut other, &tokens[back.max(500)..520]);
+            }
+            prefill(&mut other, &tokens[back.max(520)..560]);
+            same(&other, "back and on");
+        }
+
+        // Apart: the other side writes other tokens, and neither sees what the other does.
+        let mut base = session(&model, sparsity, 100);
+        prefill(&mut base, &tokens[..500]);
+        let mut fork = base.fork().expect("a fork");
+        prefill(&mut fork, &tokens[..100]);
+        decode(&mut base, &tokens[500..520]);
+        fork.truncate(500).expect("a shorter session");
+        decode(&mut fork, &tokens[500..520]);
+        for session in [&mut base, &mut fork] {
+            prefill(session, &tokens[520..560]);
+            same(session, "apart");
+        }
+
+        // To disk and back; as another policy's it is refused.
+        let mut saved = session(&model, sparsity, 100);
+        prefill(&mut saved, &tokens[..500]);
+        decode(&mut saved, &tokens[500..509]);
+        let path = folder.join("it.state");
+        saved.save(&path, &Extra::default()).expect("saved");
+        let mut loaded = Session::load(&model, &path, &saved.options()).expect("loaded");
+        decode(&mut loaded, &tokens[509..520]);
+        prefill(&mut loaded, &tokens[520..560]);
+        same(&loaded, "saved and loaded");
+        for other in [
+            Sparsity::default(),
+            Sparsity {
+                budget: 257,
+                ..sparsity
+            },
+        ] {
+            let options = SessionOptions {
+                sparsity: other,
+                ..saved.options()
+            };
+            let error = Session::load(&model, &path, &options)
+                .err()
+                .expect("refused");
+            assert!(matches!(error, Error::Mismatch { .. }), "{error}");
+            assert!(error.to_string().contains(&other.to_string()), "{error}");
+            let other = Session::new(&model, &options)
+                .expect("a session")
+                .restore(&saved.snapshot().expect("a snapshot"));
+            assert!(matches!(other, Err(Error::Invalid(_))));
+        }
+    }
+    std::fs::remove_dir_all(&folder).expect("the folder");
+}
+
+#[test]
+fn cache_types_do_not_matter_to_who_chooses() {
+    let model = Model::load(&at("models/lfm2-smol-Q4_0.gguf"), &LoadOptions::default());
+    let model = model.expect("a model of this repository");
+    let tokens = tokens(420);
+    for kv in [KvType::F32, KvType::Q8_0, KvType::Q4_0] {
+        for policy in [Policy::Blocks, dhsa(Chunking::Shift(16), Heads::Each)] {
+            let run = |batch| {
+                let options = SessionOptions {
+                    n_ctx: 420,
+                    kv: kv.into(),
+                    sparsity: Sparsity {
+                        local: 40,
+                        ..Sparsity::new(policy, 256)
+                    },
+                    batch,
+                };
+                let mut session = Session::new(&model, &options).expect("a session");
+                prefill(&mut session, &tokens[..400]);
+                decode(&mut session, &tokens[400..]);
+                assert!(session.logits().iter().all(|x| x.is_finite()));
+                session.logits().to_vec()
+            };
+            assert!(run(400) == run(61), "{kv:?} {policy}");
+        }
+    }
+}
+
+#[test]
+fn what_is_planned_for_sums_of_keys_is_what_they_hold() {
+    let model = tiny();
+    for sparsity in policies(256) {
+        let options = SessionOptions {
+            n_ctx: 700,
+            sparsity,
+            batch: 128,
+            ..SessionOptions::default()
+        };
+        let planned = MemoryPlan::new(&model, &options, 600)
+            .expect("a plan")
+            .memory
+            .kv;
+        let mut session = Session::new(&model, &options).expect("a session");
+        prefill(&mut session, &tokens(700));
+        assert_eq!(session.memory().kv, planned, "{sparsity}");
+    }
+}
+
+#[test]
+fn budgets_that_cannot_hold_what_is_always_read_are_refused() {
+    let model = tiny();
+    for sparsity in policies(40) {
+        let options = SessionOptions {
+            sparsity: Sparsity {
+                sink: 40,
+                ..sparsity
+            },
+            ..SessionOptions::default()
+        };
+        let error = Session::new(&model, &options).err().expect("refused");
+        assert!(matches!(error, Error::Invalid(_)), "{error}");
+        assert!(error.to_string().contains("found 40"), "{error}");
+    }
+    for n in [0, 1, 3, 257, usize::MAX] {
+        for chunking in [Chunking::Fixed(n), Chunking::Shift(n)] {
+            let options = SessionOptions {
+                sparsity: Sparsity::new(dhsa(chunking, Heads::Each), 100_000),
+                ..SessionOptions::default()
+            };
+            let error = Session::new(&model, &options).err().expect("refused");
+            assert!(error.to_string().contains("chunk: expected"), "{error}");
+        }
+    }
+}
