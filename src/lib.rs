@@ -12,9 +12,11 @@
 //! - [`session`]: one timeline of tokens on a model;
 //! - [`sampler`]: logits to a token;
 //! - [`profile`]: what the machine can do at most, what was done, and where the time went;
+//! - [`cancel`]: a flag by which another thread stops work;
 //! - [`error`]: the one error type.
 
 pub mod backend;
+pub mod cancel;
 pub mod error;
 pub mod experts;
 pub mod gguf;
@@ -27,6 +29,7 @@ pub mod sparsity;
 pub mod tokenizer;
 
 pub use backend::{BackendKind, KvType, KvTypes};
+pub use cancel::Cancel;
 pub use error::{Error, Result};
 pub use session::{LoadOptions, MemoryReport, Model, ModelInfo, OnExceed, Session, SessionOptions};
 pub use sparsity::Sparsity;

@@ -3,9 +3,10 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-/// Layer and what it may name. `error` and `profile` are free for all; a layer may always name itself.
+/// Layer and what it may name. `error`, `cancel` and `profile` are free for all; a layer may always name itself.
 const RULES: &[(&str, &[&str])] = &[
     ("error", &[]),
+    ("cancel", &[]),
     ("profile", &[]),
     ("quant", &[]),
     ("sampler", &[]),
@@ -131,7 +132,7 @@ fn layers_use_only_what_lies_below_them() {
         for used in uses(&text) {
             if modules.contains(used)
                 && used != layer
-                && !["error", "profile"].contains(&used)
+                && !["error", "cancel", "profile"].contains(&used)
                 && !allowed.contains(&used)
             {
                 broken.push(format!("{} uses {used}", path.display()));

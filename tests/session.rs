@@ -6,6 +6,8 @@
 //! `KINGLET_SESSION_CASES=2000` runs that many cases on each model, `KINGLET_SESSION_MODEL=FILE` adds a model,
 //! `KINGLET_SESSION_KILLS=500` kills a saving process that often.
 
+#[path = "session/cancel.rs"]
+mod cancel;
 #[path = "session/cases.rs"]
 mod cases;
 #[path = "session/common.rs"]

@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use self::select::KvOptions;
+use crate::cancel::Cancel;
 use crate::error::{Error, Result};
 use crate::profile::{Trace, Work};
 use crate::quant::{DType, Tensor};
@@ -267,7 +268,7 @@ pub(crate) struct NoMemory {
     pub(crate) bytes: usize,
 }
 
-/// What unwinds out of a pass for which a part of the weights could not be read, likewise.
+/// What unwinds out of a pass for which a part of the weights could not be read, or that is not wanted any more, likewise.
 pub(crate) struct Lost(pub(crate) Error);
 
 /// The operations of a forward pass. Tensors are `(n_tokens, n)`; `n` is the row length.
@@ -360,6 +361,9 @@ pub trait Backend {
 
     /// A pass begins that uses the kernels of `step`, however many tokens it has.
     fn begin(&mut self, step: Step);
+
+    /// A pass ends between two operations where `cancel` says so. A backend that takes no notice runs it to its end.
+    fn set_cancel(&mut self, _cancel: &Cancel) {}
 
     /// The rows `tokens` of a table, times `scale`.
     fn embed(&mut self, table: &Self::Matrix, tokens: &[u32], scale: f32) -> Self::Tensor;

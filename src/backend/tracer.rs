@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use super::select::KvOptions;
 use super::{Activation, Attention, Backend, GatedFfn, Linear, Moe, Rope, RopePairs, Runs, Step};
+use crate::cancel::Cancel;
 use crate::error::Result;
 use crate::profile::span::now;
 use crate::profile::{ExpertWork, Label, Operation, PassKind, PassRecord, Span, Trace, Work};
@@ -326,6 +327,10 @@ impl<B: Backend> Backend for Tracer<B> {
 
     fn conv_set(&self, conv: &mut B::Conv, rows: &[f32]) {
         self.inner.conv_set(conv, rows);
+    }
+
+    fn set_cancel(&mut self, cancel: &Cancel) {
+        self.inner.set_cancel(cancel);
     }
 
     fn begin(&mut self, step: Step) {

@@ -72,6 +72,24 @@ impl Chat {
         &self.session
     }
 
+    /// The session. Whatever is done to it, the next reply is one to the messages.
+    pub fn session_mut(&mut self) -> &mut Session {
+        &mut self.session
+    }
+
+    /// The same conversation once more; keys and values are shared until either goes on.
+    ///
+    /// # Errors
+    /// As [`Session::fork`].
+    pub fn fork(&self) -> Result<Self> {
+        let template = ChatTemplate::from_tokenizer(self.model().tokenizer()?)?;
+        Ok(Self {
+            session: self.session.fork()?,
+            template: template.expect("this conversation has it from the same file"),
+            messages: self.messages.clone(),
+        })
+    }
+
     /// The session alone.
     pub fn into_session(self) -> Session {
         self.session

@@ -18,6 +18,7 @@ use crate::backend::planner::{Planner, Tally};
 use crate::backend::select::KvOptions;
 use crate::backend::tracer::Tracer;
 use crate::backend::{Backend, BackendKind, Lost, NoMemory};
+use crate::cancel::Cancel;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::model::config::Config;
@@ -41,6 +42,9 @@ pub(super) trait Engine: Send {
 
     /// Runs `pass`, for whose positions there is room. `logits` becomes `(n_wanted, n_vocab)`.
     fn forward(&mut self, pass: &Pass, logits: &mut Vec<f32>) -> Result<()>;
+
+    /// Passes end where `cancel` says so, see [`Backend::set_cancel`].
+    fn set_cancel(&mut self, cancel: &Cancel);
 
     /// Zeroes the memory of all convolutions.
     fn reset_convs(&mut self);
@@ -214,6 +218,10 @@ impl<B: Backend + Send + 'static> Engine for Runner<B> {
                 self.backend.flush()
             }
         }
+    }
+
+    fn set_cancel(&mut self, cancel: &Cancel) {
+        self.backend.set_cancel(cancel);
     }
 
     fn reset_convs(&mut self) {

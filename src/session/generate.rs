@@ -118,7 +118,8 @@ pub struct Reply {
 }
 
 /// Makes the session hold `prompt` and continues it. Tokens that the session holds already and `prompt` begins with are
-/// kept. `on` is called between the steps of the prefill and after every token; if it breaks, the reply ends there.
+/// kept. `on` is called between the steps of the prefill and after every token; if it breaks, the reply ends there, as it
+/// does in the middle of a step where [`Session::set_cancel`] has its flag set.
 ///
 /// # Errors
 /// [`Error::ContextFull`] if `prompt` does not fit (the session stays as it was), [`Error::Invalid`] if it is empty or
@@ -164,23 +165,21 @@ pub fn generate(
         },
     };
     let replayed = session.n_replayed();
-    reply.stats.reused_tokens = rewind(session, prompt)?;
+    let begins = rewind(session, prompt);
+    let mut cancelled = matches!(begins, Err(Error::Cancelled));
+    reply.stats.reused_tokens = if cancelled { 0 } else { begins? };
     reply.stats.replayed_tokens = session.n_replayed() - replayed;
     let rest = &prompt[reply.stats.reused_tokens..];
     let prefill_begin = Instant::now();
-    let mut cancelled = false;
-    if !rest.is_empty() {
+    if !cancelled && !rest.is_empty() {
         let read = session.prefill(rest, &mut |done, total| {
             let flow = on(Event::Prefill { done, total });
             cancelled |= flow.is_break();
             flow
         });
-        match read {
-            Err(Error::Cancelled) => {}
-            read => read?,
-        }
+        cancelled |= is_cancelled(read)?;
     }
-    session.mark()?; // another reply begins here
+    cancelled |= is_cancelled(session.mark())?; // another reply begins here
     reply.stats.prefill = prefill_begin.elapsed();
     if cancelled {
         reply.finish = Finish::Cancelled;
@@ -228,7 +227,10 @@ pub fn generate(
             reply.finish = Finish::ContextFull;
             break;
         }
-        session.decode(token)?;
+        if is_cancelled(session.decode(token))? {
+            reply.finish = Finish::Cancelled;
+            break;
+        }
         reply.stats.decode_tokens += 1;
         reply.stats.decode = decode_begin.elapsed();
         reply.stats.experts = session.work().experts.since(&work.experts);
@@ -244,6 +246,14 @@ pub fn generate(
         let _ = on(Event::Text(&reply.text[shown..])); // the reply has ended in any case
     }
     Ok(reply)
+}
+
+/// Whether a flag, or the caller, has stopped what else has succeeded.
+fn is_cancelled(done: Result<()>) -> Result<bool> {
+    match done {
+        Err(Error::Cancelled) => Ok(true),
+        done => done.map(|()| false),
+    }
 }
 
 /// Goes back to where the session and `prompt` part. Returns how many tokens of `prompt` need not be read.

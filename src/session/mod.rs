@@ -33,6 +33,7 @@ use crate::backend::cpu::stored::StoredExperts;
 use crate::backend::planner::Tally;
 use crate::backend::select::KvOptions;
 use crate::backend::{BackendKind, KvTypes, Step};
+use crate::cancel::Cancel;
 use crate::error::{Error, Result};
 use crate::experts::ExpertStore;
 use crate::experts::disk::Disk;
@@ -42,6 +43,7 @@ use crate::model::config::Config;
 use crate::profile::span::now;
 use crate::profile::topology::Topology;
 use crate::profile::{Trace, Work, machine};
+use crate::sampler::{Settings, preset};
 use crate::sparsity::Sparsity;
 use crate::tokenizer::Tokenizer;
 
@@ -72,6 +74,8 @@ pub struct LoadOptions {
     pub on_exceed: OnExceed,
     /// How experts are kept that do not all fit.
     pub experts: ExpertOptions,
+    /// Ends the loading from another thread. Building a vocabulary is not interrupted.
+    pub cancel: Cancel,
 }
 
 /// How a session is made.
@@ -159,6 +163,7 @@ impl Model {
         let start = now();
         let gguf = Gguf::open(path)?;
         let mapped = now();
+        options.cancel.check()?;
         let found = experts::to_store(&gguf, options)?;
         // A budget decides itself which weights are in memory.
         let ahead = match options.memory {
@@ -177,6 +182,7 @@ impl Model {
             || engine::load(&gguf, options, threads, &residency, stored.clone()),
         );
         let network = network?;
+        options.cancel.check()?;
         // Both at once.
         let loading = vec![
             ("file", start..mapped),
@@ -283,6 +289,23 @@ impl Model {
         &self.0.info
     }
 
+    /// Sampling as the table of models and the file recommend it.
+    pub fn recommended(&self) -> Settings {
+        let info = self.info();
+        let preset = preset(&info.config.architecture, &info.name);
+        let mut settings = preset.map_or_else(Settings::default, Settings::for_model);
+        settings.read_file(|key| {
+            let key = format!("general.sampling.{key}");
+            let value = self.gguf().metadata().get(&key)?;
+            let integer = value.as_integer().map(|x| x.to_string());
+            let float = || value.as_float().map(|x| x.to_string());
+            integer
+                .or_else(float)
+                .or_else(|| value.as_str().map(str::to_owned))
+        });
+        settings
+    }
+
     /// Who runs the operations.
     pub fn backend(&self) -> BackendKind {
         self.0.backend
@@ -375,6 +398,7 @@ pub struct Session {
     kv: KvTypes,
     sparsity: Sparsity,
     n_replayed: usize,
+    cancel: Cancel,
     /// Its part of the model's budget.
     claim: Option<Claim>,
 }
@@ -455,6 +479,7 @@ impl Session {
             kv: options.kv,
             sparsity: options.sparsity,
             n_replayed: 0,
+            cancel: Cancel::default(),
             claim,
         })
     }
@@ -462,6 +487,13 @@ impl Session {
     /// The model.
     pub fn model(&self) -> &Model {
         &self.model
+    }
+
+    /// From now on work ends with [`Error::Cancelled`] where `cancel` says so, in the middle of a pass too. The session
+    /// then holds what was complete, and with a flag that is not set goes on as if nothing had been stopped.
+    pub fn set_cancel(&mut self, cancel: &Cancel) {
+        self.cancel = cancel.clone();
+        self.engine.set_cancel(cancel);
     }
 
     /// The tokens so far.
@@ -617,6 +649,7 @@ impl Session {
     }
 
     fn forward(&mut self, step: Step, tokens: &[u32], logits_from: usize) -> Result<()> {
+        self.cancel.check()?;
         self.rebuild()?;
         let start = self.line.tokens.len();
         self.engine.reserve(start..start + tokens.len())?;

@@ -14,6 +14,7 @@ use super::budget::Claim;
 use super::engine::Memory;
 use super::{Model, Session, kv_options};
 use crate::backend::{KvTypes, Step};
+use crate::cancel::Cancel;
 use crate::error::{Error, Result};
 use crate::model::Pass;
 use crate::sparsity::Sparsity;
@@ -167,6 +168,7 @@ impl Session {
                 .engine(&kv_options(self.kv, &self.sparsity)?)?,
             line: Timeline::default(),
             n_replayed: 0,
+            cancel: Cancel::default(),
             claim: self.claim.as_ref().map(Claim::again).transpose()?,
             ..*self
         };

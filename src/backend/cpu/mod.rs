@@ -29,6 +29,7 @@ pub mod table;
 mod x86;
 
 use std::ops::Range;
+use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,8 +43,10 @@ use self::stored::{Named, StoredExperts};
 use self::table::{ActFormat, Gated, GatedRows, MatMul, Operations, Picked, Ready, ShortConvRows};
 use super::select::KvOptions;
 use super::{
-    Activation, Attention, Backend, GatedFfn, Linear, LinearOf, Moe, Rope, RopePairs, Runs, Step,
+    Activation, Attention, Backend, GatedFfn, Linear, LinearOf, Lost, Moe, Rope, RopePairs, Runs,
+    Step,
 };
+use crate::cancel::Cancel;
 use crate::error::{Error, Result};
 use crate::profile::Work;
 use crate::quant::{self, Bytes, DType, Tensor as FileTensor};
@@ -60,6 +63,7 @@ pub struct Cpu {
     named: Option<(usize, Named)>,
     operations: Operations,
     scratch: Scratch,
+    cancel: Cancel,
     work: Work,
     /// Whose kernels are used.
     step: Step,
@@ -190,6 +194,7 @@ impl Cpu {
             named: None,
             operations: Operations::best(),
             scratch: Scratch::default(),
+            cancel: Cancel::default(),
             work: Work::default(),
             step: Step::Prefill,
         }
@@ -200,7 +205,11 @@ impl Cpu {
         &self.operations
     }
 
+    /// What an operation returns. Each takes it first and outside of regions, so here a pass may end.
     fn tensor(&self, n_tokens: usize, n_cols: usize) -> Tensor {
+        if let Err(cancelled) = self.cancel.check() {
+            resume_unwind(Box::new(Lost(cancelled)));
+        }
         Tensor {
             data: self.scratch.take(n_tokens * n_cols),
             n_tokens,
@@ -517,6 +526,10 @@ impl Backend for Cpu {
         );
         conv.u.clear();
         conv.u.extend_from_slice(rows);
+    }
+
+    fn set_cancel(&mut self, cancel: &Cancel) {
+        self.cancel = cancel.clone();
     }
 
     fn begin(&mut self, step: Step) {

@@ -8,7 +8,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kinglet::backend::select::Chunking;
 use kinglet::experts::{IoMode, PolicyKind, Prefetch};
-use kinglet::sampler::{Settings, Source, preset};
+use kinglet::sampler::{Settings, Source};
 use kinglet::session::{ExpertOptions, GenerateOptions, OnExceed};
 use kinglet::sparsity::{Heads, Policy, Sparsity};
 use kinglet::{BackendKind, KvType, KvTypes, Model, Session, SessionOptions};
@@ -458,29 +458,10 @@ impl SamplingArgs {
 
     /// The values for a model.
     pub fn settings(&self, model: &Model) -> Outcome<Settings> {
-        let mut settings = recommended(model);
+        let mut settings = model.recommended();
         self.set(&mut settings)?;
         Ok(settings)
     }
-}
-
-/// What the table of models and the file recommend.
-pub fn recommended(model: &Model) -> Settings {
-    let info = model.info();
-    let preset = preset(&info.config.architecture, &info.name);
-    let mut settings = preset.map_or_else(Settings::default, Settings::for_model);
-    settings.read_file(|key| {
-        let value = model
-            .gguf()
-            .metadata()
-            .get(&format!("general.sampling.{key}"))?;
-        let integer = value.as_integer().map(|x| x.to_string());
-        let float = || value.as_float().map(|x| x.to_string());
-        integer
-            .or_else(float)
-            .or_else(|| value.as_str().map(str::to_owned))
-    });
-    settings
 }
 
 /// When a reply ends.

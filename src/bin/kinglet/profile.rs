@@ -14,7 +14,7 @@ use kinglet::profile::{Limits, Operation, Profile, Recorder};
 use kinglet::sampler::Sampler;
 use kinglet::{Error, LoadOptions, Model, Session, SessionOptions};
 
-use crate::args::{self, ProfileArgs};
+use crate::args::ProfileArgs;
 use crate::bench::output::{Column, Table};
 use crate::bench::timeline::Tokens;
 use crate::failure::{Failure, Outcome};
@@ -78,7 +78,7 @@ fn profile(args: &ProfileArgs) -> Outcome<Profile> {
     let mut recorder = Recorder::default();
     let mut session = recorder.phase("load", |recorder| load(args, &path, recorder))?;
     let model = session.model().clone();
-    let mut sampler = Sampler::new(&args::recommended(&model));
+    let mut sampler = Sampler::new(&model.recommended());
     if let Ok(tokenizer) = model.tokenizer() {
         sampler.forbid(tokenizer.ends());
     }

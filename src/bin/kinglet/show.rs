@@ -8,7 +8,7 @@ use kinglet::sampler::Settings;
 use kinglet::{KvTypes, Model, Session};
 use serde_json::{Map, json};
 
-use crate::args::{ShowArgs, recommended};
+use crate::args::ShowArgs;
 use crate::failure::Outcome;
 use crate::{locate, ui};
 
@@ -199,6 +199,6 @@ fn json(session: &Session, kv: KvTypes, settings: &Settings) -> serde_json::Valu
         "tokenizer": tokenizer(model),
         "chat_template": template(model),
         "sampling": rows.collect::<Map<_, _>>(),
-        "recommended": recommended(model) == *settings,
+        "recommended": model.recommended() == *settings,
     })
 }
