@@ -13,10 +13,13 @@
 //! - [`sampler`]: logits to a token;
 //! - [`profile`]: what the machine can do at most, what was done, and where the time went;
 //! - [`cancel`]: a flag by which another thread stops work;
+//! - `capi`: the C interface, with the feature of that name; `kinglet.h` is its manual;
 //! - [`error`]: the one error type.
 
 pub mod backend;
 pub mod cancel;
+#[cfg(feature = "capi")]
+pub mod capi;
 pub mod error;
 pub mod experts;
 pub mod gguf;
