@@ -1,0 +1,299 @@
+//! The C interface as C sees it: programs in `tests/capi/` built by gcc against the header and the library, with the
+//! address and leak sanitizers; and what can only be seen from here: symbols, layouts, panics.
+#![cfg(target_os = "linux")]
+#![allow(unsafe_code, reason = "functions of C are called")]
+
+use std::collections::BTreeSet;
+use std::ffi::{CStr, c_int, c_void};
+use std::mem::offset_of;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::ptr::{null, null_mut};
+
+use kinglet::capi::*;
+
+const TINY: &str = "tests/data/lfm2-tiny-random.gguf";
+const SMALL: &str = "models/lfm2-smol-Q4_0.gguf";
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Where cargo has put the libraries that it made with this test.
+fn built() -> PathBuf {
+    let this = std::env::current_exe().expect("a running program has a path");
+    let folder = this.parent().expect("target/release/deps/capi");
+    assert!(folder.join("libkinglet.so").exists(), "{folder:?}");
+    folder.into()
+}
+
+fn run(command: &mut Command) -> String {
+    // cargo's, which names the folder of another build before that of this one.
+    command.env_remove("LD_LIBRARY_PATH");
+    let output = command
+        .output()
+        .unwrap_or_else(|e| panic!("{command:?}: {e}"));
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let (out, err) = (text(&output.stdout), text(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{command:?}: {}\n{out}{err}",
+        output.status
+    );
+    out
+}
+
+/// Builds one of the programs; `flags` are those of the language.
+fn build(compiler: &str, flags: &[&str], source: &Path, name: &str) -> PathBuf {
+    let built = built();
+    let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    run(Command::new(compiler)
+        .args(flags)
+        .args(["-Wall", "-Wextra", "-Werror", "-pedantic", "-O1", "-g"])
+        .arg("-I")
+        .arg(root().join("src/capi"))
+        .arg(source)
+        .arg("-o")
+        .arg(&program)
+        .arg("-L")
+        .arg(&built)
+        .arg(format!("-Wl,-rpath,{}", built.display()))
+        .args(["-lkinglet", "-lpthread"]));
+    program
+}
+
+const C99: &[&str] = &[
+    "-std=c99",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover",
+];
+
+fn program(name: &str) -> Command {
+    let source = root().join("tests/capi").join(format!("{name}.c"));
+    let mut command = Command::new(build("gcc", C99, &source, name));
+    command
+        .current_dir(root())
+        .env("ASAN_OPTIONS", "detect_leaks=1");
+    command
+}
+
+fn folder(name: &str) -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    std::fs::create_dir_all(&folder).expect("a folder for tests");
+    folder
+}
+
+#[test]
+fn every_function_says_what_is_wrong() {
+    run(program("arguments")
+        .arg(SMALL)
+        .arg(folder("capi-arguments"))
+        .arg(TINY));
+}
+
+#[test]
+fn conversations_come_to_what_a_fresh_one_comes_to() {
+    print!(
+        "{}",
+        run(program("chat").arg(SMALL).arg(folder("capi-chat")))
+    );
+}
+
+#[test]
+fn the_header_is_cpp_too() {
+    let source = folder("capi-cpp").join("main.cpp");
+    let text = "#include \"kinglet.h\"\n#include \"kinglet.h\"\nint main() { return kinglet_version() == nullptr; }\n";
+    std::fs::write(&source, text).expect("the folder is ours");
+    run(&mut Command::new(build(
+        "g++",
+        &["-std=c++11"],
+        &source,
+        "cpp",
+    )));
+}
+
+/// The header without comments.
+fn header() -> String {
+    let text = std::fs::read_to_string(root().join("src/capi/kinglet.h")).expect("it is there");
+    let mut code = String::new();
+    let mut rest = text.as_str();
+    while let Some((before, after)) = rest.split_once("/*") {
+        code.push_str(before);
+        rest = after.split_once("*/").expect("comments end").1;
+    }
+    code + rest
+}
+
+fn declared() -> BTreeSet<String> {
+    let code = header();
+    let calls = code.match_indices('(').map(|(at, _)| &code[..at]);
+    let names = calls.filter_map(|before| {
+        let start = before.rfind(|c: char| !c.is_ascii_alphanumeric() && c != '_')? + 1;
+        before[start..]
+            .starts_with("kinglet_")
+            .then(|| before[start..].to_owned())
+    });
+    names.collect()
+}
+
+#[test]
+fn exported_are_the_functions_of_the_header() {
+    let listed = run(Command::new("nm")
+        .args(["-D", "--defined-only"])
+        .arg(built().join("libkinglet.so")));
+    let exported: BTreeSet<_> = listed
+        .lines()
+        .filter_map(|line| line.split(' ').nth(2))
+        .map(str::to_owned)
+        .collect();
+    assert_eq!(exported, declared());
+    assert!(exported.len() > 30);
+}
+
+#[test]
+fn both_sides_lay_structs_out_alike() {
+    let mut expected = Vec::new();
+    macro_rules! fields {
+        ($($name:ident: $($field:ident)*;)*) => {$(
+            expected.push((stringify!($name).to_owned(), format!("sizeof({})", stringify!($name)), size_of::<$name>()));
+            $(expected.push((
+                stringify!($name).to_owned(),
+                format!("offsetof({}, {})", stringify!($name), stringify!($field)),
+                offset_of!($name, $field),
+            ));)*
+        )*};
+    }
+    fields! {
+        kinglet_model_params: struct_size memory degrade threads threads_batch reserved cancel;
+        kinglet_model_info: struct_size n_params weight_bytes n_ctx_train n_vocab hidden n_layers has_chat_template threads;
+        kinglet_session_params: struct_size n_ctx batch keys values reserved;
+        kinglet_plan: struct_size total weights own_weights experts kv conv scratch tokenizer runtime program n_ctx batch
+            keys values n_concessions;
+        kinglet_session_info: struct_size n_ctx n_tokens n_messages kv conv scratch;
+        kinglet_text: text text_len;
+        kinglet_generate_params: struct_size max_tokens stops n_stops ignore_end reserved cancel;
+        kinglet_reply: struct_size finish reserved prompt_tokens reused_tokens reply_tokens prefill_ns first_token_ns
+            decode_ns;
+        kinglet_chunk: kind status text text_len done total;
+    }
+    // No struct, and no field, is missing above: a `;` ends each field of the header.
+    let code = header();
+    let structs = code.split("typedef struct ").skip(1);
+    for body in structs.filter(|body| body.find([';', '{']) == body.find('{')) {
+        let (name, body) = body.split_once(" {").expect("it has fields");
+        let n = body
+            .split_once("} ")
+            .expect("structs end")
+            .0
+            .matches(';')
+            .count();
+        assert_eq!(
+            expected.iter().filter(|(of, ..)| of == name).count(),
+            n + 1,
+            "{name}"
+        );
+    }
+    let checks = expected
+        .iter()
+        .map(|(_, what, n)| format!("CHECK({what} == {n});\n"));
+    let text = format!(
+        "#include <stddef.h>\n#include \"{}\"\nint main(void) {{\nCHECK(sizeof(kinglet_status) == 4);\n{}return 0;\n}}\n",
+        root().join("tests/capi/common.h").display(),
+        checks.collect::<String>()
+    );
+    let source = folder("capi-layout").join("layout.c");
+    std::fs::write(&source, text).expect("the folder is ours");
+    run(&mut Command::new(build(
+        "gcc",
+        &["-std=c99", "-Wno-unused-function"],
+        &source,
+        "layout",
+    )));
+}
+
+#[test]
+fn a_panic_ends_one_session() {
+    unsafe extern "C-unwind" fn panics(_: *const kinglet_chunk, _: *mut c_void) -> c_int {
+        panic!("on purpose: {}", 7)
+    }
+    unsafe extern "C-unwind" fn goes_on(_: *const kinglet_chunk, _: *mut c_void) -> c_int {
+        0
+    }
+    let path = root().join(SMALL);
+    let path = path.to_str().expect("UTF-8");
+    let (mut runtime, mut model) = (null_mut(), null_mut());
+    let mut sessions = [null_mut(); 3];
+    let params = kinglet_generate_params {
+        struct_size: size_of::<kinglet_generate_params>(),
+        max_tokens: 2,
+        stops: null(),
+        n_stops: 0,
+        ignore_end: 1,
+        reserved: 0,
+        cancel: null_mut(),
+    };
+    let send = |session, on_chunk| {
+        // SAFETY: a text with its length, and a struct with its size.
+        unsafe {
+            kinglet_session_complete(
+                session,
+                c"x".as_ptr(),
+                1,
+                &params,
+                null_mut(),
+                Some(on_chunk),
+                null_mut(),
+            )
+        }
+    };
+    // SAFETY: every pointer is to a variable of this test, lengths are those of the texts.
+    unsafe {
+        assert_eq!(kinglet_runtime_create(&mut runtime), Status::Ok);
+        let loaded = kinglet_model_load(
+            &mut model,
+            runtime,
+            path.as_ptr().cast(),
+            path.len(),
+            null(),
+        );
+        assert_eq!(loaded, Status::Ok);
+        for session in &mut sessions {
+            assert_eq!(kinglet_session_create(session, model, null()), Status::Ok);
+        }
+        let [first, second, third] = sessions;
+        assert_eq!(send(first, panics), Status::Panic);
+        let last = CStr::from_ptr(kinglet_error_last()).to_str();
+        assert_eq!(last, Ok("panic: on purpose: 7"));
+        assert_eq!(send(first, goes_on), Status::Poisoned);
+        let mut fork = null_mut();
+        assert_eq!(kinglet_session_fork(&mut fork, first), Status::Poisoned);
+        assert!(fork.is_null());
+        assert_eq!(send(second, goes_on), Status::Ok);
+        // On the thread of requests, which goes on.
+        let mut request = null_mut();
+        let start = |request, session, on_chunk| {
+            kinglet_request_start(
+                request,
+                session,
+                c"x".as_ptr(),
+                1,
+                &params,
+                on_chunk,
+                null_mut(),
+            )
+        };
+        assert_eq!(start(&mut request, third, Some(panics)), Status::Ok);
+        let waited = kinglet_request_wait(request, 60_000, null_mut());
+        assert_eq!(waited, Status::Panic);
+        kinglet_request_release(request);
+        assert_eq!(start(&mut request, second, Some(goes_on)), Status::Ok);
+        let waited = kinglet_request_wait(request, 60_000, null_mut());
+        assert_eq!(waited, Status::Ok);
+        kinglet_request_release(request);
+    }
+    for session in sessions {
+        kinglet_session_release(session);
+    }
+    kinglet_model_release(model);
+    kinglet_runtime_release(runtime);
+}

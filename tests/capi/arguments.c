@@ -1,0 +1,307 @@
+/* Every function with each pointer null, sizes that are wrong, numbers out of range, handles that are stale or of another
+ * kind: the documented status each time, and nothing else happens. Usage: arguments MODEL FOLDER MODEL-WITHOUT-TEMPLATE */
+#include "common.h"
+
+static void releases(void) {
+    char last[256];
+    snprintf(last, sizeof last, "%s", kinglet_error_last());
+    kinglet_buffer_release(NULL);
+    kinglet_cancel_release(NULL);
+    kinglet_runtime_release(NULL);
+    kinglet_model_release(NULL);
+    kinglet_session_release(NULL);
+    kinglet_request_release(NULL);
+    CHECK(strcmp(last, kinglet_error_last()) == 0);
+}
+
+static void null_handles(void) {
+    const char *data;
+    size_t len;
+    kinglet_model_info model_info = {sizeof model_info, 0, 0, 0, 0, 0, 0, 0, 0};
+    kinglet_session_info session_info = {sizeof session_info, 0, 0, 0, 0, 0, 0};
+    kinglet_model *model = (kinglet_model *)&len;
+    kinglet_session *session = (kinglet_session *)&len;
+    kinglet_request *request = (kinglet_request *)&len;
+    kinglet_buffer *buffer = (kinglet_buffer *)&len;
+    STATUS(KINGLET_E_HANDLE, kinglet_buffer_data(NULL, &data, &len));
+    STATUS(KINGLET_E_HANDLE, kinglet_cancel_set(NULL));
+    STATUS(KINGLET_E_HANDLE, kinglet_runtime_notify(NULL, KINGLET_EVENT_LOW_MEMORY));
+    STATUS(KINGLET_E_HANDLE, kinglet_model_load(&model, NULL, "x", 1, NULL));
+    STATUS(KINGLET_E_HANDLE, kinglet_model_describe(NULL, &model_info));
+    STATUS(KINGLET_E_HANDLE, kinglet_model_name(NULL, &buffer));
+    STATUS(KINGLET_E_HANDLE, kinglet_model_trim(NULL, 1, NULL));
+    STATUS(KINGLET_E_HANDLE, kinglet_session_create(&session, NULL, NULL));
+    CHECK(model == NULL && buffer == NULL && session == NULL);
+    STATUS(KINGLET_E_HANDLE, kinglet_session_describe(NULL, &session_info));
+    STATUS(KINGLET_E_HANDLE, kinglet_session_set(NULL, "temp", 4, "0", 1));
+    STATUS(KINGLET_E_HANDLE, kinglet_session_set_system(NULL, "x", 1));
+    STATUS(KINGLET_E_HANDLE, kinglet_session_messages(NULL, &buffer));
+    STATUS(KINGLET_E_HANDLE, kinglet_session_set_messages(NULL, "[]", 2));
+    STATUS(KINGLET_E_HANDLE, kinglet_session_rewind(NULL, 0));
+    STATUS(KINGLET_E_HANDLE, kinglet_session_send(NULL, "x", 1, NULL, NULL, NULL, NULL));
+    STATUS(KINGLET_E_HANDLE, kinglet_session_regenerate(NULL, NULL, NULL, NULL, NULL));
+    STATUS(KINGLET_E_HANDLE, kinglet_session_complete(NULL, "x", 1, NULL, NULL, NULL, NULL));
+    STATUS(KINGLET_E_HANDLE, kinglet_session_fork(&session, NULL));
+    STATUS(KINGLET_E_HANDLE, kinglet_session_save(NULL, "x", 1));
+    STATUS(KINGLET_E_HANDLE, kinglet_session_load(NULL, "x", 1));
+    STATUS(KINGLET_E_HANDLE, kinglet_request_start(&request, NULL, "x", 1, NULL, NULL, NULL));
+    CHECK(request == NULL);
+    STATUS(KINGLET_E_HANDLE, kinglet_request_wait(NULL, 0, NULL));
+    STATUS(KINGLET_E_HANDLE, kinglet_request_cancel(NULL));
+}
+
+static void runtime_and_cancel(void) {
+    kinglet_runtime *runtime, *other;
+    kinglet_cancel *cancel;
+    STATUS(KINGLET_E_ARGUMENT, kinglet_runtime_create(NULL));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_cancel_create(NULL));
+    OK(kinglet_runtime_create(&runtime));
+    OK(kinglet_cancel_create(&cancel));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_runtime_notify(runtime, (kinglet_event)0));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_runtime_notify(runtime, (kinglet_event)7));
+    STATUS(KINGLET_E_HANDLE, kinglet_cancel_set((kinglet_cancel *)runtime));
+    STATUS(KINGLET_E_HANDLE, kinglet_runtime_notify((kinglet_runtime *)cancel, KINGLET_EVENT_FOREGROUND));
+    kinglet_runtime_release((kinglet_runtime *)cancel); /* of another kind: stays */
+    OK(kinglet_cancel_set(cancel));
+    kinglet_cancel_release(cancel);
+    kinglet_cancel_release(cancel);
+    STATUS(KINGLET_E_HANDLE, kinglet_cancel_set(cancel));
+    kinglet_runtime_release(runtime);
+    OK(kinglet_runtime_create(&other)); /* in the same place */
+    CHECK(other != runtime);
+    STATUS(KINGLET_E_HANDLE, kinglet_runtime_notify(runtime, KINGLET_EVENT_FOREGROUND));
+    kinglet_runtime_release(other);
+    STATUS(KINGLET_E_HANDLE, kinglet_runtime_notify((kinglet_runtime *)SIZE_MAX, KINGLET_EVENT_FOREGROUND));
+}
+
+static void models(kinglet_runtime *runtime, const char *path) {
+    kinglet_model *model;
+    kinglet_cancel *cancel;
+    size_t len = strlen(path);
+    kinglet_model_params params = {sizeof params, 0, 0, 1, 0, 0, NULL};
+    STATUS(KINGLET_E_ARGUMENT, kinglet_model_load(NULL, runtime, path, len, NULL));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_model_load(&model, runtime, NULL, 3, NULL));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_model_load(&model, runtime, path, SIZE_MAX, NULL));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_model_load(&model, runtime, "\xff\xfe", 2, NULL));
+    STATUS(KINGLET_E_IO, kinglet_model_load(&model, runtime, NULL, 0, NULL));
+    STATUS(KINGLET_E_IO, kinglet_model_load(&model, runtime, "no such file", 12, NULL));
+    STATUS(KINGLET_E_IO, kinglet_model_load(&model, runtime, path, len - 1, NULL));
+    STATUS(KINGLET_E_FILE, kinglet_model_load(&model, runtime, "/", 1, NULL));
+    size_t sizes[] = {0, 1, sizeof params - 1, 4097, SIZE_MAX};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        params.struct_size = sizes[i];
+        STATUS(KINGLET_E_ARGUMENT, kinglet_model_load(&model, runtime, path, len, &params));
+        CHECK(strstr(kinglet_error_last(), "struct_size") != NULL);
+    }
+    params.struct_size = sizeof params;
+    params.threads = 257;
+    STATUS(KINGLET_E_ARGUMENT, kinglet_model_load(&model, runtime, path, len, &params));
+    params.threads = 1;
+    params.degrade = 2;
+    STATUS(KINGLET_E_ARGUMENT, kinglet_model_load(&model, runtime, path, len, &params));
+    params.degrade = 0;
+    params.reserved = 1;
+    STATUS(KINGLET_E_ARGUMENT, kinglet_model_load(&model, runtime, path, len, &params));
+    params.reserved = 0;
+    params.cancel = (kinglet_cancel *)runtime;
+    STATUS(KINGLET_E_HANDLE, kinglet_model_load(&model, runtime, path, len, &params));
+    OK(kinglet_cancel_create(&cancel));
+    OK(kinglet_cancel_set(cancel));
+    params.cancel = cancel;
+    STATUS(KINGLET_E_CANCELLED, kinglet_model_load(&model, runtime, path, len, &params));
+    CHECK(model == NULL);
+    kinglet_cancel_release(cancel);
+    /* A caller that knows more: its new fields count only if they are set. */
+    struct { kinglet_model_params known; uint64_t more; } later = {{sizeof later, 0, 0, 1, 0, 0, NULL}, 1};
+    STATUS(KINGLET_E_ARGUMENT, kinglet_model_load(&model, runtime, path, len, &later.known));
+    later.more = 0;
+    OK(kinglet_model_load(&model, runtime, path, len, &later.known));
+
+    struct { kinglet_model_info known; uint64_t more; } info = {{0, 0, 0, 0, 0, 0, 0, 0, 0}, 7};
+    STATUS(KINGLET_E_ARGUMENT, kinglet_model_describe(model, NULL));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_model_describe(model, &info.known));
+    info.known.struct_size = sizeof info;
+    OK(kinglet_model_describe(model, &info.known));
+    CHECK(info.known.struct_size == sizeof info && info.more == 0);
+    CHECK(info.known.n_vocab > 0 && info.known.threads == 1);
+    kinglet_buffer *name;
+    STATUS(KINGLET_E_ARGUMENT, kinglet_model_name(model, NULL));
+    OK(kinglet_model_name(model, &name));
+    const char *data;
+    size_t name_len;
+    STATUS(KINGLET_E_ARGUMENT, kinglet_buffer_data(name, NULL, &name_len));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_buffer_data(name, &data, NULL));
+    OK(kinglet_buffer_data(name, &data, &name_len));
+    CHECK(data != NULL && name_len > 0);
+    kinglet_buffer_release(name);
+    STATUS(KINGLET_E_HANDLE, kinglet_buffer_data(name, &data, &name_len));
+    uint64_t freed = 9;
+    OK(kinglet_model_trim(model, UINT64_MAX, &freed));
+    CHECK(freed == 0);
+    OK(kinglet_model_trim(model, 0, NULL));
+    kinglet_model_release(model);
+    STATUS(KINGLET_E_HANDLE, kinglet_model_trim(model, 1, NULL));
+
+    kinglet_plan plan;
+    memset(&plan, 0, sizeof plan);
+    STATUS(KINGLET_E_ARGUMENT, kinglet_plan_make(NULL, path, len, NULL, NULL));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_plan_make(&plan, path, len, NULL, NULL));
+    plan.struct_size = sizeof plan;
+    STATUS(KINGLET_E_ARGUMENT, kinglet_plan_make(&plan, NULL, 1, NULL, NULL));
+    OK(kinglet_plan_make(&plan, path, len, NULL, NULL));
+    CHECK(plan.total == plan.weights + plan.own_weights + plan.experts + plan.kv + plan.conv + plan.scratch +
+                            plan.tokenizer + plan.runtime + plan.program);
+    kinglet_model_params tight = {sizeof tight, 1000, 0, 1, 0, 0, NULL};
+    STATUS(KINGLET_E_BUDGET, kinglet_plan_make(&plan, path, len, &tight, NULL));
+    kinglet_session_params session = {sizeof session, 512, 32, KINGLET_KV_F32, KINGLET_KV_F16, 0};
+    OK(kinglet_plan_make(&plan, path, len, NULL, &session));
+    CHECK(plan.n_ctx == 512 && plan.batch == 32 && plan.keys == KINGLET_KV_F32 && plan.values == KINGLET_KV_F16);
+}
+
+static void sessions(kinglet_runtime *runtime, const char *path, const char *folder) {
+    kinglet_model *model = load(runtime, path);
+    kinglet_session *session, *fork;
+    kinglet_buffer *buffer;
+    kinglet_request *request;
+    kinglet_session_params params = {sizeof params, 0, 0, 5, 0, 0};
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_create(NULL, model, NULL));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_create(&session, model, &params));
+    params.keys = 0;
+    params.n_ctx = UINT64_MAX;
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_create(&session, model, &params));
+    params.n_ctx = 256;
+    params.reserved = 1;
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_create(&session, model, &params));
+    params.reserved = 0;
+    params.struct_size = 8;
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_create(&session, model, &params));
+    params.struct_size = sizeof params;
+    params.batch = UINT32_MAX; /* more than the context: all at once */
+    OK(kinglet_session_create(&session, model, &params));
+    kinglet_session_info info = {0, 0, 0, 0, 0, 0, 0};
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_describe(session, NULL));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_describe(session, &info));
+    info.struct_size = sizeof info;
+    OK(kinglet_session_describe(session, &info));
+    CHECK(info.n_ctx == 256 && info.n_tokens == 0 && info.n_messages == 0);
+
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_set(session, NULL, 4, "1", 1));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_set(session, "temp", 4, NULL, 1));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_set(session, "temp", 4, "hot", 3));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_set(session, "tamp", 4, "1", 1));
+    OK(kinglet_session_set(session, "temp", 4, "0", 1));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_set_system(session, NULL, 1));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_set_system(session, "x", SIZE_MAX));
+    OK(kinglet_session_set_system(session, NULL, 0));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_messages(session, NULL));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_set_messages(session, NULL, 2));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_set_messages(session, "{", 1));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_rewind(session, 1));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_rewind(session, UINT64_MAX));
+    OK(kinglet_session_rewind(session, 0));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_send(session, NULL, 1, NULL, NULL, NULL, NULL));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_send(session, "\xc3", 1, NULL, NULL, NULL, NULL));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_complete(session, NULL, 1, NULL, NULL, NULL, NULL));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_regenerate(session, NULL, NULL, NULL, NULL));
+    kinglet_reply reply;
+    memset(&reply, 0, sizeof reply);
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_send(session, "x", 1, NULL, &reply, NULL, NULL));
+    kinglet_text stops[65] = {{NULL, 1}};
+    kinglet_generate_params generate = {sizeof generate, 2, stops, 1, 0, 0, NULL};
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_send(session, "x", 1, &generate, NULL, NULL, NULL));
+    generate.n_stops = 65;
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_send(session, "x", 1, &generate, NULL, NULL, NULL));
+    generate.n_stops = SIZE_MAX;
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_send(session, "x", 1, &generate, NULL, NULL, NULL));
+    generate.stops = NULL;
+    generate.n_stops = 1;
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_send(session, "x", 1, &generate, NULL, NULL, NULL));
+    generate.n_stops = 0;
+    generate.ignore_end = 2;
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_send(session, "x", 1, &generate, NULL, NULL, NULL));
+    generate.ignore_end = 0;
+    generate.reserved = 1;
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_send(session, "x", 1, &generate, NULL, NULL, NULL));
+    generate.reserved = 0;
+    generate.cancel = (kinglet_cancel *)model;
+    STATUS(KINGLET_E_HANDLE, kinglet_session_send(session, "x", 1, &generate, NULL, NULL, NULL));
+    STATUS(KINGLET_E_HANDLE, kinglet_request_start(&request, session, "x", 1, &generate, NULL, NULL));
+    generate.cancel = NULL;
+    OK(kinglet_session_send(session, "x", 1, &generate, NULL, NULL, NULL)); /* nobody listens */
+    char *long_text = (char *)malloc(100000);
+    memset(long_text, 'a', 100000);
+    for (size_t i = 1; i < 100000; i += 2) long_text[i] = ' ';
+    STATUS(KINGLET_E_CONTEXT_FULL, kinglet_session_send(session, long_text, 100000, NULL, NULL, NULL, NULL));
+    STATUS(KINGLET_E_CONTEXT_FULL, kinglet_session_complete(session, long_text, 100000, NULL, NULL, NULL, NULL));
+    free(long_text);
+    OK(kinglet_session_describe(session, &info));
+    CHECK(info.n_messages == 2);
+
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_fork(NULL, session));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_save(session, NULL, 1));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_load(session, NULL, 1));
+    STATUS(KINGLET_E_IO, kinglet_session_save(session, "/no/such/folder", 15));
+    STATUS(KINGLET_E_IO, kinglet_session_load(session, "/no/such/file", 13));
+    STATUS(KINGLET_E_FILE, kinglet_session_load(session, folder, strlen(folder)));
+    STATUS(KINGLET_E_FILE, kinglet_session_load(session, path, strlen(path)));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_request_start(NULL, session, "x", 1, NULL, NULL, NULL));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_request_start(&request, session, NULL, 1, NULL, NULL, NULL));
+    generate.max_tokens = 1;
+    OK(kinglet_request_start(&request, session, "x", 1, &generate, NULL, NULL));
+    reply.struct_size = 3;
+    STATUS(KINGLET_E_ARGUMENT, kinglet_request_wait(request, 60000, &reply));
+    reply.struct_size = sizeof reply;
+    OK(kinglet_request_wait(request, 60000, &reply));
+    OK(kinglet_request_wait(request, 0, NULL));
+    CHECK(reply.reply_tokens == 1 && reply.finish == KINGLET_FINISH_LENGTH);
+    OK(kinglet_request_cancel(request));
+    kinglet_request_release(request);
+    STATUS(KINGLET_E_HANDLE, kinglet_request_wait(request, 0, NULL));
+
+    /* In an order that nobody should choose. */
+    kinglet_model_release(model);
+    OK(kinglet_session_fork(&fork, session));
+    kinglet_session_release(session);
+    STATUS(KINGLET_E_HANDLE, kinglet_session_messages(session, &buffer));
+    STATUS(KINGLET_E_HANDLE, kinglet_session_create(&session, model, NULL));
+    OK(kinglet_session_regenerate(fork, &generate, NULL, NULL, NULL));
+    kinglet_session_release(fork);
+}
+
+/* A model that can only continue texts. */
+static void plain(kinglet_runtime *runtime, const char *path) {
+    kinglet_model *model = load(runtime, path);
+    kinglet_session *session = open_session(model);
+    kinglet_request *request;
+    kinglet_buffer *buffer;
+    kinglet_generate_params params = {sizeof params, 3, NULL, 0, 1, 0, NULL};
+    STATUS(KINGLET_E_TEMPLATE, kinglet_session_send(session, "x", 1, &params, NULL, NULL, NULL));
+    STATUS(KINGLET_E_TEMPLATE, kinglet_session_messages(session, &buffer));
+    STATUS(KINGLET_E_TEMPLATE, kinglet_session_set_system(session, "x", 1));
+    OK(kinglet_session_complete(session, "x", 1, &params, NULL, NULL, NULL));
+    OK(kinglet_session_complete(session, NULL, 0, &params, NULL, NULL, NULL));
+    OK(kinglet_request_start(&request, session, "x", 1, &params, NULL, NULL));
+    STATUS(KINGLET_E_TEMPLATE, kinglet_request_wait(request, 60000, NULL));
+    CHECK(strstr(kinglet_error_last(), "template") != NULL);
+    kinglet_request_release(request);
+    kinglet_session_release(session);
+    kinglet_model_release(model);
+}
+
+int main(int argc, char **argv) {
+    CHECK(argc == 4);
+    CHECK(kinglet_error_last()[0] == 0);
+    CHECK(kinglet_version()[0] != 0);
+    CHECK(strcmp(kinglet_status_name(KINGLET_E_POISONED), "KINGLET_E_POISONED") == 0);
+    CHECK(strcmp(kinglet_status_name((kinglet_status)99), "unknown") == 0);
+    null_handles();
+    runtime_and_cancel();
+    kinglet_runtime *runtime;
+    OK(kinglet_runtime_create(&runtime));
+    models(runtime, argv[1]);
+    sessions(runtime, argv[1], argv[2]);
+    plain(runtime, argv[3]);
+    releases();
+    kinglet_runtime_release(runtime);
+    return 0;
+}
