@@ -105,7 +105,7 @@ pub(super) unsafe fn session_options(
             values: kv_type(params.values)?,
         },
         batch: params.batch as usize,
-        sparsity: crate::sparsity::Sparsity::default(),
+        ..SessionOptions::default()
     })
 }
 
