@@ -9,7 +9,7 @@ use std::ops::ControlFlow;
 use kinglet::gguf::{Metadata, TensorSpec, Writer};
 use kinglet::quant::DType;
 use kinglet::sampler::Rng;
-use kinglet::{LoadOptions, Model};
+use kinglet::{KvType, LoadOptions, Model, Session, SessionOptions};
 
 use super::{Folder, random, reading, session, transposed};
 
@@ -525,4 +525,51 @@ fn whole_models_follow_their_formulas() {
             }
         }
     }
+}
+
+/// The window of the published model, in a text that is longer: 4160 tokens tell 4096 from one more and one less.
+#[test]
+#[ignore = "takes a minute: two models in double precision"]
+fn a_window_of_4096_ends_where_it_should() {
+    let kind = |window| Kind {
+        window: Some(window),
+        n_layers: 5,
+        ..smallthinker()
+    };
+    let tokens: Vec<u32> = (0..4160u32)
+        .map(|i| (i * i * 7 + i * 3 + 1) % 128)
+        .collect();
+    // The newest token alone is far enough for all three.
+    let last = |window| {
+        let (logits, _) = Net::random(kind(window)).logits(&tokens);
+        logits[logits.len() - N_VOCAB..].to_vec()
+    };
+    let expected = [4095, 4096, 4097].map(last);
+    let folder = Folder::new("oracle-window");
+    let path = folder.0.join("model.gguf");
+    Net::random(kind(4096)).write(&path);
+    let options = LoadOptions {
+        threads: 2,
+        ..LoadOptions::default()
+    };
+    let model = Model::load(&path, &options).expect("a model");
+    let options = SessionOptions {
+        n_ctx: 4352,
+        kv: KvType::F32.into(),
+        ..SessionOptions::default()
+    };
+    let mut session = Session::new(&model, &options).expect("a session");
+    session
+        .prefill(&tokens, &mut |_, _| ControlFlow::Continue(()))
+        .expect("prefill");
+    let [less, same, more] = expected.map(|expected| {
+        let largest = expected.iter().fold(0.0f64, |max, x| max.max(x.abs()));
+        let off = session.logits().iter().zip(expected);
+        let off = off.fold(0.0f64, |max, (a, b)| max.max((f64::from(*a) - b).abs()));
+        off / largest
+    });
+    assert!(
+        same < 1e-4 && less > 2.0 * same && more > 2.0 * same,
+        "{less:e} {same:e} {more:e}"
+    );
 }
