@@ -43,9 +43,6 @@ const RUN_ANONYMOUS: u64 = 1 << 20;
 /// And code that it has not run yet.
 const RUN_PROGRAM: u64 = 640 << 10;
 
-/// The same of a process that has loaded the model: more than was ever seen.
-const RESERVE: u64 = 640 << 10;
-
 impl Footprint {
     /// All of it.
     pub fn total(&self) -> u64 {
@@ -91,7 +88,7 @@ impl Footprint {
 
     /// Of this process, in which the model of `gguf` has been loaded and none of its weights is in memory.
     pub(super) fn of_loaded_process(gguf: &Gguf) -> Self {
-        Self::of_process(gguf, 0, RESERVE)
+        Self::of_process(gguf, 0, RUN_ANONYMOUS)
     }
 
     pub(super) fn add_base(&mut self, base: &Self) {
@@ -209,8 +206,7 @@ impl Plan {
     ) -> Result<Self> {
         let outline = model.outlined()?;
         let gguf = outline.gguf();
-        let mut base = *outline.base();
-        base.runtime = base.runtime - RUN_ANONYMOUS + RESERVE;
+        let base = *outline.base();
         let found = experts::to_store(gguf, load)?;
         let room = Room::new(gguf, load, outline.n_threads(), base, found.as_ref());
         budget::fit(&outline, options, n_prompt, &room)
