@@ -475,6 +475,27 @@ fn trimming_changes_no_number() {
     store.check();
 }
 
+/// A bound on experts holds also where all of them would fit.
+#[test]
+fn a_cache_of_experts_is_not_more_than_asked_for() {
+    let folder = Folder::new("cache");
+    folder.model(5, Experts::As(DType::Q4_0), Down::ByOutput, 1);
+    let path = folder.0.join("model.gguf");
+    let n_slots = 4 * N_USED;
+    let options = LoadOptions {
+        memory: Some(1 << 40),
+        experts: ExpertOptions {
+            cache: Some(n_slots as u64 * slot_bytes(&path)),
+            ..ExpertOptions::default()
+        },
+        ..LoadOptions::default()
+    };
+    let model = Model::load(&path, &options).expect("a model");
+    let _session = session(&model, 16);
+    let stats = model.experts().expect("a store").stats();
+    assert_eq!(stats.n_slots, n_slots);
+}
+
 /// Bytes of an expert in memory.
 fn slot_bytes(path: &Path) -> u64 {
     let options = LoadOptions {

@@ -118,7 +118,8 @@ pub(super) fn fit(
     };
     let first = plan(asked)?;
     let needed = first.footprint.total();
-    if needed <= room.memory {
+    let keeps_all = |experts: &ExpertRoom| experts.cache.is_none();
+    if needed <= room.memory && room.experts.as_ref().is_none_or(keeps_all) {
         return Ok(first);
     }
     if let Some(experts) = &room.experts {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::LoadOptions;
 use super::budget::resident;
+use super::file::header_hash;
 use crate::backend::BackendKind;
 use crate::backend::cpu::residency::FileTable;
 use crate::backend::cpu::stored::StoredExperts;
@@ -189,12 +190,4 @@ pub(super) fn open(
         }
     };
     Ok(Arc::new(StoredExperts::new(store, &found.blocks)))
-}
-
-/// Tells models apart: FNV-1a of all headers.
-fn header_hash(gguf: &Gguf) -> u64 {
-    let bytes = gguf.parts().iter().flat_map(|part| part.header());
-    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
-    })
 }

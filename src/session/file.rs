@@ -81,6 +81,21 @@ pub struct Extra {
     pub note: Vec<u8>,
 }
 
+/// Of the sizes and headers of all files.
+fn headers(gguf: &Gguf) -> Xxh3 {
+    let mut hash = Xxh3::new();
+    for part in gguf.parts() {
+        hash.update(&part.file_bytes().to_le_bytes());
+        hash.update(part.header());
+    }
+    hash
+}
+
+/// What tells files apart that differ in more than the values of weights, of which it reads none.
+pub(super) fn header_hash(gguf: &Gguf) -> u64 {
+    headers(gguf).digest()
+}
+
 /// What tells models apart.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Hashes {
@@ -90,11 +105,7 @@ pub(super) struct Hashes {
 
 impl Hashes {
     pub(super) fn of(gguf: &Gguf) -> Result<Self> {
-        let mut model = Xxh3::new();
-        for part in gguf.parts() {
-            model.update(&part.file_bytes().to_le_bytes());
-            model.update(part.header());
-        }
+        let mut model = headers(gguf);
         for info in gguf.tensors() {
             let bytes = gguf.raw(&info.name)?;
             let sample = SAMPLE.min(bytes.len());

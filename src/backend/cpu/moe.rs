@@ -262,19 +262,16 @@ impl Cpu {
     pub(super) fn run_route(&mut self, x: &Tensor, from: usize, moe: &Moe<Self>) -> Tensor {
         let k = moe.routing.n_used;
         let mut out = self.tensor(x.n_tokens - from, 2 * k);
-        {
-            let mut rows = None;
-            if from > 0 {
-                let mut kept = self.tensor(x.n_tokens - from, x.n_cols);
-                kept.data.copy_from_slice(&x.data[from * x.n_cols..]);
-                rows = Some(kept);
-            }
-            let [logits] = self.linear(rows.as_ref().unwrap_or(x), [&moe.router]);
-            let bias = moe.selection_bias.as_deref();
-            self.for_rows(&mut out, &|i, out| {
-                route_row(logits.row(i), bias, &moe.routing, out);
-            });
-        }
+        let kept = (from > 0).then(|| {
+            let mut kept = self.tensor(x.n_tokens - from, x.n_cols);
+            kept.data.copy_from_slice(&x.data[from * x.n_cols..]);
+            kept
+        });
+        let [logits] = self.linear(kept.as_ref().unwrap_or(x), [&moe.router]);
+        let bias = moe.selection_bias.as_deref();
+        self.for_rows(&mut out, &|i, out| {
+            route_row(logits.row(i), bias, &moe.routing, out);
+        });
         if let (Some(layer), Some(experts)) = (moe.gate.weight.stored, &self.experts) {
             self.named = None;
             self.named = match (self.step, out.n_tokens) {
