@@ -20,7 +20,7 @@ use crate::profile::span::now;
 /// Tokens of a task: few, since tasks are unlike.
 const TASK_TOKENS: usize = 8;
 
-/// Query heads that may share a head of keys here.
+/// Query heads that a kernel is given at once.
 const MAX_GROUP: usize = 64;
 
 thread_local! {
@@ -181,18 +181,28 @@ impl Attend<'_> {
             let end = span.end.min((page + 1) * PAGE);
             let [k, v] = self.rows(page, kv_head);
             let visible = [(start - page * PAGE, end - page * PAGE); MAX_GROUP];
-            self.operations.attend.run(&mut AttendSpan {
-                q,
-                k,
-                v,
-                head_dim: self.shape.head_dim,
-                // Whatever the step: the sums are this token's alone.
-                decode: true,
-                visible: &visible[..sums.max.len()],
-                max: sums.max,
-                sum: sums.sum,
-                out: sums.out,
-            });
+            let n = self.shape.head_dim;
+            let queries = q
+                .chunks(MAX_GROUP * n)
+                .zip(sums.out.chunks_mut(MAX_GROUP * n));
+            let scores = sums
+                .max
+                .chunks_mut(MAX_GROUP)
+                .zip(sums.sum.chunks_mut(MAX_GROUP));
+            for ((q, out), (max, sum)) in queries.zip(scores) {
+                self.operations.attend.run(&mut AttendSpan {
+                    q,
+                    k,
+                    v,
+                    head_dim: n,
+                    // Whatever the step: the sums are this token's alone.
+                    decode: true,
+                    visible: &visible[..max.len()],
+                    max,
+                    sum,
+                    out,
+                });
+            }
             start = end;
         }
     }
@@ -376,6 +386,26 @@ mod tests {
                 assert_eq!(work.attention_ops, 4 * 64 * pairs);
                 let all = (0..N).map(|p| window.map_or(p + 1, |w: usize| w.min(p + 1)));
                 assert_eq!(work.pairs, 6 * all.sum::<usize>() as u64);
+            }
+        }
+    }
+
+    #[test]
+    fn more_heads_than_a_kernel_takes_may_share_keys() {
+        let shape = Attention {
+            n_heads: MAX_GROUP + 6,
+            n_kv_heads: 1,
+            head_dim: 32,
+            ..SHAPE
+        };
+        let (expected, _) = oracle(100, &shape, KvTypes::default());
+        for step in [Step::Prefill, Step::Decode] {
+            let (found, _) = attend(Some(100), &shape, KvTypes::default(), step, 350);
+            for (found, expected) in found.iter().zip(&expected) {
+                assert!(
+                    (f64::from(*found) - expected).abs() < 2e-5,
+                    "{found} {expected}"
+                );
             }
         }
     }
