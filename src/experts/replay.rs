@@ -24,11 +24,12 @@ pub enum ReplayPolicy {
 
 impl ReplayPolicy {
     /// Those that are worth comparing.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Plain(PolicyKind::Lru),
         Self::Plain(PolicyKind::Decayed),
         Self::Plain(PolicyKind::RouterWeighted),
         Self::Admission(PolicyKind::Decayed),
+        Self::Store(PolicyKind::Adaptive),
         Self::Belady,
     ];
 
@@ -127,10 +128,12 @@ pub fn replay(trace: &Trace, n_slots: usize, policy: ReplayPolicy) -> Result<Out
     let used = |kind: PolicyKind| Decayed::new(n, kind.is_weighted());
     let room = n_slots.saturating_sub(min_slots);
     let built: Box<dyn EvictPolicy> = match policy {
+        ReplayPolicy::Store(kind) | ReplayPolicy::Plain(kind @ PolicyKind::Adaptive) => {
+            kind.build(&used(kind), 0, n_slots, min_slots, cycle_slots)
+        }
         ReplayPolicy::Plain(PolicyKind::Lru) => Box::new(Lru::new(n)),
         ReplayPolicy::Plain(kind) => Box::new(used(kind)),
         ReplayPolicy::Admission(kind) => Box::new(Admission::new(used(kind), room)),
-        ReplayPolicy::Store(kind) => kind.build(&used(kind), n_slots, min_slots, cycle_slots),
         ReplayPolicy::Belady => Box::new(Belady::new(trace)),
     };
     let mut slots = Slots::new(used(PolicyKind::default()), built, n_slots, n_slots);

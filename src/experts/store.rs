@@ -145,9 +145,10 @@ impl ExpertStore {
         let trace = trace.map(|path| Recorder::create(path, &layout));
         let trace = trace.transpose()?;
         let writer = Writer::new(layout.slot_bytes(), all, n_slots)?;
-        let policy = options
-            .policy
-            .build(&used, n_slots, layout.min_slots(), layout.cycle_slots());
+        let policy =
+            options
+                .policy
+                .build(&used, 0, n_slots, layout.min_slots(), layout.cycle_slots());
         let capacity = writer.n_slots();
         let pace = disk.pace();
         let n_readers = match &pace {
@@ -325,8 +326,9 @@ impl ExpertStore {
         let mut core = shared.lock();
         let n_slots = n_slots.min(core.writer.n_slots());
         let (min, cycle) = (layout.min_slots(), layout.cycle_slots());
-        let policy = shared.policy.build(core.slots.used(), n_slots, min, cycle);
         let (token, before) = (core.token, core.slots.n_backed());
+        let used = core.slots.used();
+        let policy = shared.policy.build(used, token, n_slots, min, cycle);
         core.slots.set_limit(n_slots, policy, token);
         core.plan_warmup(layout);
         shared.kick(&mut core);

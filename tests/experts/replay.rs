@@ -191,6 +191,56 @@ fn nobody_beats_one_who_knows_the_future() {
     }
 }
 
+/// The trace of 600 tokens: in turns of `turn` tokens routers prefer other experts, ever less the more they rank.
+fn preferring(name: &str, turn: usize, skew: f64) -> Trace {
+    let shape = shape();
+    let mut random = Random(turn as u64);
+    let layer = format!("layer {} {} 1\n", shape.n_experts, shape.n_used);
+    let mut text = format!("kinglet-experts 1\n{}", layer.repeat(shape.n_layers));
+    for token in 0..600 {
+        for layer in 0..shape.n_layers {
+            let topic = (token / turn) as u64;
+            let shift = Random(topic * 100 + layer as u64).next() % 16;
+            let ids = random.choose(shape.n_used, shape.n_experts, skew);
+            let ids = ids.iter().map(|id| (u64::from(*id) + shift) % 16);
+            let uses: String = ids.map(|id| format!(" {id}:1:m")).collect();
+            let n = token * shape.n_layers + layer;
+            text += &format!("begin {token} {layer}{uses}\nend {n}\n");
+        }
+    }
+    let file = path(name);
+    std::fs::write(&file, text).expect("a file");
+    Trace::open(&file).expect("sound")
+}
+
+#[test]
+fn the_adaptive_policy_is_near_the_best_of_the_others_whichever_that_is() {
+    let fixed = [
+        ReplayPolicy::Plain(PolicyKind::Lru),
+        ReplayPolicy::Plain(PolicyKind::Decayed),
+        ReplayPolicy::Admission(PolicyKind::Decayed),
+    ];
+    let mut ahead = [0.0f64; 3];
+    for trace in [
+        preferring("topics", 12, 7.0),
+        preferring("favourites", 600, 2.0),
+    ] {
+        for n_slots in [12, 20, 30, 48] {
+            let rate = |policy| replay(&trace, n_slots, policy).expect("it fits").hit_rate();
+            let rates = fixed.map(rate);
+            let best = rates.into_iter().fold(0.0, f64::max);
+            let adaptive = rate(ReplayPolicy::Store(PolicyKind::Adaptive));
+            println!("{n_slots} slots: {rates:.3?}, adaptive {adaptive:.3}");
+            assert!(adaptive > best - 0.02, "{n_slots}: {adaptive} of {best}");
+            for (ahead, rate) in ahead.iter_mut().zip(rates) {
+                *ahead = ahead.max(adaptive - rate);
+            }
+        }
+    }
+    // Each of the others is the wrong choice somewhere.
+    assert!(ahead.iter().all(|ahead| *ahead > 0.05), "{ahead:?}");
+}
+
 #[test]
 fn hostile_traces_are_refused_by_line() {
     let head = "kinglet-experts 1\nlayer 4 2 100\n";

@@ -32,7 +32,7 @@ fn run(seed: u64, shape: &Shape, image: &[u8]) -> u64 {
     let all = shape.n_layers * shape.n_experts;
     let min = 3 * shape.n_used;
     let options = Options {
-        policy: PolicyKind::ALL[random.below(3)],
+        policy: PolicyKind::ALL[random.below(4)],
         prefetch: Prefetch::ALL[random.below(3)],
         ..slots(min + random.below(all - min + 2))
     };

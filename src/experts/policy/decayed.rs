@@ -1,7 +1,7 @@
-//! Decayed use: u ← u · 2^(-Δtokens / 32) + w for each use, with w = 1 or the router weight. The least used goes, of
+//! Decayed use: u ← u · 2^(-Δtokens / h) + w for each use, with w = 1 or the router weight and h = 32. The least used goes, of
 //! equals the one not used for longest.
 //!
-//! Kept as log₂ u + token / 32: it changes only when the expert is used, and all values compare at any time without
+//! Kept as log₂ u + token / h: it changes only when the expert is used, and all values compare at any time without
 //! being decayed first.
 
 use super::EvictPolicy;
@@ -14,6 +14,7 @@ const HALF_LIFE: f64 = 32.0;
 #[derive(Clone)]
 pub struct Decayed {
     weighted: bool,
+    half_life: f64,
     score: Vec<f64>,
     last: Vec<u64>,
     tick: u64,
@@ -24,10 +25,21 @@ impl Decayed {
     pub fn new(n_experts: usize, weighted: bool) -> Self {
         Self {
             weighted,
+            half_life: HALF_LIFE,
             score: vec![f64::NEG_INFINITY; n_experts],
             last: vec![0; n_experts],
             tick: 0,
         }
+    }
+
+    /// The same uses as they count at token `now`; from there on they count half after `half_life` tokens.
+    pub fn forgetting(&self, half_life: f64, now: u64) -> Self {
+        let mut other = self.clone();
+        other.half_life = half_life;
+        for key in 0..self.score.len() as Key {
+            other.set_used(key, self.used(key, now), now);
+        }
+        other
     }
 
     /// How many experts there are.
@@ -37,12 +49,12 @@ impl Decayed {
 
     /// The use of `key` as it counts at token `now`.
     pub fn used(&self, key: Key, now: u64) -> f64 {
-        (self.score[key as usize] - now as f64 / HALF_LIFE).exp2()
+        (self.score[key as usize] - now as f64 / self.half_life).exp2()
     }
 
     /// Sets the use of `key` as it counts at token `now`.
     pub fn set_used(&mut self, key: Key, used: f64, now: u64) {
-        self.score[key as usize] = used.log2() + now as f64 / HALF_LIFE;
+        self.score[key as usize] = used.log2() + now as f64 / self.half_life;
     }
 
     /// Orders by use, then by time.

@@ -1,10 +1,12 @@
 //! Which expert gives up its slot: policies behind one trait. A policy knows experts by their keys and remembers of
 //! them what it likes, those that are not in memory included; it is asked to choose among those that may go.
 
+mod adaptive;
 mod admission;
 mod decayed;
 mod lru;
 
+pub use adaptive::Adaptive;
 pub use admission::Admission;
 pub use decayed::Decayed;
 pub use lru::Lru;
@@ -36,15 +38,22 @@ pub enum PolicyKind {
     /// Who was not used for longest goes.
     Lru,
     /// Who was used least goes; a use counts half after 32 tokens.
-    #[default]
     Decayed,
     /// The same, each use counted by its router weight.
     RouterWeighted,
+    /// What of recency, counts and admission would have missed least of late.
+    #[default]
+    Adaptive,
 }
 
 impl PolicyKind {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Lru, Self::Decayed, Self::RouterWeighted];
+    pub const ALL: [Self; 4] = [
+        Self::Lru,
+        Self::Decayed,
+        Self::RouterWeighted,
+        Self::Adaptive,
+    ];
 
     /// As on the command line.
     pub fn name(self) -> &'static str {
@@ -52,6 +61,7 @@ impl PolicyKind {
             Self::Lru => "lru",
             Self::Decayed => "decayed",
             Self::RouterWeighted => "router-weighted",
+            Self::Adaptive => "adaptive",
         }
     }
 
@@ -66,21 +76,20 @@ impl PolicyKind {
     }
 
     /// The policy for `n_slots` slots: this kind, or [`Admission`] by its measure of use if there are fewer than
-    /// `cycle_slots`. `used` is what is known of the past.
+    /// `cycle_slots`. `used` is what is known of the past at token `now`.
     pub fn build(
         self,
         used: &Decayed,
+        now: u64,
         n_slots: usize,
         min_slots: usize,
         cycle_slots: usize,
     ) -> Box<dyn EvictPolicy> {
-        if n_slots < cycle_slots {
-            return Box::new(Admission::new(
-                used.clone(),
-                n_slots - min_slots.min(n_slots),
-            ));
-        }
+        let room = n_slots.saturating_sub(min_slots);
+        let fits = n_slots >= cycle_slots;
         match self {
+            Self::Adaptive => Box::new(Adaptive::new(used, now, n_slots, room, fits)),
+            _ if !fits => Box::new(Admission::new(used.clone(), room)),
             Self::Lru => Box::new(Lru::new(used.n_experts())),
             Self::Decayed | Self::RouterWeighted => Box::new(used.clone()),
         }
