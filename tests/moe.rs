@@ -475,6 +475,76 @@ fn trimming_changes_no_number() {
     store.check();
 }
 
+/// Less memory between two tokens, too little, more again; a session that ends leaves its part to the experts.
+#[test]
+fn the_budget_may_change_and_changes_no_number() {
+    let folder = Folder::new("budget");
+    let resident = folder.model(5, Experts::As(DType::Q4_0), Down::ByOutput, 1);
+    let tokens = tokens(32);
+    let expected = decoded(&resident, &tokens);
+    let path = folder.0.join("model.gguf");
+    let refused = resident.set_memory(1 << 40).expect_err("no budget");
+    assert!(matches!(refused, kinglet::Error::Invalid(_)), "{refused}");
+    let (all, slot_bytes) = (5 * N_EXPERTS, slot_bytes(&path));
+    let options = LoadOptions {
+        memory: Some(1 << 40),
+        threads: 1,
+        experts: ExpertOptions {
+            cache: Some(all as u64 * slot_bytes),
+            ..ExpertOptions::default()
+        },
+        ..LoadOptions::default()
+    };
+    let model = Model::load(&path, &options).expect("a model");
+    let store = model.experts().expect("a store");
+    let n_slots = || store.stats().n_slots;
+    let mut session = session(&model, 16);
+    assert_eq!(n_slots(), all);
+    let Err(kinglet::Error::OverBudget { needed, memory, .. }) = model.set_memory(1) else {
+        panic!("nothing fits in a byte");
+    };
+    assert_eq!((memory, n_slots()), (1, all));
+    let least = needed + needed / 90; // and what is left alone
+    let n = expected.len() / tokens.len();
+    for (i, token) in tokens.iter().enumerate() {
+        match i {
+            8 => {
+                model.set_memory(least).expect("the least");
+                assert!((3 * N_USED..all / 2).contains(&n_slots()), "{}", n_slots());
+                assert!(model.set_memory(needed / 2).is_err());
+            }
+            16 => {
+                let other = session.memory();
+                let other = (other.kv + other.conv + other.scratch) as u64;
+                model
+                    .set_memory(least + other + 8 * slot_bytes)
+                    .expect("more");
+                let before = n_slots();
+                let fork = session.fork().expect("room");
+                let beside = n_slots();
+                assert!(beside < before, "{beside} of {before}");
+                drop(fork);
+                assert_eq!(n_slots(), before);
+                // What the system took stays away until the budget is set.
+                model.trim(slot_bytes);
+                drop(session.fork().expect("room"));
+                assert_eq!(n_slots(), before - 1);
+            }
+            24 => {
+                model.set_memory(1 << 40).expect("all");
+                assert_eq!(n_slots(), all);
+            }
+            _ => (),
+        }
+        session.decode(*token).expect("decode");
+        assert!(
+            session.logits() == &expected[i * n..(i + 1) * n],
+            "token {i}"
+        );
+    }
+    store.check();
+}
+
 /// A bound on experts holds also where all of them would fit.
 #[test]
 fn a_cache_of_experts_is_not_more_than_asked_for() {

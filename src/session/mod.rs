@@ -317,9 +317,28 @@ impl Model {
     }
 
     /// The system is short of memory: gives up to `bytes` of experts back, whatever runs, and does with as much less until
-    /// [`ExpertStore::set_budget`] says otherwise. What was given back.
+    /// [`Model::set_memory`] or [`ExpertStore::set_budget`] says otherwise. What was given back.
     pub fn trim(&self, bytes: u64) -> u64 {
-        self.experts().map_or(0, |experts| experts.trim(bytes))
+        match (&self.0.ledger, self.experts()) {
+            (Some(ledger), _) => ledger.trim(bytes),
+            (None, Some(experts)) => experts.trim(bytes),
+            (None, None) => 0,
+        }
+    }
+
+    /// Changes [`LoadOptions::memory`], at any time. Sessions keep what they have; weights or experts get what that
+    /// leaves, and less of them stays in memory from the next pass on. No bit of a result depends on it.
+    ///
+    /// # Errors
+    /// [`Error::OverBudget`] if the sessions and the least of weights or experts do not fit: nothing changes then.
+    /// [`Error::Invalid`] if the model was loaded without a budget.
+    pub fn set_memory(&self, memory: u64) -> Result<()> {
+        let ledger = self.0.ledger.as_ref().ok_or_else(|| {
+            Error::Invalid(
+                "memory: the model was loaded without a budget, so it has none to change".into(),
+            )
+        })?;
+        ledger.set_memory(memory)
     }
 
     fn hashes(&self) -> Result<&Hashes> {

@@ -226,7 +226,7 @@ impl BudgetArgs {
 }
 
 /// `800M`, `1.5GiB`, `2g`, `1000000`: units of 1024.
-fn size(text: &str) -> Result<u64, String> {
+pub fn size(text: &str) -> Result<u64, String> {
     let bad = || format!("expected a size like 800M or 1.5G, found `{text}`");
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let unit = text[digits.len()..].to_ascii_lowercase();

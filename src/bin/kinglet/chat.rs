@@ -18,7 +18,7 @@ use crate::args::ChatArgs;
 use crate::failure::{Failure, Outcome};
 use crate::store::{self, SessionFile};
 use crate::ui::{self, Paint, ReplyPrinter};
-use crate::{interrupt, locate, show};
+use crate::{args, interrupt, locate, show};
 
 const HELP: &str = "\
   /help               this
@@ -26,7 +26,8 @@ const HELP: &str = "\
   /clear              forget the conversation, but for the system message
   /regen              another reply to your last message
   /undo               take the last exchange back
-  /set NAME VALUE     temp, top-k, top-p, min-p, … (see /show), system, max-tokens, stop, stats
+  /set NAME VALUE     temp, top-k, top-p, min-p, … (see /show), system, max-tokens, stop, stats,
+                       memory (of --memory)
   /show [WHAT]        settings, model, system, template, messages
   /save FILE          write the conversation with all that was computed, or its messages alone if FILE ends in .json
   /load FILE          go on with a saved conversation
@@ -330,6 +331,10 @@ impl Repl {
                     .filter(|t| !t.is_empty())
                     .into_iter()
                     .collect();
+            }
+            "memory" => {
+                let bytes = args::size(value).map_err(Failure::usage)?;
+                self.chat.model().set_memory(bytes)?;
             }
             "stats" => match value {
                 "on" | "off" => self.stats = value == "on",
