@@ -39,6 +39,7 @@ const FENCE: &[&str] = &[
     "src/gguf/map.rs",
     "src/experts/arena.rs",
     "src/experts/disk/sys.rs",
+    "src/experts/disk/uring.rs",
     "src/backend/cpu/pool.rs",
     "src/backend/cpu/pace.rs",
     "src/backend/cpu/roofline.rs",

@@ -345,6 +345,8 @@ fn experts_that_are_read_when_used_change_nothing() {
             4,
             Prefetch::Speculative,
         ),
+        (3 * N_USED, IoMode::Uring, 4, Prefetch::Off),
+        (5 * N_USED + 2 * N_USED, IoMode::Uring, 1, Prefetch::Exact),
         (all, IoMode::Auto, 4, Prefetch::Exact),
     ] {
         let slot_bytes = slot_bytes(&path);
@@ -359,7 +361,13 @@ fn experts_that_are_read_when_used_change_nothing() {
             },
             ..LoadOptions::default()
         };
-        let model = Model::load(&path, &options).expect("a model");
+        let model = match Model::load(&path, &options) {
+            Err(error) if io == IoMode::Uring => {
+                eprintln!("skipped: {error}");
+                continue;
+            }
+            model => model.expect("a model"),
+        };
         let how = format!("{n_slots} slots, {io:?}, {io_threads} threads, {prefetch:?}");
         for batch in [256, 7] {
             assert!(

@@ -106,6 +106,8 @@ pub enum IoMode {
     Direct,
     /// Through the page cache, which is told to drop what was read.
     Buffered,
+    /// Past the page cache, by one thread that has several reads under way: io_uring of Linux.
+    Uring,
 }
 
 /// How much memory the experts may take.
@@ -131,7 +133,7 @@ pub struct UsageFile {
 pub struct Options {
     /// Memory of the experts. More than all of them take is not used.
     pub budget: Budget,
-    /// Threads that read.
+    /// Threads that read; with [`IoMode::Uring`], reads that are under way at once.
     pub io_threads: usize,
     /// How files are read.
     pub io: IoMode,

@@ -3,7 +3,8 @@
 //! One mutex guards all that decides ([`Core`]): it is held for some hundred instructions at a time, and never while a
 //! thread reads. Whether a part has landed is an atomic of the arena, so asking again and again costs no lock.
 //! The threads that compute call in; the threads that read take the next piece of the most urgent load whenever they
-//! have time: a piece has at most 512 KiB, so the more urgent waits for one piece at most.
+//! have time, or one thread keeps several under way: a piece has at most 512 KiB, so the more urgent waits for one piece
+//! at most.
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -11,15 +12,15 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::arena::{Patch, Pin, Writer};
-use super::disk::{Disk, Fault, Files, Pace, Random};
+use super::arena::{Pin, Writer};
+use super::disk::{Disk, Fault, Files, Job, Pace, Random, Ring};
 use super::layout::{MAX_PARTS, Place};
 use super::request::{Entry, Request, Waves};
 use super::slots::Slots;
 use super::trace::Recorder;
 use super::{
-    Budget, Class, Counters, Decayed, Key, LayerCounters, Layout, Mode, Options, PolicyKind,
-    Prefetch, Stats, UsageFile,
+    Budget, Class, Counters, Decayed, IoMode, Key, LayerCounters, Layout, Mode, Options,
+    PolicyKind, Prefetch, Stats, UsageFile,
 };
 use crate::{Error, Result};
 
@@ -60,14 +61,6 @@ struct Load {
     class: Option<Class>,
     /// Why it cannot be had, and the file concerned.
     fault: Option<(Fault, usize)>,
-}
-
-/// A read that is out.
-struct Job {
-    patch: Patch,
-    file: usize,
-    offset: u64,
-    needed: usize,
 }
 
 pub(super) struct Core {
@@ -122,11 +115,16 @@ impl ExpertStore {
     /// A store of the experts that `layout` finds in the files `paths`, which it opens for itself.
     ///
     /// # Errors
-    /// [`Error::Io`] and [`Error::BadFile`] if a file cannot be opened or has another length than the layout says;
-    /// otherwise as [`ExpertStore::with_disk`].
+    /// [`Error::Io`] and [`Error::BadFile`] if a file cannot be opened, not in this way, or has another length than the
+    /// layout says; otherwise as [`ExpertStore::with_disk`].
     pub fn open(paths: &[PathBuf], layout: Layout, options: &Options) -> Result<Self> {
-        let files = Files::open(paths, layout.file_bytes(), options.io)?;
-        Self::with_disk(Box::new(files), layout, options)
+        let files = Arc::new(Files::open(paths, layout.file_bytes(), options.io)?);
+        let ring = (options.io == IoMode::Uring).then(|| {
+            let depth = options.io_threads.clamp(1, MAX_IO_THREADS);
+            let ring = Ring::new(Arc::clone(&files), depth);
+            ring.map_err(|e| Error::io("io_uring", e))
+        });
+        Self::start(Box::new(files), ring.transpose()?, layout, options)
     }
 
     /// The same, read by `disk`.
@@ -135,6 +133,15 @@ impl ExpertStore {
     /// [`Error::OverBudget`] if the budget does not hold [`Layout::min_slots`] experts, [`Error::OutOfMemory`],
     /// [`Error::Io`] if the trace cannot be written or the system refuses a thread.
     pub fn with_disk(disk: Box<dyn Disk>, layout: Layout, options: &Options) -> Result<Self> {
+        Self::start(disk, None, layout, options)
+    }
+
+    fn start(
+        disk: Box<dyn Disk>,
+        mut ring: Option<Ring>,
+        layout: Layout,
+        options: &Options,
+    ) -> Result<Self> {
         let n_slots = slots_of(options.budget, &layout)?;
         let all = layout.n_experts();
         let mut used = Decayed::new(all, options.policy.is_weighted());
@@ -153,6 +160,7 @@ impl ExpertStore {
         let pace = disk.pace();
         let n_readers = match &pace {
             Some(_) => 0,
+            None if ring.is_some() => 1,
             None => options.io_threads.clamp(1, MAX_IO_THREADS),
         };
         let layout = Arc::new(layout);
@@ -199,7 +207,12 @@ impl ExpertStore {
         for idx in 0..n_readers {
             let shared = Arc::clone(&store.shared);
             let thread = std::thread::Builder::new().name(format!("kinglet-io-{idx}"));
-            let reader = thread.spawn(move || shared.read()).map_err(|e| {
+            let ring = ring.take();
+            let reader = thread.spawn(move || match ring {
+                Some(ring) => shared.read_many(ring),
+                None => shared.read(),
+            });
+            let reader = reader.map_err(|e| {
                 let path = store.shared.disk.path(0);
                 Error::io(path, e)
             })?;
@@ -704,11 +717,34 @@ impl Shared {
             }
         }
     }
-}
 
-impl Job {
-    fn read(&mut self, disk: &dyn Disk) -> Result<(), Fault> {
-        disk.read(self.file, self.offset, self.patch.bytes_mut(), self.needed)
+    /// The same with several reads under way.
+    fn read_many(&self, mut ring: Ring) {
+        let mut core = self.lock();
+        loop {
+            while ring.has_room()
+                && !core.closed
+                && let Some(job) = core.take()
+            {
+                ring.push(job);
+            }
+            if ring.is_empty() {
+                if core.closed {
+                    return;
+                }
+                core.n_idle += 1;
+                let again = self.work.wait(core);
+                core = again.unwrap_or_else(|poisoned| poisoned.into_inner());
+                core.n_idle -= 1;
+                continue;
+            }
+            drop(core);
+            let (job, outcome) = ring.next();
+            core = self.lock();
+            if core.landed(job, outcome) {
+                self.notify_landed(&core);
+            }
+        }
     }
 }
 

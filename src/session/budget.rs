@@ -466,8 +466,8 @@ impl Ledger {
                 weights
             } else {
                 let allowed = room.may_stream && room.on_exceed == OnExceed::Degrade;
-                let left = memory.checked_sub(others + room.window);
-                let left = left.filter(|_| allowed).ok_or(short(others + weights))?;
+                let least = others + if allowed { room.window } else { weights };
+                let left = memory.checked_sub(least).ok_or(short(least))?;
                 left.saturating_sub(spare_beside_stream(memory))
             };
             held.weights = kept.saturating_sub(held.withheld);

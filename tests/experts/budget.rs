@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use kinglet::Error;
 use kinglet::experts::disk::FakeDisk;
-use kinglet::experts::{Budget, Class, ExpertStore, Mode, Options};
+use kinglet::experts::{Budget, Class, ExpertStore, Mode, Options, PolicyKind};
 
 use crate::common::{Random, Shape, ones, pace, slots};
 
@@ -53,22 +53,27 @@ fn too_little_is_refused_with_the_least_that_works() {
 
 #[test]
 fn the_mode_follows_from_the_slots() {
-    for (n_slots, mode, policy) in [
-        (6, Mode::Admission, "admission"),
-        (15, Mode::Admission, "admission"),
-        (16, Mode::Cached, "decayed"),
-        (95, Mode::Cached, "decayed"),
-        (96, Mode::Resident, "decayed"),
-        (1000, Mode::Resident, "decayed"),
+    for (n_slots, mode, adaptive, decayed) in [
+        (6, Mode::Admission, "adaptive: admission", "admission"),
+        (15, Mode::Admission, "adaptive: admission", "admission"),
+        (16, Mode::Cached, "adaptive: lru", "decayed"),
+        (95, Mode::Cached, "adaptive: lru", "decayed"),
+        (96, Mode::Resident, "decayed", "decayed"),
+        (1000, Mode::Resident, "decayed", "decayed"),
     ] {
-        let store = shape().fake(pace(1, 1 << 20), &slots(n_slots));
-        let stats = store.stats();
-        assert_eq!(
-            (stats.mode, stats.policy),
-            (mode, policy),
-            "{n_slots} slots"
-        );
-        assert_eq!(stats.n_slots, n_slots.min(96));
+        for (kind, name) in [
+            (PolicyKind::Adaptive, adaptive),
+            (PolicyKind::Decayed, decayed),
+        ] {
+            let options = Options {
+                policy: kind,
+                ..slots(n_slots)
+            };
+            let store = shape().fake(pace(1, 1 << 20), &options);
+            let stats = store.stats();
+            assert_eq!((stats.mode, stats.policy), (mode, name), "{n_slots} slots");
+            assert_eq!(stats.n_slots, n_slots.min(96));
+        }
     }
 }
 

@@ -26,6 +26,25 @@ fn open(path: &PathBuf, shape: &Shape, options: &Options) -> ExpertStore {
     ExpertStore::open(std::slice::from_ref(path), shape.layout(), options).expect("a store")
 }
 
+/// The ways to read that this system has.
+fn ways() -> Vec<IoMode> {
+    let mut ways = vec![IoMode::Buffered, IoMode::Auto];
+    let shape = small();
+    let path = write("ways", &shape.image());
+    let options = Options {
+        io: IoMode::Uring,
+        ..slots(8)
+    };
+    match ExpertStore::open(&[path], shape.layout(), &options) {
+        Ok(store) => {
+            assert_eq!(store.stats().disk, "io_uring");
+            ways.push(IoMode::Uring);
+        }
+        Err(error) => eprintln!("skipped: {error}"),
+    }
+    ways
+}
+
 #[test]
 fn every_alignment_gives_the_bytes_of_the_file() {
     // The tensors of layer l begin at 32 l modulo 4096, as GGUF aligns them; the file ends where the last expert ends.
@@ -41,7 +60,7 @@ fn every_alignment_gives_the_bytes_of_the_file() {
     assert_ne!(image.len() % 4096, 0);
     let path = write("aligned", &image);
     let mut names = Vec::new();
-    for io in [IoMode::Buffered, IoMode::Auto] {
+    for io in ways() {
         for io_threads in [1, 4] {
             for n_slots in [3, 200] {
                 let options = Options {
@@ -62,7 +81,7 @@ fn every_alignment_gives_the_bytes_of_the_file() {
         }
     }
     assert!(names[..4].iter().all(|name| *name == "buffered"));
-    if names[4..].contains(&"buffered") {
+    if names[4..8].contains(&"buffered") {
         eprintln!("skipped: this file system has no direct reads");
     }
 }
@@ -79,7 +98,7 @@ fn large_parts_are_read_in_pieces() {
     };
     let image = shape.image();
     let path = write("pieces", &image);
-    for io in [IoMode::Buffered, IoMode::Auto] {
+    for io in ways() {
         let options = Options { io, ..slots(3) };
         let store = open(&path, &shape, &options);
         for id in [3, 0, 1, 2, 3] {
@@ -140,7 +159,7 @@ fn change(name: &str, io: IoMode, change: impl FnOnce(&PathBuf)) -> Result<(), E
 
 #[test]
 fn a_file_that_changes_gives_errors_and_never_other_bytes() {
-    for (io, n) in [(IoMode::Buffered, 0), (IoMode::Auto, 1)] {
+    for (n, io) in ways().into_iter().enumerate() {
         let name = |what: &str| format!("{what}-{n}");
         let cut = change(&name("cut"), io, |path| {
             let file = OpenOptions::new().write(true).open(path).expect("a file");
@@ -177,10 +196,11 @@ fn files_that_change_at_any_moment_under_threads() {
     let shape = small();
     let image = shape.image();
     let mut n_errors = 0;
+    let ways = ways();
     for round in 0..30 {
         let path = write("moment", &image);
         let options = Options {
-            io: [IoMode::Auto, IoMode::Buffered][round % 2],
+            io: ways[round / 4 % ways.len()],
             ..slots(8)
         };
         let store = open(&path, &shape, &options);

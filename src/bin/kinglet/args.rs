@@ -153,10 +153,10 @@ struct ExpertArgs {
     /// How far ahead experts are read: when a router has named them, or guesses too
     #[arg(long, value_name = "WHAT", default_value = Prefetch::default().name(), value_parser = prefetches())]
     prefetch: Prefetch,
-    /// Threads that read experts
+    /// Threads that read experts, or reads that are under way at once with `--io uring`
     #[arg(long, value_name = "N", default_value = "4", value_parser = clap::value_parser!(u8).range(1..=64))]
     io_threads: u8,
-    /// How they read: past the system's cache, through it, or as the file allows
+    /// How they read: past the system's cache, through it, as the file allows, or past it by one thread with io_uring
     #[arg(long, value_name = "HOW", default_value = "auto")]
     io: Io,
     /// Which expert makes room for another
@@ -175,6 +175,7 @@ enum Io {
     Auto,
     Direct,
     Buffered,
+    Uring,
 }
 
 /// The ways to read ahead, for a parser.
@@ -210,6 +211,7 @@ impl BudgetArgs {
                 Io::Auto => IoMode::Auto,
                 Io::Direct => IoMode::Direct,
                 Io::Buffered => IoMode::Buffered,
+                Io::Uring => IoMode::Uring,
             },
             policy: args.expert_policy,
             remember: !args.no_expert_usage,

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Mutex, MutexGuard};
 
 use super::{Disk, Fault, Pace, Random};
 
@@ -132,24 +132,5 @@ impl Disk for FakeDisk {
             None if n < needed => Err(Fault::Short(image.len() as u64)),
             None => Ok(()),
         }
-    }
-}
-
-/// Lent to a store, and kept.
-impl Disk for Arc<FakeDisk> {
-    fn name(&self) -> &'static str {
-        (**self).name()
-    }
-
-    fn read(&self, file: usize, offset: u64, into: &mut [u8], needed: usize) -> Result<(), Fault> {
-        (**self).read(file, offset, into, needed)
-    }
-
-    fn path(&self, file: usize) -> &Path {
-        (**self).path(file)
-    }
-
-    fn pace(&self) -> Option<Pace> {
-        (**self).pace()
     }
 }

@@ -17,6 +17,7 @@ pub(crate) struct Files {
     direct: AtomicBool,
     /// Whether refused reads go through the page cache.
     may_fall_back: bool,
+    has_ring: bool,
 }
 
 struct Entry {
@@ -71,7 +72,7 @@ impl Files {
             let direct = match mode {
                 IoMode::Buffered => None,
                 IoMode::Auto => sys::open_direct(path).ok(),
-                IoMode::Direct => Some(sys::open_direct(path).map_err(io)?),
+                IoMode::Direct | IoMode::Uring => Some(sys::open_direct(path).map_err(io)?),
             };
             let direct = match direct {
                 // Between the two somebody may have put another file there.
@@ -91,8 +92,36 @@ impl Files {
         Ok(Self {
             files,
             direct: AtomicBool::new(direct),
-            may_fall_back: mode != IoMode::Direct,
+            may_fall_back: matches!(mode, IoMode::Auto | IoMode::Buffered),
+            has_ring: mode == IoMode::Uring,
         })
+    }
+
+    /// What a ring reads `file` from.
+    pub(super) fn descriptor(&self, file: usize) -> &File {
+        let entry = &self.files[file];
+        entry.direct.as_ref().unwrap_or(&entry.cached)
+    }
+
+    /// Whether `read` bytes of `file` from `offset` suffice, and are those of the file that was opened. To be asked after
+    /// they were read: what is written later does not concern them.
+    pub(super) fn check(
+        &self,
+        file: usize,
+        offset: u64,
+        read: usize,
+        needed: usize,
+    ) -> Result<(), Fault> {
+        let entry = &self.files[file];
+        let metadata = entry.cached.metadata().map_err(|e| Fault::from(&e))?;
+        let now = Identity::of(&metadata);
+        if read < needed {
+            return Err(Fault::Short(now.bytes.min(offset + read as u64)));
+        }
+        if now != entry.opened {
+            return Err(Fault::Changed);
+        }
+        Ok(())
     }
 }
 
@@ -110,7 +139,9 @@ fn same_file(a: &File, b: &File) -> io::Result<bool> {
 
 impl Disk for Files {
     fn name(&self) -> &'static str {
-        if self.direct.load(Ordering::Relaxed) {
+        if self.has_ring {
+            "io_uring"
+        } else if self.direct.load(Ordering::Relaxed) {
             "direct"
         } else {
             "buffered"
@@ -123,7 +154,6 @@ impl Disk for Files {
 
     fn read(&self, file: usize, offset: u64, into: &mut [u8], needed: usize) -> Result<(), Fault> {
         let entry = &self.files[file];
-        let fault = |e: io::Error| Fault::from(&e);
         let direct = entry.direct.as_ref();
         let direct = direct.filter(|_| self.direct.load(Ordering::Relaxed));
         let read = match direct {
@@ -141,16 +171,8 @@ impl Disk for Files {
             sys::drop_cached(&entry.cached, offset, into.len());
             read
         });
-        let read = read.map_err(fault)?;
-        // After the bytes were read: what is written later does not concern them.
-        let now = Identity::of(&entry.cached.metadata().map_err(fault)?);
-        if read < needed {
-            return Err(Fault::Short(now.bytes.min(offset + read as u64)));
-        }
-        if now != entry.opened {
-            return Err(Fault::Changed);
-        }
-        Ok(())
+        let read = read.map_err(|e| Fault::from(&e))?;
+        self.check(file, offset, read, needed)
     }
 }
 

@@ -3,15 +3,35 @@
 mod fake;
 mod file;
 mod sys;
+#[cfg_attr(not(target_os = "linux"), path = "no_uring.rs")]
+mod uring;
 
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 pub use fake::{FakeDisk, FaultRates};
 pub(super) use file::Files;
+pub(super) use uring::Ring;
 
+use super::arena::Patch;
 use crate::Error;
+
+/// A read that is out.
+pub(super) struct Job {
+    pub patch: Patch,
+    pub file: usize,
+    pub offset: u64,
+    pub needed: usize,
+}
+
+impl Job {
+    /// Reads it, and waits for it.
+    pub fn read(&mut self, disk: &dyn Disk) -> Result<(), Fault> {
+        disk.read(self.file, self.offset, self.patch.bytes_mut(), self.needed)
+    }
+}
 
 /// Reads ranges of files for several threads at once.
 pub trait Disk: Send + Sync {
@@ -31,6 +51,25 @@ pub trait Disk: Send + Sync {
     /// How long reads take, if time is only imagined: then nothing reads but those who wait, and the clock is theirs.
     fn pace(&self) -> Option<Pace> {
         None
+    }
+}
+
+/// Lent to a store, and kept.
+impl<D: Disk> Disk for Arc<D> {
+    fn name(&self) -> &'static str {
+        (**self).name()
+    }
+
+    fn read(&self, file: usize, offset: u64, into: &mut [u8], needed: usize) -> Result<(), Fault> {
+        (**self).read(file, offset, into, needed)
+    }
+
+    fn path(&self, file: usize) -> &Path {
+        (**self).path(file)
+    }
+
+    fn pace(&self) -> Option<Pace> {
+        (**self).pace()
     }
 }
 

@@ -88,10 +88,13 @@ impl PolicyKind {
         let room = n_slots.saturating_sub(min_slots);
         let fits = n_slots >= cycle_slots;
         match self {
-            Self::Adaptive => Box::new(Adaptive::new(used, now, n_slots, room, fits)),
+            // Where all fit none ever goes.
+            Self::Adaptive if n_slots < used.n_experts() => {
+                Box::new(Adaptive::new(used, now, n_slots, room, fits))
+            }
             _ if !fits => Box::new(Admission::new(used.clone(), room)),
             Self::Lru => Box::new(Lru::new(used.n_experts())),
-            Self::Decayed | Self::RouterWeighted => Box::new(used.clone()),
+            Self::Decayed | Self::RouterWeighted | Self::Adaptive => Box::new(used.clone()),
         }
     }
 }
