@@ -139,6 +139,15 @@ typedef struct kinglet_model_params {
  * KINGLET_E_IO, _FILE, _UNSUPPORTED, _MEMORY, _BUDGET, _CANCELLED. */
 kinglet_status kinglet_model_load(kinglet_model **out, kinglet_runtime *runtime, const char *path, size_t path_len,
                                   const kinglet_model_params *params);
+
+/* The same of a model that is `len` bytes from `offset` on in the open file `fd`; 0: up to its end. An asset of an
+ * Android package that is not compressed is one: AAssetManager's, or AssetFileDescriptor's, descriptor, start and length.
+ * It must be a whole model, begin at a multiple of 4 (zipalign sees to that), and be a regular file. The library keeps a
+ * descriptor of its own: the caller may close `fd` at once, its position is neither used nor moved. Memory budgets and
+ * experts that are read when they are used work as with a path, through the system's cache.
+ * KINGLET_E_ARGUMENT (no such bytes), _IO (`fd` is not open), _UNSUPPORTED (Windows); else as kinglet_model_load. */
+kinglet_status kinglet_model_load_fd(kinglet_model **out, kinglet_runtime *runtime, int fd, uint64_t offset,
+                                     uint64_t len, const kinglet_model_params *params);
 void kinglet_model_release(kinglet_model *model);
 
 typedef struct kinglet_model_info {
@@ -205,6 +214,10 @@ typedef struct kinglet_plan {
  * `out->struct_size` must be set. As kinglet_model_load. */
 kinglet_status kinglet_plan_make(kinglet_plan *out, const char *path, size_t path_len,
                                  const kinglet_model_params *model, const kinglet_session_params *session);
+
+/* The same of a model in an open file, as kinglet_model_load_fd. */
+kinglet_status kinglet_plan_make_fd(kinglet_plan *out, int fd, uint64_t offset, uint64_t len,
+                                    const kinglet_model_params *model, const kinglet_session_params *session);
 
 /* --- Session ------------------------------------------------------------------------------------------------------ */
 

@@ -6,7 +6,8 @@
 //! have time: a piece has at most 512 KiB, so the more urgent waits for one piece at most.
 
 use std::collections::VecDeque;
-use std::path::PathBuf;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -126,6 +127,22 @@ impl ExpertStore {
     /// otherwise as [`ExpertStore::with_disk`].
     pub fn open(paths: &[PathBuf], layout: Layout, options: &Options) -> Result<Self> {
         let files = Files::open(paths, layout.file_bytes(), options.io)?;
+        Self::with_disk(Box::new(files), layout, options)
+    }
+
+    /// The same in one file that is open, where what the layout describes begins at byte `start`; errors call it `name`.
+    ///
+    /// # Errors
+    /// As [`ExpertStore::open`], and [`Error::Unsupported`] for [`IoMode::Direct`](super::IoMode::Direct): a file must be
+    /// opened for that, and what lies in another begins in the middle of a block.
+    pub fn open_in(
+        file: File,
+        start: u64,
+        name: &Path,
+        layout: Layout,
+        options: &Options,
+    ) -> Result<Self> {
+        let files = Files::open_in(file, start, name, layout.file_bytes(), options.io)?;
         Self::with_disk(Box::new(files), layout, options)
     }
 

@@ -20,6 +20,7 @@ pub use self::generate::{Event, Finish, GenerateOptions, Reply, Stats, generate}
 pub use self::plan::{ExpertPlan, Footprint, Plan, Rates, Speed, UNCERTAINTY};
 pub use self::timeline::Snapshot;
 
+use std::fs::File;
 use std::ops::{ControlFlow, Range};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
@@ -147,7 +148,16 @@ impl Model {
     /// # Errors
     /// If the file cannot be read, is no GGUF file, or holds a model that is not supported.
     pub fn load(path: &Path, options: &LoadOptions) -> Result<Self> {
-        Self::load_from(path, options, None)
+        Self::load_from(|| Gguf::open(path), options, None)
+    }
+
+    /// The model in `bytes` of an open file, see [`Gguf::open_file`].
+    ///
+    /// # Errors
+    /// As [`Model::load`], and [`Error::Invalid`] for a range that the file does not have or that begins at no multiple
+    /// of 4.
+    pub fn load_file(file: File, bytes: Range<u64>, options: &LoadOptions) -> Result<Self> {
+        Self::load_from(|| Gguf::open_file(file, bytes), options, None)
     }
 
     /// The same, whose experts `disk` reads wherever the options have them read when they are used. Its files are the
@@ -156,12 +166,16 @@ impl Model {
     /// # Errors
     /// As [`Model::load`].
     pub fn load_with_disk(path: &Path, options: &LoadOptions, disk: Box<dyn Disk>) -> Result<Self> {
-        Self::load_from(path, options, Some(disk))
+        Self::load_from(|| Gguf::open(path), options, Some(disk))
     }
 
-    fn load_from(path: &Path, options: &LoadOptions, disk: Option<Box<dyn Disk>>) -> Result<Self> {
+    fn load_from(
+        open: impl FnOnce() -> Result<Gguf>,
+        options: &LoadOptions,
+        disk: Option<Box<dyn Disk>>,
+    ) -> Result<Self> {
         let start = now();
-        let gguf = Gguf::open(path)?;
+        let gguf = open()?;
         let mapped = now();
         options.cancel.check()?;
         let found = experts::to_store(&gguf, options)?;
@@ -203,7 +217,18 @@ impl Model {
     /// # Errors
     /// As [`Model::load`].
     pub fn outline(path: &Path, options: &LoadOptions) -> Result<Self> {
-        let gguf = Gguf::open_header(path)?;
+        Self::outline_of(Gguf::open_header(path)?, options)
+    }
+
+    /// The same of a model in `bytes` of an open file.
+    ///
+    /// # Errors
+    /// As [`Model::load_file`].
+    pub fn outline_file(file: File, bytes: Range<u64>, options: &LoadOptions) -> Result<Self> {
+        Self::outline_of(Gguf::open_file_header(file, bytes)?, options)
+    }
+
+    fn outline_of(gguf: Gguf, options: &LoadOptions) -> Result<Self> {
         let threads = Threads::of(options);
         let network = engine::outline(&gguf, threads)?;
         let tokenizer = Err(Error::BadModel("an outline has no vocabulary".into()));
@@ -227,7 +252,7 @@ impl Model {
             threads_batch: self.n_threads_batch(),
             ..LoadOptions::default()
         };
-        Self::outline(self.gguf().path(), &options)
+        Self::outline_of(self.gguf().reopen_header()?, &options)
     }
 
     fn assemble(

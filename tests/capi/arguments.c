@@ -1,6 +1,10 @@
 /* Every function with each pointer null, sizes that are wrong, numbers out of range, handles that are stale or of another
  * kind: the documented status each time, and nothing else happens. Usage: arguments MODEL FOLDER MODEL-WITHOUT-TEMPLATE */
+#define _POSIX_C_SOURCE 200809L /* open, pipe */
 #include "common.h"
+
+#include <fcntl.h>
+#include <unistd.h>
 
 static void releases(void) {
     char last[256];
@@ -27,6 +31,7 @@ static void null_handles(void) {
     STATUS(KINGLET_E_HANDLE, kinglet_cancel_set(NULL));
     STATUS(KINGLET_E_HANDLE, kinglet_runtime_notify(NULL, KINGLET_EVENT_LOW_MEMORY));
     STATUS(KINGLET_E_HANDLE, kinglet_model_load(&model, NULL, "x", 1, NULL));
+    STATUS(KINGLET_E_HANDLE, kinglet_model_load_fd(&model, NULL, 0, 0, 0, NULL));
     STATUS(KINGLET_E_HANDLE, kinglet_model_describe(NULL, &model_info));
     STATUS(KINGLET_E_HANDLE, kinglet_model_name(NULL, &buffer));
     STATUS(KINGLET_E_HANDLE, kinglet_model_trim(NULL, 1, NULL));
@@ -156,6 +161,65 @@ static void models(kinglet_runtime *runtime, const char *path) {
     kinglet_session_params session = {sizeof session, 512, 32, KINGLET_KV_F32, KINGLET_KV_F16, 0};
     OK(kinglet_plan_make(&plan, path, len, NULL, &session));
     CHECK(plan.n_ctx == 512 && plan.batch == 32 && plan.keys == KINGLET_KV_F32 && plan.values == KINGLET_KV_F16);
+}
+
+/* A model in the middle of an open file. */
+static void open_files(kinglet_runtime *runtime, const char *path, const char *folder) {
+    kinglet_model *model;
+    kinglet_model_params params = {sizeof params, 0, 0, 1, 0, 0, NULL};
+    kinglet_plan plan, of_path;
+    char packed[1024], byte;
+    int pipes[2];
+    memset(&plan, 0, sizeof plan);
+    plan.struct_size = sizeof plan;
+    of_path = plan;
+    snprintf(packed, sizeof packed, "%s/packed", folder);
+    FILE *from = fopen(path, "rb"), *to = fopen(packed, "wb");
+    CHECK(from != NULL && to != NULL);
+    for (int i = 0; i < 1000; i++) CHECK(fputc('x', to) != EOF);
+    uint64_t len = 0;
+    for (int c; (c = fgetc(from)) != EOF; len++) CHECK(fputc(c, to) != EOF);
+    for (int i = 0; i < 1000; i++) CHECK(fputc('y', to) != EOF);
+    CHECK(fclose(from) == 0 && fclose(to) == 0);
+    int fd = open(packed, O_RDONLY);
+    CHECK(fd >= 0);
+    STATUS(KINGLET_E_ARGUMENT, kinglet_model_load_fd(NULL, runtime, fd, 1000, len, NULL));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_model_load_fd(&model, runtime, -1, 1000, len, NULL));
+    STATUS(KINGLET_E_IO, kinglet_model_load_fd(&model, runtime, 1000000, 1000, len, NULL));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_model_load_fd(&model, runtime, fd, 1002, len, NULL));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_model_load_fd(&model, runtime, fd, 1000, UINT64_MAX, NULL));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_model_load_fd(&model, runtime, fd, UINT64_MAX - 3, 2, NULL));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_model_load_fd(&model, runtime, fd, UINT64_MAX - 3, 0, NULL));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_model_load_fd(&model, runtime, fd, 1000, len + 1001, NULL));
+    STATUS(KINGLET_E_FILE, kinglet_model_load_fd(&model, runtime, fd, 1000, 1, NULL));
+    STATUS(KINGLET_E_FILE, kinglet_model_load_fd(&model, runtime, fd, 1000, len - 1, NULL));
+    STATUS(KINGLET_E_FILE, kinglet_model_load_fd(&model, runtime, fd, 0, 0, NULL));
+    CHECK(pipe(pipes) == 0);
+    STATUS(KINGLET_E_FILE, kinglet_model_load_fd(&model, runtime, pipes[0], 0, 8, NULL));
+    CHECK(close(pipes[0]) == 0 && close(pipes[1]) == 0);
+    params.struct_size = 7;
+    STATUS(KINGLET_E_ARGUMENT, kinglet_model_load_fd(&model, runtime, fd, 1000, len, &params));
+    params.struct_size = sizeof params;
+    CHECK(model == NULL);
+
+    STATUS(KINGLET_E_ARGUMENT, kinglet_plan_make_fd(NULL, fd, 1000, len, NULL, NULL));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_plan_make_fd(&plan, -1, 1000, len, NULL, NULL));
+    STATUS(KINGLET_E_FILE, kinglet_plan_make_fd(&plan, fd, 0, len, NULL, NULL));
+    OK(kinglet_plan_make_fd(&plan, fd, 1000, len, &params, NULL));
+    OK(kinglet_plan_make(&of_path, path, strlen(path), &params, NULL));
+    CHECK(plan.weights == of_path.weights && plan.kv == of_path.kv && plan.n_ctx == of_path.n_ctx);
+
+    params.memory = 1u << 30; /* sessions of a budget read the header again */
+    OK(kinglet_model_load_fd(&model, runtime, fd, 1000, len, &params));
+    CHECK(read(fd, &byte, 1) == 1 && byte == 'x'); /* where it was */
+    CHECK(close(fd) == 0 && remove(packed) == 0);
+    kinglet_session *session;
+    kinglet_session_params small = {sizeof small, 128, 0, 0, 0, 0};
+    kinglet_generate_params generate = {sizeof generate, 2, NULL, 0, 1, 0, NULL};
+    OK(kinglet_session_create(&session, model, &small));
+    OK(kinglet_session_complete(session, "Once", 4, &generate, NULL, NULL, NULL));
+    kinglet_session_release(session);
+    kinglet_model_release(model);
 }
 
 static void sessions(kinglet_runtime *runtime, const char *path, const char *folder) {
@@ -299,6 +363,7 @@ int main(int argc, char **argv) {
     kinglet_runtime *runtime;
     OK(kinglet_runtime_create(&runtime));
     models(runtime, argv[1]);
+    open_files(runtime, argv[1], argv[2]);
     sessions(runtime, argv[1], argv[2]);
     plain(runtime, argv[3]);
     releases();
