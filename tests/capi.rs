@@ -171,7 +171,8 @@ fn both_sides_lay_structs_out_alike() {
             keys values n_concessions;
         kinglet_session_info: struct_size n_ctx n_tokens n_messages kv conv scratch;
         kinglet_text: text text_len;
-        kinglet_generate_params: struct_size max_tokens stops n_stops ignore_end reserved cancel;
+        kinglet_generate_params: struct_size max_tokens stops n_stops ignore_end reserved cancel json_schema
+            json_schema_len grammar grammar_len;
         kinglet_reply: struct_size finish reserved prompt_tokens reused_tokens reply_tokens prefill_ns first_token_ns
             decode_ns;
         kinglet_chunk: kind status text text_len done total;
@@ -231,6 +232,10 @@ fn a_panic_ends_one_session() {
         ignore_end: 1,
         reserved: 0,
         cancel: null_mut(),
+        json_schema: null(),
+        json_schema_len: 0,
+        grammar: null(),
+        grammar_len: 0,
     };
     let send = |session, on_chunk| {
         // SAFETY: a text with its length, and a struct with its size.

@@ -12,6 +12,7 @@ const RULES: &[(&str, &[&str])] = &[
     ("sampler", &[]),
     ("gguf", &["quant"]),
     ("tokenizer", &["gguf"]),
+    ("grammar", &["tokenizer", "sampler"]),
     ("experts", &[]),
     // A store knows files and numbers alone: it lies below.
     ("backend", &["quant", "experts"]),
@@ -23,6 +24,7 @@ const RULES: &[(&str, &[&str])] = &[
             "gguf",
             "quant",
             "tokenizer",
+            "grammar",
             "backend",
             "experts",
             "model",

@@ -31,8 +31,9 @@
  * Texts are UTF-8 with a length in bytes, and need no terminating zero. They are only read during the call. NULL with
  *   length 0 is the empty text.
  * Structs begin with their size: set `struct_size = sizeof(it)` and zero the rest, which means the defaults. A library
- *   that knows fewer fields than its caller takes them if they are zero, so that both may be updated alone. Where a
- *   params pointer is NULL all is default. A handle of 0 in a struct is "none".
+ *   that knows fewer fields than its caller takes them if they are zero, and one that knows more takes zero for those that
+ *   its caller lacks, so that both may be updated alone. Where a params pointer is NULL all is default. A handle of 0 in
+ *   a struct is "none".
  * Threads. Every function may be called from every thread. A session does one thing at a time: a second call meanwhile
  *   returns KINGLET_E_BUSY and changes nothing; so does a call from within a callback to the session that calls.
  * Callbacks run on the thread of the call, or for a request on the one thread that a runtime has for them. They must
@@ -273,7 +274,17 @@ typedef struct kinglet_generate_params {
     uint32_t ignore_end;        /* 1: the model may not end */
     uint32_t reserved;          /* 0 */
     kinglet_cancel *cancel;     /* ends the reply */
+    const char *json_schema;    /* the reply is JSON that this schema describes; empty: anything */
+    size_t json_schema_len;
+    const char *grammar;        /* the reply is a text of this grammar, in llguidance's Lark; not with a schema */
+    size_t grammar_len;
 } kinglet_generate_params;
+
+/* A schema (draft 2020-12, `$ref` within it) or grammar allows tokens one by one, so that a reply which ends by itself,
+ * KINGLET_FINISH_STOP without a stop text, is one of its texts; one that is cut short is the beginning of one. The first
+ * on a model takes some tens of ms and some MB, for a tree of the vocabulary; the last source of a model is remembered.
+ * KINGLET_E_ARGUMENT: it is wrong, and kinglet_error_last() says where: "JSON schema at `/properties/age`: ...", or the
+ * reply cannot go on within it. KINGLET_E_UNSUPPORTED: the library was built without the feature `grammar`. */
 
 typedef enum kinglet_finish {
     KINGLET_FINISH_STOP = 1,    /* the model ended, or a stop text came */

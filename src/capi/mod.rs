@@ -107,7 +107,7 @@ impl From<Error> for Failure {
             Error::OutOfMemory { .. } => Status::Memory,
             Error::OverBudget { .. } => Status::Budget,
             Error::Backend(_) => Status::Backend,
-            Error::Invalid(_) => Status::Argument,
+            Error::Invalid(_) | Error::Grammar(_) => Status::Argument,
             Error::Cancelled => Status::Cancelled,
         };
         Self::new(status, error.to_string())

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
 use std::ptr::null_mut;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::handle::{self, Object};
 use super::params::{
@@ -16,6 +16,8 @@ use super::params::{
 use super::runtime::{Runtime, kinglet_runtime};
 use super::values::{cancel_of, give_buffer, kinglet_buffer, opaque};
 use super::{Failure, Outcome, Status, enter, leave};
+use crate::grammar::ReplyFormat;
+use crate::sampler::Constraint;
 use crate::session::Plan;
 use crate::{KvType, KvTypes, LoadOptions, Model, OnExceed, SessionOptions};
 
@@ -27,6 +29,26 @@ opaque! {
 pub(super) struct ModelCell {
     pub(super) model: Model,
     pub(super) runtime: Arc<Runtime>,
+    /// The last one, with its source: an app asks for the same again and again.
+    constraint: Mutex<Option<(String, Arc<dyn Constraint>)>>,
+}
+
+impl ModelCell {
+    /// What replies must be.
+    pub(super) fn constraint(&self, format: &ReplyFormat) -> Outcome<Arc<dyn Constraint>> {
+        // Two formats may have the same text, so the kind is part of it.
+        let key = format!("{format:?}");
+        let last = || {
+            let last = self.constraint.lock();
+            last.unwrap_or_else(PoisonError::into_inner)
+        };
+        if let Some((_, constraint)) = last().as_ref().filter(|(of, _)| *of == key) {
+            return Ok(Arc::clone(constraint));
+        }
+        let constraint = self.model.constraint(format)?;
+        *last() = Some((key, Arc::clone(&constraint)));
+        Ok(constraint)
+    }
 }
 
 impl Object for ModelCell {
@@ -150,7 +172,11 @@ fn open_file(fd: c_int, offset: u64, len: u64) -> Outcome<(File, Range<u64>)> {
 
 /// Puts a model that was loaded where the caller wants it.
 fn give_model(model: Model, runtime: Arc<Runtime>, out: Place<*mut kinglet_model>) -> Outcome {
-    let cell = Arc::new(ModelCell { model, runtime });
+    let cell = Arc::new(ModelCell {
+        model,
+        runtime,
+        constraint: Mutex::default(),
+    });
     let model = handle::give(Arc::clone(&cell))?;
     cell.runtime.add(&cell);
     out.set(model);

@@ -18,6 +18,7 @@ use super::params::{
 use super::runtime::Runtime;
 use super::values::{cancel_of, give_buffer, kinglet_buffer, opaque};
 use super::{Failure, Outcome, Status, enter, leave};
+use crate::grammar::ReplyFormat;
 use crate::sampler::{Sampler, Source};
 use crate::session::{Chat, Event, Finish, GenerateOptions, Reply, generate};
 use crate::tokenizer::{Message, Special};
@@ -169,8 +170,11 @@ pub(super) struct Order {
 
 impl Order {
     /// # Safety
-    /// `params` as in [`params::read`], its stops as in [`params::stops`].
-    pub(super) unsafe fn of(params: *const kinglet_generate_params) -> Outcome<Self> {
+    /// `params` as in [`params::read`], its stops as in [`params::stops`], its texts as in [`params::text`].
+    pub(super) unsafe fn of(
+        params: *const kinglet_generate_params,
+        model: &ModelCell,
+    ) -> Outcome<Self> {
         // SAFETY: as the caller owes.
         let Some(params) = (unsafe { params::read(params) })? else {
             return Ok(Self {
@@ -179,6 +183,23 @@ impl Order {
             });
         };
         reserved(params.reserved)?;
+        // SAFETY: as the caller owes.
+        let (schema, grammar) = unsafe {
+            (
+                params::text("json_schema", params.json_schema, params.json_schema_len)?,
+                params::text("grammar", params.grammar, params.grammar_len)?,
+            )
+        };
+        let format = match (schema, grammar) {
+            ("", "") => None,
+            (schema, "") => Some(ReplyFormat::JsonSchema(schema)),
+            ("", grammar) => Some(ReplyFormat::Lark(grammar)),
+            _ => {
+                return Err(Failure::argument(
+                    "json_schema, grammar: expected one of them, found both",
+                ));
+            }
+        };
         Ok(Self {
             options: GenerateOptions {
                 max_tokens: match params.max_tokens {
@@ -189,6 +210,7 @@ impl Order {
                 stop: unsafe { params::stops(params.stops, params.n_stops) }?,
                 ignore_end: flag("ignore_end", params.ignore_end)?,
                 continued: false,
+                constraint: format.map(|format| model.constraint(&format)).transpose()?,
             },
             cancel: cancel_of(params.cancel)?,
         })
@@ -348,7 +370,7 @@ unsafe fn reply_here(
         let cell = handle::get::<SessionCell>(session)?;
         let prompt = prompt()?;
         // SAFETY: as the caller owes.
-        let order = unsafe { Order::of(params) }?;
+        let order = unsafe { Order::of(params, &cell.model) }?;
         // SAFETY: as the caller owes.
         let out = unsafe { Out::of(reply) }?;
         let model = Arc::clone(&cell.model);

@@ -1,12 +1,13 @@
 //! A prompt to a reply: reuse what the session holds already, prefill the rest, decode until something ends it.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Session;
 use crate::error::{Error, Result};
 use crate::profile::{ExpertWork, Work};
-use crate::sampler::Sampler;
+use crate::sampler::{Constraint, Sampler};
 
 /// When a reply ends, and how its tokens become text.
 #[derive(Clone, Debug, Default)]
@@ -19,6 +20,8 @@ pub struct GenerateOptions {
     pub ignore_end: bool,
     /// Whether the reply continues the text of the prompt, so that a space it begins with stays.
     pub continued: bool,
+    /// What the reply must be, from [`Model::constraint`](super::Model::constraint).
+    pub constraint: Option<Arc<dyn Constraint>>,
 }
 
 /// Why a reply ended.
@@ -186,7 +189,9 @@ pub fn generate(
         return Ok(reply);
     }
 
-    let mut detokenizer = if options.continued {
+    let mut follow = options.constraint.as_ref().map(|c| c.start());
+    // A constraint is one on all of the text.
+    let mut detokenizer = if options.continued || follow.is_some() {
         tokenizer.stream_continued()
     } else {
         tokenizer.stream()
@@ -196,7 +201,8 @@ pub fn generate(
     let mut decode_begin = Instant::now();
     let work = session.work();
     while options.max_tokens.is_none_or(|n| reply.tokens.len() < n) {
-        let token = sampler.sample(session.logits())?;
+        let allowed = follow.as_mut().map(|follow| follow.allowed()).transpose()?;
+        let token = sampler.sample_among(session.logits(), allowed)?;
         if reply.tokens.is_empty() {
             reply.stats.first_token = begin.elapsed();
             decode_begin = Instant::now();
@@ -204,6 +210,9 @@ pub fn generate(
         if tokenizer.is_end(token) {
             reply.finish = Finish::Stop;
             break;
+        }
+        if let Some(follow) = &mut follow {
+            follow.accept(token)?;
         }
         sampler.accept(token);
         reply.tokens.push(token);
@@ -218,6 +227,10 @@ pub fn generate(
         }
         if flow.is_break() {
             reply.finish = Finish::Cancelled;
+            break;
+        }
+        if follow.as_ref().is_some_and(|follow| follow.is_complete()) {
+            reply.finish = Finish::Stop;
             break;
         }
         if options.max_tokens == Some(reply.tokens.len()) {

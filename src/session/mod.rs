@@ -39,12 +39,15 @@ use crate::error::{Error, Result};
 use crate::experts::ExpertStore;
 use crate::experts::disk::Disk;
 use crate::gguf::{Gguf, ReadAhead, TensorInfo};
+#[cfg(feature = "grammar")]
+use crate::grammar::Lexicon;
+use crate::grammar::ReplyFormat;
 use crate::model::Pass;
 use crate::model::config::Config;
 use crate::profile::span::now;
 use crate::profile::topology::Topology;
 use crate::profile::{Trace, Work, machine};
-use crate::sampler::{Settings, preset};
+use crate::sampler::{Constraint, Settings, preset};
 use crate::sparsity::Sparsity;
 use crate::tokenizer::Tokenizer;
 
@@ -116,6 +119,9 @@ struct Inner {
     /// For state files: computed when the first is written or read.
     hashes: OnceLock<Hashes>,
     loading: Vec<(&'static str, Range<u64>)>,
+    /// For constraints: made with the first.
+    #[cfg(feature = "grammar")]
+    lexicon: OnceLock<Lexicon>,
 }
 
 /// What a model is.
@@ -290,6 +296,8 @@ impl Model {
             info,
             hashes: OnceLock::new(),
             loading: Vec::new(),
+            #[cfg(feature = "grammar")]
+            lexicon: OnceLock::new(),
         })))
     }
 
@@ -307,6 +315,36 @@ impl Model {
             .tokenizer
             .as_ref()
             .map_err(|e| Error::BadModel(e.to_string()))
+    }
+
+    /// What replies of this model must be, for [`GenerateOptions::constraint`]. The first takes the time to make a tree of
+    /// the vocabulary, and its memory, some tens of bytes a token; it stays with the model.
+    ///
+    /// # Errors
+    /// [`Error::Grammar`], which says where; [`Error::Unsupported`] without the feature `grammar`; if the model has no
+    /// vocabulary.
+    pub fn constraint(&self, format: &ReplyFormat) -> Result<Arc<dyn Constraint>> {
+        let tokenizer = self.tokenizer()?;
+        #[cfg(feature = "grammar")]
+        {
+            let lexicon = match self.0.lexicon.get() {
+                Some(lexicon) => lexicon,
+                None => {
+                    let new = Lexicon::new(tokenizer)?;
+                    self.0.lexicon.get_or_init(|| new)
+                }
+            };
+            lexicon.compile(format)
+        }
+        #[cfg(not(feature = "grammar"))]
+        {
+            let _ = (tokenizer, format);
+            Err(Error::Unsupported {
+                kind: "constraint",
+                found: "a schema or grammar".into(),
+                supported: "none, without the feature `grammar`".into(),
+            })
+        }
     }
 
     /// What it is.

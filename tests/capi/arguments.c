@@ -215,7 +215,7 @@ static void open_files(kinglet_runtime *runtime, const char *path, const char *f
     CHECK(close(fd) == 0 && remove(packed) == 0);
     kinglet_session *session;
     kinglet_session_params small = {sizeof small, 128, 0, 0, 0, 0};
-    kinglet_generate_params generate = {sizeof generate, 2, NULL, 0, 1, 0, NULL};
+    kinglet_generate_params generate = {sizeof generate, 2, NULL, 0, 1, 0, NULL, NULL, 0, NULL, 0};
     OK(kinglet_session_create(&session, model, &small));
     OK(kinglet_session_complete(session, "Once", 4, &generate, NULL, NULL, NULL));
     kinglet_session_release(session);
@@ -271,7 +271,7 @@ static void sessions(kinglet_runtime *runtime, const char *path, const char *fol
     memset(&reply, 0, sizeof reply);
     STATUS(KINGLET_E_ARGUMENT, kinglet_session_send(session, "x", 1, NULL, &reply, NULL, NULL));
     kinglet_text stops[65] = {{NULL, 1}};
-    kinglet_generate_params generate = {sizeof generate, 2, stops, 1, 0, 0, NULL};
+    kinglet_generate_params generate = {sizeof generate, 2, stops, 1, 0, 0, NULL, NULL, 0, NULL, 0};
     STATUS(KINGLET_E_ARGUMENT, kinglet_session_send(session, "x", 1, &generate, NULL, NULL, NULL));
     generate.n_stops = 65;
     STATUS(KINGLET_E_ARGUMENT, kinglet_session_send(session, "x", 1, &generate, NULL, NULL, NULL));
@@ -287,6 +287,36 @@ static void sessions(kinglet_runtime *runtime, const char *path, const char *fol
     generate.reserved = 1;
     STATUS(KINGLET_E_ARGUMENT, kinglet_session_send(session, "x", 1, &generate, NULL, NULL, NULL));
     generate.reserved = 0;
+    generate.json_schema_len = 1;
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_send(session, "x", 1, &generate, NULL, NULL, NULL));
+    generate.json_schema = "{\"type\": \"strin\"}";
+    generate.json_schema_len = SIZE_MAX;
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_send(session, "x", 1, &generate, NULL, NULL, NULL));
+    generate.json_schema_len = strlen(generate.json_schema);
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_send(session, "x", 1, &generate, NULL, NULL, NULL));
+    CHECK(strstr(kinglet_error_last(), "JSON schema at `/`") != NULL);
+    STATUS(KINGLET_E_ARGUMENT, kinglet_request_start(&request, session, "x", 1, &generate, NULL, NULL));
+    CHECK(request == NULL);
+    generate.grammar = "start: \"yes\" | \"no\"";
+    generate.grammar_len = strlen(generate.grammar);
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_send(session, "x", 1, &generate, NULL, NULL, NULL)); /* both */
+    generate.json_schema_len = 0;
+    generate.grammar_len = SIZE_MAX;
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_send(session, "x", 1, &generate, NULL, NULL, NULL));
+    generate.grammar_len = 0;
+    /* A caller of the first version, for whom the struct ended with `cancel`. */
+    size_t sizes[] = {0, offsetof(kinglet_generate_params, json_schema) - 1, 4097, SIZE_MAX};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        generate.struct_size = sizes[i];
+        STATUS(KINGLET_E_ARGUMENT, kinglet_session_send(session, "x", 1, &generate, NULL, NULL, NULL));
+    }
+    generate.grammar_len = SIZE_MAX; /* is not read */
+    generate.struct_size = offsetof(kinglet_generate_params, json_schema);
+    generate.max_tokens = 1;
+    OK(kinglet_session_complete(session, "x", 1, &generate, NULL, NULL, NULL));
+    generate.max_tokens = 2;
+    generate.grammar_len = 0;
+    generate.struct_size = sizeof generate;
     generate.cancel = (kinglet_cancel *)model;
     STATUS(KINGLET_E_HANDLE, kinglet_session_send(session, "x", 1, &generate, NULL, NULL, NULL));
     STATUS(KINGLET_E_HANDLE, kinglet_request_start(&request, session, "x", 1, &generate, NULL, NULL));
@@ -338,7 +368,7 @@ static void plain(kinglet_runtime *runtime, const char *path) {
     kinglet_session *session = open_session(model);
     kinglet_request *request;
     kinglet_buffer *buffer;
-    kinglet_generate_params params = {sizeof params, 3, NULL, 0, 1, 0, NULL};
+    kinglet_generate_params params = {sizeof params, 3, NULL, 0, 1, 0, NULL, NULL, 0, NULL, 0};
     STATUS(KINGLET_E_TEMPLATE, kinglet_session_send(session, "x", 1, &params, NULL, NULL, NULL));
     STATUS(KINGLET_E_TEMPLATE, kinglet_session_messages(session, &buffer));
     STATUS(KINGLET_E_TEMPLATE, kinglet_session_set_system(session, "x", 1));

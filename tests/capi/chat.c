@@ -19,7 +19,7 @@ static void nap(double ms) {
 
 static const char QUESTION[] = "Describe a small café in Zürich.";
 static kinglet_generate_params most(uint64_t n) {
-    kinglet_generate_params params = {sizeof params, n, NULL, 0, 0, 0, NULL};
+    kinglet_generate_params params = {sizeof params, n, NULL, 0, 0, 0, NULL, NULL, 0, NULL, 0};
     params.ignore_end = 1;
     return params;
 }
@@ -102,6 +102,36 @@ static void history(kinglet_model *model, const char *folder) {
     OK(kinglet_session_complete(loaded, "Once upon a time", 16, &params, &reply, append, &second));
     CHECK(same(&found, &second));
     kinglet_session_release(loaded);
+    kinglet_session_release(session);
+}
+
+/* Replies that must be something, on this thread and on the runtime's. */
+static void constraints(kinglet_model *model) {
+    static const char schema[] = "{\"type\":\"object\",\"properties\":{\"sound\":{\"enum\":[\"m\xc3\xa4h\",\"woof\"]}},"
+                                 "\"required\":[\"sound\"],\"additionalProperties\":false}";
+    static const char grammar[] = "start: \"yes\" | \"no\"";
+    kinglet_generate_params params = most(64);
+    kinglet_session *session = open_session(model);
+    kinglet_request *request;
+    kinglet_reply reply = {sizeof reply, 0, 0, 0, 0, 0, 0, 0, 0};
+    params.json_schema = schema;
+    params.json_schema_len = sizeof schema - 1;
+    memset(&found, 0, sizeof found);
+    OK(kinglet_session_send(session, QUESTION, strlen(QUESTION), &params, &reply, append, &found));
+    CHECK(reply.finish == KINGLET_FINISH_STOP && found.len > 10 && found.bytes[0] == '{');
+    CHECK(strstr(found.bytes, "\"sound\"") != NULL && found.bytes[found.len - 1] == '}');
+    CHECK(strstr(found.bytes, "\"m\xc3\xa4h\"") != NULL || strstr(found.bytes, "\"woof\"") != NULL);
+    memset(&second, 0, sizeof second);
+    OK(kinglet_session_regenerate(session, &params, NULL, append, &second));
+    CHECK(same(&found, &second));
+    params.json_schema_len = 0;
+    params.grammar = grammar;
+    params.grammar_len = sizeof grammar - 1;
+    memset(&found, 0, sizeof found);
+    OK(kinglet_request_start(&request, session, "Is it?", 6, &params, append, &found));
+    OK(kinglet_request_wait(request, 60000, NULL));
+    kinglet_request_release(request);
+    CHECK(strcmp(found.bytes, "yes") == 0 || strcmp(found.bytes, "no") == 0);
     kinglet_session_release(session);
 }
 
@@ -251,6 +281,7 @@ int main(int argc, char **argv) {
     OK(kinglet_runtime_create(&runtime));
     kinglet_model *model = load(runtime, argv[1]);
     history(model, argv[2]);
+    constraints(model);
     requests(model);
     threads(runtime, model);
     /* Far above what it takes, for machines that are busy. */

@@ -1,13 +1,14 @@
 //! The arguments of every verb. Names are llama.cpp's where it has them.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kinglet::backend::select::Chunking;
 use kinglet::experts::{IoMode, PolicyKind, Prefetch};
+use kinglet::grammar::ReplyFormat;
 use kinglet::sampler::{Settings, Source};
 use kinglet::session::{ExpertOptions, GenerateOptions, OnExceed};
 use kinglet::sparsity::{Heads, Policy, Sparsity};
@@ -477,16 +478,35 @@ pub struct EndArgs {
     /// Let the model not end by itself
     #[arg(long)]
     ignore_eos: bool,
+    /// Replies are JSON by this schema: a file, or the schema itself
+    #[arg(short = 'j', long, value_name = "FILE|{…}", conflicts_with = "grammar")]
+    json_schema: Option<String>,
+    /// Replies are texts of the Lark grammar in this file
+    #[arg(long, value_name = "FILE")]
+    grammar: Option<PathBuf>,
 }
 
 impl EndArgs {
-    pub fn options(&self) -> GenerateOptions {
-        GenerateOptions {
+    pub fn options(&self, model: &Model) -> Outcome<GenerateOptions> {
+        let schema = match self.json_schema.as_deref() {
+            Some(text) if text.trim_start().starts_with('{') => Some(text.to_owned()),
+            Some(path) => Some(ui::read_text(Path::new(path))?),
+            None => None,
+        };
+        let grammar = self.grammar.as_deref().map(ui::read_text).transpose()?;
+        let format = match (&schema, &grammar) {
+            (Some(schema), _) => Some(ReplyFormat::JsonSchema(schema)),
+            (None, Some(grammar)) => Some(ReplyFormat::Lark(grammar)),
+            (None, None) => None,
+        };
+        let constraint = format.map(|format| model.constraint(&format)).transpose()?;
+        Ok(GenerateOptions {
             max_tokens: usize::try_from(self.max_tokens).ok(),
             stop: self.stop.clone(),
             ignore_end: self.ignore_eos,
             continued: false,
-        }
+            constraint,
+        })
     }
 }
 

@@ -104,10 +104,11 @@ fn answer(
     sampler: &mut Sampler,
     printer: &mut ReplyPrinter,
 ) -> Outcome<(Reply, Session)> {
+    let model = session.model().clone();
     let mut chat = Chat::new(session)?;
     chat.set_system(args.system.as_deref());
     let on = &mut |event: Event| printer.on(event);
-    let reply = chat.send(prompt, sampler, &args.end.options(), on)?;
+    let reply = chat.send(prompt, sampler, &args.end.options(&model)?, on)?;
     Ok((reply, chat.into_session()))
 }
 
@@ -135,7 +136,7 @@ fn continue_text(
     }
     let options = GenerateOptions {
         continued: true,
-        ..args.end.options()
+        ..args.end.options(&model)?
     };
     let on = &mut |event: Event| printer.on(event);
     let reply = generate(&mut session, &tokens, sampler, &options, on)?;
