@@ -10,6 +10,7 @@
 //! - [`experts`]: which experts are in memory, and the reads that bring them;
 //! - [`sparsity`]: which keys attention may leave out;
 //! - [`grammar`]: what a reply may be;
+//! - [`tools`]: calls of tools in replies;
 //! - [`session`]: one timeline of tokens on a model;
 //! - [`sampler`]: logits to a token;
 //! - [`profile`]: what the machine can do at most, what was done, and where the time went;
@@ -32,6 +33,7 @@ pub mod sampler;
 pub mod session;
 pub mod sparsity;
 pub mod tokenizer;
+pub mod tools;
 
 pub use backend::{BackendKind, KvType, KvTypes};
 pub use cancel::Cancel;

@@ -10,6 +10,7 @@ const RULES: &[(&str, &[&str])] = &[
     ("profile", &[]),
     ("quant", &[]),
     ("sampler", &[]),
+    ("tools", &[]),
     ("gguf", &["quant"]),
     ("tokenizer", &["gguf"]),
     ("grammar", &["tokenizer", "sampler"]),
@@ -25,6 +26,7 @@ const RULES: &[(&str, &[&str])] = &[
             "quant",
             "tokenizer",
             "grammar",
+            "tools",
             "backend",
             "experts",
             "model",
@@ -58,9 +60,11 @@ const FENCE: &[&str] = &[
     "src/capi/mod.rs",
     "src/capi/model.rs",
     "src/capi/params.rs",
+    "src/capi/profile.rs",
     "src/capi/request.rs",
     "src/capi/runtime.rs",
     "src/capi/session.rs",
+    "src/capi/text.rs",
     "src/capi/values.rs",
 ];
 

@@ -272,7 +272,8 @@ fn policies_choose_what_their_definitions_say_on_a_real_model() {
         let pass = Pass {
             tokens: &tokens,
             start: 0,
-            logits_from: tokens.len(),
+            output: model::Output::Logits,
+            output_from: tokens.len(),
             step: Step::Prefill,
             write_kv: true,
         };

@@ -70,7 +70,7 @@ fn threads(n: u32) -> Outcome<usize> {
 
 /// # Safety
 /// `params` as in [`params::read`].
-unsafe fn load_options(params: *const kinglet_model_params) -> Outcome<LoadOptions> {
+pub(super) unsafe fn load_options(params: *const kinglet_model_params) -> Outcome<LoadOptions> {
     // SAFETY: as the caller owes.
     let Some(params) = (unsafe { params::read(params) })? else {
         return Ok(LoadOptions::default());

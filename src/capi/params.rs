@@ -227,6 +227,14 @@ structs! {
     } + {
         json_schema: *const c_char, json_schema_len: usize, grammar: *const c_char, grammar_len: usize,
     }
+    /// What is profiled.
+    kinglet_profile_params {
+        n_prompt: u32, n_gen: u32,
+    }
+    /// How a text becomes a vector.
+    kinglet_embed_params {
+        pooling: u32, raw: u32, cancel: *mut kinglet_cancel,
+    }
     /// What a reply was.
     kinglet_reply {
         finish: u32, reserved: u32, prompt_tokens: u64, reused_tokens: u64, reply_tokens: u64, prefill_ns: u64,

@@ -210,6 +210,7 @@ impl Order {
                 stop: unsafe { params::stops(params.stops, params.n_stops) }?,
                 ignore_end: flag("ignore_end", params.ignore_end)?,
                 continued: false,
+                tools: false,
                 constraint: format.map(|format| model.constraint(&format)).transpose()?,
             },
             cancel: cancel_of(params.cancel)?,
@@ -244,6 +245,8 @@ pub(super) enum Prompt<'a> {
     Send(&'a str),
     /// The last one, again.
     Regenerate,
+    /// Messages, such as the answers of tools.
+    Answer(Vec<Message>),
     /// A text that goes on.
     Complete(&'a str),
 }
@@ -252,8 +255,13 @@ pub(super) enum Prompt<'a> {
 const PREFILL: u32 = 1;
 const TEXT: u32 = 2;
 pub(super) const END: u32 = 3;
+const CALL: u32 = 4;
 
 impl State {
+    pub(super) fn session_mut(&mut self) -> &mut Session {
+        self.line.session_mut()
+    }
+
     /// Makes a reply.
     pub(super) fn reply(
         &mut self,
@@ -279,6 +287,7 @@ impl State {
         let Self { line, sampler } = self;
         let mut began = Instant::now();
         let mut on = |event: Event| {
+            let json;
             let mut chunk = kinglet_chunk {
                 kind: TEXT,
                 status: 0,
@@ -294,6 +303,11 @@ impl State {
                 Event::Text(text) => {
                     (chunk.text, chunk.text_len) = (text.as_ptr().cast(), text.len());
                 }
+                Event::Call(call) => {
+                    json = serde_json::to_string(call).expect("strings and values become JSON");
+                    chunk.kind = CALL;
+                    (chunk.text, chunk.text_len) = (json.as_ptr().cast(), json.len());
+                }
             }
             runtime.rest(began, &order.cancel);
             let flow = listener.tell(&chunk);
@@ -305,6 +319,10 @@ impl State {
         };
         match prompt {
             Prompt::Send(text) => Ok(line.chat()?.send(text, sampler, &order.options, &mut on)?),
+            Prompt::Answer(messages) => {
+                let (messages, chat) = (messages.clone(), line.chat()?);
+                Ok(chat.answer(messages, sampler, &order.options, &mut on)?)
+            }
             Prompt::Regenerate => {
                 let reply = line.chat()?.regenerate(sampler, &order.options, &mut on)?;
                 reply.ok_or_else(|| {
@@ -511,6 +529,34 @@ pub unsafe extern "C" fn kinglet_session_messages(
     })
 }
 
+fn messages(json: &str) -> Outcome<Vec<Message>> {
+    serde_json::from_str(json)
+        .map_err(|e| Failure::argument(format!("json: expected a list of messages, found {e}")))
+}
+
+/// Says which tools there are.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kinglet_session_set_tools(
+    session: *mut kinglet_session,
+    json: *const c_char,
+    json_len: usize,
+) -> Status {
+    enter(|| {
+        // SAFETY: a text of the caller.
+        let json = unsafe { params::text("json", json, json_len) };
+        with(session, |state| {
+            let json = json?;
+            let tools = match json {
+                "" => None,
+                json => Some(serde_json::from_str(json).map_err(|e| {
+                    Failure::argument(format!("json: expected a list of tools, found {e}"))
+                })?),
+            };
+            Ok(state.line.chat()?.set_tools(tools)?)
+        })
+    })
+}
+
 /// Replaces the conversation.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kinglet_session_set_messages(
@@ -522,9 +568,7 @@ pub unsafe extern "C" fn kinglet_session_set_messages(
         // SAFETY: a text of the caller.
         let json = unsafe { params::text("json", json, json_len) };
         with(session, |state| {
-            let messages: Vec<Message> = serde_json::from_str(json?).map_err(|e| {
-                Failure::argument(format!("json: expected a list of messages, found {e}"))
-            })?;
+            let messages = messages(json?)?;
             state.line.chat()?.set_messages(messages);
             Ok(())
         })
@@ -566,6 +610,30 @@ pub unsafe extern "C" fn kinglet_session_send(
         // SAFETY: a text of the caller, which outlives this call and is not kept.
         let text = unsafe { params::text("text", text, text_len) };
         text.map(Prompt::Send)
+    };
+    // SAFETY: structs of the caller.
+    unsafe { reply_here(session, prompt, params, reply, Listener { on_chunk, user }) }
+}
+
+/// Replies to messages.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kinglet_session_answer(
+    session: *mut kinglet_session,
+    json: *const c_char,
+    json_len: usize,
+    params: *const kinglet_generate_params,
+    reply: *mut kinglet_reply,
+    on_chunk: kinglet_on_chunk,
+    user: *mut c_void,
+) -> Status {
+    let prompt = || {
+        // SAFETY: a text of the caller.
+        let json = unsafe { params::text("json", json, json_len) };
+        let messages = messages(json?)?;
+        match messages.is_empty() {
+            true => Err(Failure::argument("json: expected messages, found none")),
+            false => Ok(Prompt::Answer(messages)),
+        }
     };
     // SAFETY: structs of the caller.
     unsafe { reply_here(session, prompt, params, reply, Listener { on_chunk, user }) }

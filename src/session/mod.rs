@@ -4,6 +4,7 @@
 
 mod budget;
 mod chat;
+mod embed;
 mod engine;
 mod experts;
 mod file;
@@ -14,6 +15,7 @@ mod timeline;
 
 pub use self::budget::{Concession, OnExceed};
 pub use self::chat::{Chat, Resumed};
+pub use self::embed::{Pooling, embed};
 pub use self::experts::ExpertOptions;
 pub use self::file::{Extra, MAX_NOTE_BYTES, StateFile};
 pub use self::generate::{Event, Finish, GenerateOptions, Reply, Stats, generate};
@@ -42,8 +44,8 @@ use crate::gguf::{Gguf, ReadAhead, TensorInfo};
 #[cfg(feature = "grammar")]
 use crate::grammar::Lexicon;
 use crate::grammar::ReplyFormat;
-use crate::model::Pass;
 use crate::model::config::Config;
+use crate::model::{Output, Pass};
 use crate::profile::span::now;
 use crate::profile::topology::Topology;
 use crate::profile::{Trace, Work, machine};
@@ -687,6 +689,32 @@ impl Session {
         Ok(())
     }
 
+    /// Appends `tokens` and calls `each` with the position and the hidden state, `(hidden)`, of every one of them: what
+    /// the head makes logits of, after the final norm. Until it breaks.
+    ///
+    /// # Errors
+    /// As [`Session::prefill`].
+    pub fn hidden_states(
+        &mut self,
+        tokens: &[u32],
+        each: &mut dyn FnMut(usize, &[f32]) -> ControlFlow<()>,
+    ) -> Result<()> {
+        self.check(tokens)?;
+        let hidden = self.model.info().config.hidden;
+        for chunk in tokens.chunks(self.batch) {
+            let start = self.line.tokens.len();
+            let done = self.forward_to(Output::Hidden, Step::Prefill, chunk, 0);
+            let states = std::mem::take(&mut self.line.logits); // they are none
+            done?;
+            for (i, state) in states.chunks_exact(hidden).enumerate() {
+                if each(start + i, state).is_break() {
+                    return Err(Error::Cancelled);
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Bytes held beside the weights.
     pub fn memory(&self) -> MemoryReport {
         let (kv, conv) = self.engine.state_bytes();
@@ -730,7 +758,18 @@ impl Session {
         Ok(())
     }
 
-    fn forward(&mut self, step: Step, tokens: &[u32], logits_from: usize) -> Result<()> {
+    fn forward(&mut self, step: Step, tokens: &[u32], output_from: usize) -> Result<()> {
+        self.forward_to(Output::Logits, step, tokens, output_from)
+    }
+
+    /// Runs a pass, whose output becomes the logits of the line, whatever it is.
+    fn forward_to(
+        &mut self,
+        output: Output,
+        step: Step,
+        tokens: &[u32],
+        output_from: usize,
+    ) -> Result<()> {
         self.cancel.check()?;
         self.rebuild()?;
         let start = self.line.tokens.len();
@@ -738,7 +777,8 @@ impl Session {
         let pass = Pass {
             tokens,
             start,
-            logits_from,
+            output,
+            output_from,
             step,
             write_kv: true,
         };

@@ -15,6 +15,7 @@ static void releases(void) {
     kinglet_model_release(NULL);
     kinglet_session_release(NULL);
     kinglet_request_release(NULL);
+    kinglet_profile_release(NULL);
     CHECK(strcmp(last, kinglet_error_last()) == 0);
 }
 
@@ -35,6 +36,18 @@ static void null_handles(void) {
     STATUS(KINGLET_E_HANDLE, kinglet_model_describe(NULL, &model_info));
     STATUS(KINGLET_E_HANDLE, kinglet_model_name(NULL, &buffer));
     STATUS(KINGLET_E_HANDLE, kinglet_model_trim(NULL, 1, NULL));
+    uint32_t token;
+    float number;
+    kinglet_profile *profile = (kinglet_profile *)&len;
+    STATUS(KINGLET_E_HANDLE, kinglet_model_tokenize(NULL, "x", 1, 0, &token, 1, &len));
+    STATUS(KINGLET_E_HANDLE, kinglet_model_detokenize(NULL, &buffer, &token, 0));
+    STATUS(KINGLET_E_HANDLE, kinglet_session_set_tools(NULL, "[]", 2));
+    STATUS(KINGLET_E_HANDLE, kinglet_session_answer(NULL, "[{\"role\":\"tool\"}]", 17, NULL, NULL, NULL, NULL));
+    STATUS(KINGLET_E_HANDLE, kinglet_session_embed(NULL, "x", 1, NULL, &number, 1, &len));
+    STATUS(KINGLET_E_HANDLE, kinglet_profile_json(NULL, &buffer));
+    STATUS(KINGLET_E_HANDLE, kinglet_profile_trace(NULL, &buffer));
+    STATUS(KINGLET_E_IO, kinglet_profile_make(&profile, "no such file", 12, NULL, NULL));
+    CHECK(profile == NULL);
     STATUS(KINGLET_E_HANDLE, kinglet_session_create(&session, NULL, NULL));
     CHECK(model == NULL && buffer == NULL && session == NULL);
     STATUS(KINGLET_E_HANDLE, kinglet_session_describe(NULL, &session_info));
@@ -222,6 +235,135 @@ static void open_files(kinglet_runtime *runtime, const char *path, const char *f
     kinglet_model_release(model);
 }
 
+/* Tokens, tools, vectors, profiles. */
+static void more(kinglet_runtime *runtime, const char *path) {
+    kinglet_model *model = load(runtime, path);
+    kinglet_session *session;
+    kinglet_session_params small = {sizeof small, 128, 0, 0, 0, 0};
+    kinglet_buffer *buffer;
+    const char *data;
+    uint32_t tokens[64];
+    size_t n = 77, len;
+    static const char text[] = "Na\xc3\xafve fox, <|im_end|>";
+    OK(kinglet_session_create(&session, model, &small));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_model_tokenize(model, NULL, 1, 0, tokens, 64, &n));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_model_tokenize(model, "\xff", 1, 0, tokens, 64, &n));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_model_tokenize(model, text, SIZE_MAX, 0, tokens, 64, &n));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_model_tokenize(model, text, sizeof text - 1, 4, tokens, 64, &n));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_model_tokenize(model, text, sizeof text - 1, 0, NULL, 64, &n));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_model_tokenize(model, text, sizeof text - 1, 0, tokens, 64, NULL));
+    CHECK(n == 77);
+    STATUS(KINGLET_E_SPACE, kinglet_model_tokenize(model, text, sizeof text - 1, 0, NULL, 0, &n));
+    CHECK(n > 5 && n < 64);
+    tokens[n - 1] = 123456789;
+    STATUS(KINGLET_E_SPACE, kinglet_model_tokenize(model, text, sizeof text - 1, 0, tokens, n - 1, &len));
+    CHECK(len == n && tokens[n - 1] == 123456789);
+    OK(kinglet_model_tokenize(model, text, sizeof text - 1, 0, tokens, n, &len));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_model_detokenize(model, NULL, tokens, n));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_model_detokenize(model, &buffer, NULL, 1));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_model_detokenize(model, &buffer, tokens, SIZE_MAX));
+    CHECK(buffer == NULL);
+    OK(kinglet_model_detokenize(model, &buffer, tokens, n));
+    OK(kinglet_buffer_data(buffer, &data, &len));
+    CHECK(len == sizeof text - 1 && memcmp(data, text, len) == 0);
+    kinglet_buffer_release(buffer);
+    /* As a control token it has no text. */
+    OK(kinglet_model_tokenize(model, text, sizeof text - 1, KINGLET_TOKENIZE_CONTROL | KINGLET_TOKENIZE_ENDS, tokens, 64, &n));
+    OK(kinglet_model_detokenize(model, &buffer, tokens, n));
+    OK(kinglet_buffer_data(buffer, &data, &len));
+    CHECK(len == sizeof text - 1 - 10 && memcmp(data, text, len) == 0);
+    kinglet_buffer_release(buffer);
+    tokens[0] = UINT32_MAX;
+    STATUS(KINGLET_E_ARGUMENT, kinglet_model_detokenize(model, &buffer, tokens, 1));
+    OK(kinglet_model_tokenize(model, NULL, 0, 0, NULL, 0, &n));
+    CHECK(n == 0);
+    OK(kinglet_model_detokenize(model, &buffer, NULL, 0));
+    kinglet_buffer_release(buffer);
+
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_set_tools(session, NULL, 2));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_set_tools(session, "[]", SIZE_MAX));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_set_tools(session, "{}", 2));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_set_tools(session, "[", 1));
+    OK(kinglet_session_set_tools(session, NULL, 0));
+    OK(kinglet_session_set_tools(session, "[]", 2));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_answer(session, NULL, 2, NULL, NULL, NULL, NULL));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_answer(session, "[]", 2, NULL, NULL, NULL, NULL));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_answer(session, "[7]", 3, NULL, NULL, NULL, NULL));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_answer(session, "[]", SIZE_MAX, NULL, NULL, NULL, NULL));
+
+    kinglet_model_info info = {sizeof info, 0, 0, 0, 0, 0, 0, 0, 0};
+    OK(kinglet_model_describe(model, &info));
+    float *vector = (float *)malloc(info.hidden * sizeof *vector);
+    kinglet_embed_params embed = {sizeof embed, 0, 0, NULL};
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_embed(session, NULL, 1, NULL, vector, info.hidden, &n));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_embed(session, "x", SIZE_MAX, NULL, vector, info.hidden, &n));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_embed(session, "x", 1, NULL, NULL, info.hidden, &n));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_embed(session, "x", 1, NULL, vector, info.hidden, NULL));
+    STATUS(KINGLET_E_SPACE, kinglet_session_embed(session, "x", 1, NULL, NULL, 0, &n));
+    CHECK(n == info.hidden);
+    STATUS(KINGLET_E_SPACE, kinglet_session_embed(session, "x", 1, NULL, vector, info.hidden - 1, &n));
+    embed.pooling = 3;
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_embed(session, "x", 1, &embed, vector, info.hidden, &n));
+    embed.pooling = KINGLET_POOLING_LAST;
+    embed.raw = 2;
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_embed(session, "x", 1, &embed, vector, info.hidden, &n));
+    embed.raw = 0;
+    embed.cancel = (kinglet_cancel *)model;
+    STATUS(KINGLET_E_HANDLE, kinglet_session_embed(session, "x", 1, &embed, vector, info.hidden, &n));
+    size_t sizes[] = {0, sizeof embed - 1, 4097};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        embed.struct_size = sizes[i];
+        STATUS(KINGLET_E_ARGUMENT, kinglet_session_embed(session, "x", 1, &embed, vector, info.hidden, &n));
+    }
+    embed.struct_size = sizeof embed;
+    kinglet_cancel *cancel;
+    OK(kinglet_cancel_create(&cancel));
+    OK(kinglet_cancel_set(cancel));
+    embed.cancel = cancel;
+    STATUS(KINGLET_E_CANCELLED, kinglet_session_embed(session, "A fox.", 6, &embed, vector, info.hidden, &n));
+    kinglet_cancel_release(cancel);
+    embed.cancel = NULL;
+    OK(kinglet_session_embed(session, "A fox.", 6, &embed, vector, info.hidden, &n));
+    double length = 0;
+    for (size_t i = 0; i < n; i++) length += (double)vector[i] * vector[i];
+    CHECK(n == info.hidden && length > 0.999 && length < 1.001);
+    char *long_text = (char *)malloc(4000);
+    memset(long_text, 'a', 4000);
+    for (size_t i = 1; i < 4000; i += 2) long_text[i] = ' ';
+    STATUS(KINGLET_E_CONTEXT_FULL, kinglet_session_embed(session, long_text, 4000, NULL, vector, info.hidden, &n));
+    free(long_text);
+    free(vector);
+    kinglet_session_release(session);
+    kinglet_model_release(model);
+
+    kinglet_profile *profile;
+    kinglet_profile_params run = {sizeof run, 8, 4};
+    size_t path_len = strlen(path);
+    STATUS(KINGLET_E_ARGUMENT, kinglet_profile_make(NULL, path, path_len, NULL, &run));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_profile_make(&profile, NULL, 1, NULL, &run));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_profile_make(&profile, path, SIZE_MAX, NULL, &run));
+    run.struct_size = 1;
+    STATUS(KINGLET_E_ARGUMENT, kinglet_profile_make(&profile, path, path_len, NULL, &run));
+    run.struct_size = sizeof run;
+    run.n_gen = UINT32_MAX;
+    STATUS(KINGLET_E_ARGUMENT, kinglet_profile_make(&profile, path, path_len, NULL, &run));
+    run.n_gen = 4;
+    CHECK(profile == NULL);
+    OK(kinglet_profile_make(&profile, path, path_len, NULL, &run));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_profile_json(profile, NULL));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_profile_trace(profile, NULL));
+    OK(kinglet_profile_json(profile, &buffer));
+    OK(kinglet_buffer_data(buffer, &data, &len));
+    CHECK(len > 100 && data[0] == '{' && data[len - 1] == '}');
+    kinglet_buffer_release(buffer);
+    OK(kinglet_profile_trace(profile, &buffer));
+    OK(kinglet_buffer_data(buffer, &data, &len));
+    CHECK(len > 100);
+    kinglet_buffer_release(buffer);
+    kinglet_profile_release(profile);
+    STATUS(KINGLET_E_HANDLE, kinglet_profile_json(profile, &buffer));
+}
+
 static void sessions(kinglet_runtime *runtime, const char *path, const char *folder) {
     kinglet_model *model = load(runtime, path);
     kinglet_session *session, *fork;
@@ -394,6 +536,7 @@ int main(int argc, char **argv) {
     OK(kinglet_runtime_create(&runtime));
     models(runtime, argv[1]);
     open_files(runtime, argv[1], argv[2]);
+    more(runtime, argv[1]);
     sessions(runtime, argv[1], argv[2]);
     plain(runtime, argv[3]);
     releases();

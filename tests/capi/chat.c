@@ -105,6 +105,14 @@ static void history(kinglet_model *model, const char *folder) {
     kinglet_session_release(session);
 }
 
+static text calls;
+
+static int append_calls(const kinglet_chunk *chunk, void *user) {
+    if (chunk->kind != KINGLET_CHUNK_CALL) return append(chunk, user);
+    memcpy(calls.bytes, chunk->text, chunk->text_len);
+    return 0;
+}
+
 /* Replies that must be something, on this thread and on the runtime's. */
 static void constraints(kinglet_model *model) {
     static const char schema[] = "{\"type\":\"object\",\"properties\":{\"sound\":{\"enum\":[\"m\xc3\xa4h\",\"woof\"]}},"
@@ -125,6 +133,25 @@ static void constraints(kinglet_model *model) {
     OK(kinglet_session_regenerate(session, &params, NULL, append, &second));
     CHECK(same(&found, &second));
     params.json_schema_len = 0;
+    /* A call of a tool, told apart from the text, and its answer. */
+    static const char called[] = "start: \"Hm.<tool_call>{\\\"name\\\":\\\"sky\\\",\\\"arguments\\\":{\\\"x\\\":1}}</tool_call>\"";
+    static const char tools[] = "[{\"type\":\"function\",\"function\":{\"name\":\"sky\"}}]";
+    static const char answer[] = "[{\"role\":\"tool\",\"content\":\"blue\",\"tool_call_id\":\"call_0\"}]";
+    params.grammar = called;
+    params.grammar_len = sizeof called - 1;
+    OK(kinglet_session_rewind(session, 0));
+    OK(kinglet_session_set_tools(session, tools, sizeof tools - 1));
+    memset(&found, 0, sizeof found);
+    memset(&calls, 0, sizeof calls);
+    OK(kinglet_session_send(session, "How is the sky?", 15, &params, &reply, append_calls, &found));
+    CHECK(strcmp(found.bytes, "Hm.") == 0);
+    CHECK(strcmp(calls.bytes, "{\"name\":\"sky\",\"arguments\":{\"x\":1}}") == 0);
+    params.grammar_len = 0;
+    params.max_tokens = 4;
+    OK(kinglet_session_answer(session, answer, sizeof answer - 1, &params, &reply, append_calls, &found));
+    CHECK(reply.reply_tokens == 4);
+    OK(kinglet_session_set_tools(session, NULL, 0));
+    params.max_tokens = 64;
     params.grammar = grammar;
     params.grammar_len = sizeof grammar - 1;
     memset(&found, 0, sizeof found);

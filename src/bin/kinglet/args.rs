@@ -10,7 +10,7 @@ use kinglet::backend::select::Chunking;
 use kinglet::experts::{IoMode, PolicyKind, Prefetch};
 use kinglet::grammar::ReplyFormat;
 use kinglet::sampler::{Settings, Source};
-use kinglet::session::{ExpertOptions, GenerateOptions, OnExceed};
+use kinglet::session::{ExpertOptions, GenerateOptions, OnExceed, Pooling};
 use kinglet::sparsity::{Heads, Policy, Sparsity};
 use kinglet::{BackendKind, KvType, KvTypes, Model, Session, SessionOptions};
 
@@ -37,6 +37,8 @@ pub enum Command {
     Chat(ChatArgs),
     /// Answer one prompt, or continue a text.
     Run(RunArgs),
+    /// Turn texts into vectors.
+    Embed(EmbedArgs),
     /// Show what a model will need and how fast it will be, from its header alone.
     Plan(PlanArgs),
     /// Show what a model file holds: header, metadata, tensors, problems.
@@ -506,6 +508,7 @@ impl EndArgs {
             ignore_end: self.ignore_eos,
             continued: false,
             constraint,
+            tools: false,
         })
     }
 }
@@ -552,6 +555,9 @@ pub struct RunArgs {
     /// With --raw: control tokens spelled in the text become control tokens
     #[arg(long, requires = "raw")]
     pub special: bool,
+    /// Tools that the model may call, a JSON list in this file; calls are printed as lines of JSON
+    #[arg(long, value_name = "FILE", conflicts_with = "raw")]
+    pub tools: Option<PathBuf>,
     /// Keep the prompt as it was read in this file, and read no more of the next than is different
     #[arg(long, value_name = "FILE")]
     pub prompt_cache: Option<PathBuf>,
@@ -569,6 +575,33 @@ pub struct RunArgs {
     pub budget: BudgetArgs,
     #[command(flatten)]
     pub sampling: SamplingArgs,
+}
+
+#[derive(Args)]
+pub struct EmbedArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// A text; may be given several times. Without one each line of stdin is one
+    #[arg(short, long = "prompt", value_name = "TEXT")]
+    pub texts: Vec<String>,
+    /// How the states of tokens become one vector
+    #[arg(long, value_name = "HOW", default_value = Pooling::default().name(), value_parser = poolings())]
+    pub pooling: Pooling,
+    /// Leave vectors as long as they are
+    #[arg(long)]
+    pub no_normalize: bool,
+    #[command(flatten)]
+    pub session: SessionArgs,
+    #[command(flatten)]
+    pub budget: BudgetArgs,
+}
+
+/// The ways to pool, for a parser.
+fn poolings() -> impl TypedValueParser<Value = Pooling> {
+    PossibleValuesParser::new(Pooling::ALL.map(Pooling::name)).map(|name| {
+        let found = Pooling::ALL.into_iter().find(|p| p.name() == name);
+        found.expect("one of their names")
+    })
 }
 
 #[derive(Args)]

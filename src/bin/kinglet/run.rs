@@ -107,6 +107,16 @@ fn answer(
     let model = session.model().clone();
     let mut chat = Chat::new(session)?;
     chat.set_system(args.system.as_deref());
+    if let Some(path) = &args.tools {
+        let text = ui::read_text(path)?;
+        let bad = |e| {
+            Failure::usage(format!(
+                "{}: expected a list of tools, found {e}",
+                path.display()
+            ))
+        };
+        chat.set_tools(Some(serde_json::from_str(&text).map_err(bad)?))?;
+    }
     let on = &mut |event: Event| printer.on(event);
     let reply = chat.send(prompt, sampler, &args.end.options(&model)?, on)?;
     Ok((reply, chat.into_session()))
@@ -148,6 +158,7 @@ fn print_json(reply: &Reply, sampler: &Sampler) -> Outcome {
     let ms = |time: std::time::Duration| (time.as_secs_f64() * 1e6).round() / 1e3;
     let json = json!({
         "text": reply.text,
+        "tool_calls": reply.calls,
         "tokens": reply.tokens,
         "finish": reply.finish.name(),
         "seed": sampler.seed(),
