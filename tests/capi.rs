@@ -459,3 +459,29 @@ fn the_binary_interface_is_the_one_written_down() {
     let expected = std::fs::read_to_string(&path).expect("the file is in the repository");
     assert_eq!(found, expected, "see KINGLET_UPDATE_ABI");
 }
+
+/// Without sanitizers, which keep memory and take time.
+fn bounds() -> Command {
+    let source = root().join("tests/capi/bounds.c");
+    let mut command = Command::new(build("gcc", &["-std=c99"], &source, "bounds"));
+    command.current_dir(root());
+    command
+}
+
+#[test]
+fn work_ends_soon_and_sessions_do_not_disturb_each_other() {
+    // The bound is far above what it takes, for machines that are busy.
+    print!("{}", run(bounds().args([SMALL, "24", "200", "2", "150"])));
+    print!("{}", run(bounds().args([TINY, "0", "200", "8", "400"])));
+}
+
+/// 2,000 cancels, 8 times 10,000 tokens: some minutes. KINGLET_BOUND_MS is for a machine that has nothing else to do.
+#[test]
+#[ignore = "minutes"]
+fn work_ends_soon_however_often() {
+    let bound = std::env::var("KINGLET_BOUND_MS").unwrap_or("50".into());
+    print!(
+        "{}",
+        run(bounds().args([SMALL, "2000", &bound, "8", "10000"]))
+    );
+}

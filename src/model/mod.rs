@@ -18,6 +18,7 @@ use self::state::State;
 use self::weights::Weights;
 use crate::backend::select::KvOptions;
 use crate::backend::{Backend, Step};
+use crate::cancel::Cancel;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 
@@ -85,8 +86,13 @@ fn architectures<B: Backend + 'static>() -> [(&'static str, Loader<B>); 8] {
 /// Builds the network of a file on a backend.
 ///
 /// # Errors
-/// If the architecture or a tensor type is not supported, or metadata and tensors contradict each other.
-pub fn load<B: Backend + 'static>(gguf: &Gguf, backend: &B) -> Result<Box<dyn Network<B>>> {
+/// If the architecture or a tensor type is not supported, or metadata and tensors contradict each other;
+/// [`Error::Cancelled`].
+pub fn load<B: Backend + 'static>(
+    gguf: &Gguf,
+    backend: &B,
+    cancel: &Cancel,
+) -> Result<Box<dyn Network<B>>> {
     let architecture = gguf.architecture()?;
     let table = architectures::<B>();
     let found = table.iter().find(|(name, _)| *name == architecture);
@@ -99,5 +105,6 @@ pub fn load<B: Backend + 'static>(gguf: &Gguf, backend: &B) -> Result<Box<dyn Ne
         gguf,
         backend,
         architecture,
+        cancel,
     })
 }

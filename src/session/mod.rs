@@ -80,7 +80,7 @@ pub struct LoadOptions {
     pub on_exceed: OnExceed,
     /// How experts are kept that do not all fit.
     pub experts: ExpertOptions,
-    /// Ends the loading from another thread. Building a vocabulary is not interrupted.
+    /// Ends the loading from another thread.
     pub cancel: Cancel,
 }
 
@@ -200,7 +200,7 @@ impl Model {
         let open = |found| experts::open(&gguf, found, options, disk);
         let stored = found.as_ref().map(open).transpose()?;
         let (tokenizer, network) = rayon::join(
-            || Tokenizer::from_gguf(&gguf),
+            || Tokenizer::from_gguf_unless(&gguf, &options.cancel),
             || engine::load(&gguf, options, threads, &residency, stored.clone()),
         );
         let network = network?;
