@@ -7,6 +7,11 @@ fn main() {
     // Not on each commit: what was built is what the sources were.
     println!("cargo::rerun-if-changed=src");
     println!("cargo::rustc-env=KINGLET_COMMIT={}", commit());
+    // Dependencies have interfaces for C of their own, which are none of ours.
+    let system = std::env::var("CARGO_CFG_TARGET_OS").unwrap_or_default();
+    if ["linux", "android"].contains(&&*system) {
+        println!("cargo::rustc-cdylib-link-arg=-Wl,--exclude-libs,ALL");
+    }
     #[cfg(feature = "ggml")]
     bindings();
 }

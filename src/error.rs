@@ -46,6 +46,9 @@ pub enum Error {
     /// The chat template of a model or the messages given to it are wrong.
     #[error("chat template: {0}")]
     Template(String),
+    /// A schema or grammar for a reply is wrong, or the reply cannot go on within it.
+    #[error("{0}")]
+    Grammar(String),
     /// A prompt or a reply does not fit in the context.
     #[error("context full: {needed} tokens needed, {n_ctx} available")]
     ContextFull {

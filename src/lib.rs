@@ -9,6 +9,8 @@
 //! - [`backend`]: the operations of a forward pass, and the CPU that runs them;
 //! - [`experts`]: which experts are in memory, and the reads that bring them;
 //! - [`sparsity`]: which keys attention may leave out;
+//! - [`grammar`]: what a reply may be;
+//! - [`tools`]: calls of tools in replies;
 //! - [`session`]: one timeline of tokens on a model;
 //! - [`sampler`]: logits to a token;
 //! - [`profile`]: what the machine can do at most, what was done, and where the time went;
@@ -23,6 +25,7 @@ pub mod capi;
 pub mod error;
 pub mod experts;
 pub mod gguf;
+pub mod grammar;
 pub mod model;
 pub mod profile;
 pub mod quant;
@@ -30,6 +33,7 @@ pub mod sampler;
 pub mod session;
 pub mod sparsity;
 pub mod tokenizer;
+pub mod tools;
 
 pub use backend::{BackendKind, KvType, KvTypes};
 pub use cancel::Cancel;

@@ -3,7 +3,7 @@
 #![cfg(target_os = "linux")]
 #![allow(unsafe_code, reason = "functions of C are called")]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{CStr, c_int, c_void};
 use std::mem::offset_of;
 use std::path::{Path, PathBuf};
@@ -150,8 +150,8 @@ fn exported_are_the_functions_of_the_header() {
     assert!(exported.len() > 30);
 }
 
-#[test]
-fn both_sides_lay_structs_out_alike() {
+/// `size` or `offset` of each struct and field, as Rust has them: struct, what, number.
+fn layouts() -> Vec<(String, String, usize)> {
     let mut expected = Vec::new();
     macro_rules! fields {
         ($($name:ident: $($field:ident)*;)*) => {$(
@@ -171,11 +171,20 @@ fn both_sides_lay_structs_out_alike() {
             keys values n_concessions;
         kinglet_session_info: struct_size n_ctx n_tokens n_messages kv conv scratch;
         kinglet_text: text text_len;
-        kinglet_generate_params: struct_size max_tokens stops n_stops ignore_end reserved cancel;
+        kinglet_generate_params: struct_size max_tokens stops n_stops ignore_end reserved cancel json_schema
+            json_schema_len grammar grammar_len;
+        kinglet_profile_params: struct_size n_prompt n_gen;
+        kinglet_embed_params: struct_size pooling raw cancel;
         kinglet_reply: struct_size finish reserved prompt_tokens reused_tokens reply_tokens prefill_ns first_token_ns
             decode_ns;
         kinglet_chunk: kind status text text_len done total;
     }
+    expected
+}
+
+#[test]
+fn both_sides_lay_structs_out_alike() {
+    let expected = layouts();
     // No struct, and no field, is missing above: a `;` ends each field of the header.
     let code = header();
     let structs = code.split("typedef struct ").skip(1);
@@ -231,6 +240,10 @@ fn a_panic_ends_one_session() {
         ignore_end: 1,
         reserved: 0,
         cancel: null_mut(),
+        json_schema: null(),
+        json_schema_len: 0,
+        grammar: null(),
+        grammar_len: 0,
     };
     let send = |session, on_chunk| {
         // SAFETY: a text with its length, and a struct with its size.
@@ -296,4 +309,179 @@ fn a_panic_ends_one_session() {
     }
     kinglet_model_release(model);
     kinglet_runtime_release(runtime);
+}
+
+/// A declaration of C without needless spaces: `kinglet_status f(kinglet_x **out, size_t n)`.
+fn tidy(declaration: &str) -> String {
+    let words = declaration.split_whitespace().collect::<Vec<_>>().join(" ");
+    words
+        .replace("* ", "*")
+        .replace("( ", "(")
+        .replace("(void)", "()")
+}
+
+/// Name and signature of each function of the header; names of parameters are left out.
+fn declarations() -> BTreeMap<String, String> {
+    let code = header();
+    let typedef = "typedef int (*kinglet_on_chunk)(const kinglet_chunk *chunk, void *user);";
+    let code = code.replace(typedef, "");
+    let ends = code.match_indices(");");
+    let functions = ends.map(|(end, _)| {
+        let start = code[..end].rfind([';', '}', '{']).map_or(0, |at| at + 1);
+        let declaration = &code[start..end];
+        let open = declaration.find('(').expect("a function has parameters");
+        let (head, parameters) = (tidy(&declaration[..open]), tidy(&declaration[open + 1..]));
+        let at = head.rfind([' ', '*']).expect("a type and a name") + 1;
+        let kinds = parameters
+            .split(", ")
+            .filter(|p| !p.is_empty() && *p != "void")
+            .map(|p| {
+                let kind = p.trim_end_matches(|c: char| c.is_ascii_alphanumeric() || c == '_');
+                // Enums are passed as numbers.
+                kind.trim().replace("kinglet_event", "uint32_t")
+            });
+        let kinds = kinds.collect::<Vec<_>>().join(", ");
+        let name = head[at..].to_owned();
+        // `#endif` and the like before the first.
+        let result = head[..at]
+            .rsplit('\n')
+            .next()
+            .expect("a line")
+            .trim()
+            .to_owned();
+        let result = result
+            .rsplit_once("{ ")
+            .map_or(result.clone(), |(_, r)| r.to_owned());
+        (name, format!("{result}({kinds})"))
+    });
+    functions.collect()
+}
+
+/// A type of Rust as C has it.
+fn in_c(kind: &str) -> String {
+    let kind = kind.trim();
+    if let Some(to) = kind.strip_prefix("*mut ") {
+        let to = in_c(to);
+        return if to.ends_with('*') {
+            format!("{to}*")
+        } else {
+            format!("{to} *")
+        };
+    }
+    if let Some(to) = kind.strip_prefix("*const ") {
+        return format!("const {} *", in_c(to));
+    }
+    match kind {
+        "c_char" => "char",
+        "c_int" => "int",
+        "c_void" => "void",
+        "usize" => "size_t",
+        "u64" => "uint64_t",
+        "u32" => "uint32_t",
+        "f32" => "float",
+        "Status" => "kinglet_status",
+        other => other,
+    }
+    .into()
+}
+
+/// The same of the functions that Rust defines.
+fn definitions() -> BTreeMap<String, String> {
+    let mut functions = BTreeMap::new();
+    for entry in std::fs::read_dir(root().join("src/capi")).expect("a folder") {
+        let path = entry.expect("an entry").path();
+        if path.extension().is_none_or(|e| e != "rs") {
+            continue;
+        }
+        let text = std::fs::read_to_string(path).expect("a source file");
+        for (at, _) in text.match_indices("#[unsafe(no_mangle)]") {
+            let rest = &text[at..];
+            let start =
+                rest.find("extern \"C\" fn ").expect("a function") + "extern \"C\" fn ".len();
+            let rest = &rest[start..rest.find(" {\n").expect("a body")];
+            let (name, rest) = rest.split_once('(').expect("parameters");
+            let (parameters, result) = rest.rsplit_once(')').expect("parameters end");
+            let kinds = parameters
+                .split(',')
+                .filter_map(|p| Some(in_c(p.split_once(':')?.1)));
+            let kinds = kinds.collect::<Vec<_>>().join(", ");
+            let result = result.trim().strip_prefix("->").map_or("void".into(), in_c);
+            functions.insert(name.into(), format!("{result}({kinds})"));
+        }
+    }
+    functions
+}
+
+#[test]
+fn signatures_are_those_of_the_header() {
+    let spaced = |functions: BTreeMap<String, String>| -> Vec<String> {
+        let line = |(name, signature): (String, String)| {
+            let (result, rest) = signature.split_once('(').expect("parameters");
+            let by_c = ["kinglet_status_name"]; // takes the enum, as a number
+            let rest = match by_c.contains(&&*name) {
+                true => rest.replace("kinglet_status", "i32"),
+                false => rest.to_owned(),
+            };
+            format!("{} {name}({}", result.trim(), rest)
+        };
+        functions.into_iter().map(line).collect()
+    };
+    let (declared, defined) = (spaced(declarations()), spaced(definitions()));
+    assert!(declared.len() > 40);
+    assert_eq!(declared, defined);
+}
+
+/// What programs that were compiled with an older header rely on: `tests/capi/abi.txt` may grow, but no line may change. It
+/// is written anew with KINGLET_UPDATE_ABI=1.
+#[test]
+fn the_binary_interface_is_the_one_written_down() {
+    let code = header();
+    let mut lines: Vec<String> = declarations()
+        .into_iter()
+        .map(|(name, signature)| format!("function {name} {signature}"))
+        .collect();
+    for body in code.split("typedef enum ").skip(1) {
+        let (name, rest) = body.split_once('{').expect("an enum has a body");
+        let values = rest.split_once('}').expect("it ends").0;
+        for value in values.split(',').map(tidy).filter(|v| !v.is_empty()) {
+            lines.push(format!("enum {} {value}", name.trim()));
+        }
+    }
+    for (_, what, n) in layouts() {
+        lines.push(format!("struct {what} {n}"));
+    }
+    lines.sort();
+    let found = lines.join("\n") + "\n";
+    let path = root().join("tests/capi/abi.txt");
+    if std::env::var_os("KINGLET_UPDATE_ABI").is_some() {
+        std::fs::write(&path, &found).expect("the repository can be written");
+    }
+    let expected = std::fs::read_to_string(&path).expect("the file is in the repository");
+    assert_eq!(found, expected, "see KINGLET_UPDATE_ABI");
+}
+
+/// Without sanitizers, which keep memory and take time.
+fn bounds() -> Command {
+    let source = root().join("tests/capi/bounds.c");
+    let mut command = Command::new(build("gcc", &["-std=c99"], &source, "bounds"));
+    command.current_dir(root());
+    command
+}
+
+#[test]
+fn work_ends_soon_and_sessions_do_not_disturb_each_other() {
+    // The bound is far above what it takes, for machines that are busy.
+    print!("{}", run(bounds().args([SMALL, "24", "200", "2", "150"])));
+    print!("{}", run(bounds().args([TINY, "0", "200", "8", "400"])));
+}
+
+/// 2,000 cancels, 8 times 10,000 tokens: some minutes. KINGLET_BOUND_MS is for a machine that has nothing else to do.
+#[test]
+#[ignore = "minutes"]
+fn work_ends_soon_however_often() {
+    let bound = std::env::var("KINGLET_BOUND_MS").unwrap_or("50".into());
+    print!(
+        "{}",
+        run(bounds().args([SMALL, "2000", &bound, "8", "10000"]))
+    );
 }

@@ -136,7 +136,7 @@ fn a_break_at_the_last_step_of_the_prefill_is_one_too() {
         &mut |event| match event {
             Event::Prefill { done, total } if done == total => Break(()),
             Event::Prefill { .. } => Continue(()),
-            Event::Text(_) => panic!("a token after a break"),
+            Event::Text(_) | Event::Call(_) => panic!("a token after a break"),
         },
     );
     assert_eq!(result.unwrap().finish, Finish::Cancelled);

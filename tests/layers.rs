@@ -10,8 +10,10 @@ const RULES: &[(&str, &[&str])] = &[
     ("profile", &[]),
     ("quant", &[]),
     ("sampler", &[]),
+    ("tools", &[]),
     ("gguf", &["quant"]),
     ("tokenizer", &["gguf"]),
+    ("grammar", &["tokenizer", "sampler"]),
     ("experts", &[]),
     // A store knows files and numbers alone: it lies below.
     ("backend", &["quant", "experts"]),
@@ -23,6 +25,8 @@ const RULES: &[(&str, &[&str])] = &[
             "gguf",
             "quant",
             "tokenizer",
+            "grammar",
+            "tools",
             "backend",
             "experts",
             "model",
@@ -57,9 +61,11 @@ const FENCE: &[&str] = &[
     "src/capi/mod.rs",
     "src/capi/model.rs",
     "src/capi/params.rs",
+    "src/capi/profile.rs",
     "src/capi/request.rs",
     "src/capi/runtime.rs",
     "src/capi/session.rs",
+    "src/capi/text.rs",
     "src/capi/values.rs",
 ];
 

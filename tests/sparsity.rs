@@ -255,7 +255,7 @@ fn tokens(n: usize) -> Vec<u32> {
 fn policies_choose_what_their_definitions_say_on_a_real_model() {
     let gguf = Gguf::open(&real_model()).expect("a model");
     let mut cpu = Cpu::new(Arc::new(Pool::new(2).expect("threads")));
-    let network = model::load(&gguf, &cpu).expect("a network");
+    let network = model::load(&gguf, &cpu, &kinglet::Cancel::default()).expect("a network");
     let tokens = tokens(420);
     for sparsity in policies(256) {
         let checked = Arc::new(Checked {
@@ -272,7 +272,8 @@ fn policies_choose_what_their_definitions_say_on_a_real_model() {
         let pass = Pass {
             tokens: &tokens,
             start: 0,
-            logits_from: tokens.len(),
+            output: model::Output::Logits,
+            output_from: tokens.len(),
             step: Step::Prefill,
             write_kv: true,
         };

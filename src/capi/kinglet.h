@@ -31,8 +31,9 @@
  * Texts are UTF-8 with a length in bytes, and need no terminating zero. They are only read during the call. NULL with
  *   length 0 is the empty text.
  * Structs begin with their size: set `struct_size = sizeof(it)` and zero the rest, which means the defaults. A library
- *   that knows fewer fields than its caller takes them if they are zero, so that both may be updated alone. Where a
- *   params pointer is NULL all is default. A handle of 0 in a struct is "none".
+ *   that knows fewer fields than its caller takes them if they are zero, and one that knows more takes zero for those that
+ *   its caller lacks, so that both may be updated alone. Where a params pointer is NULL all is default. A handle of 0 in
+ *   a struct is "none".
  * Threads. Every function may be called from every thread. A session does one thing at a time: a second call meanwhile
  *   returns KINGLET_E_BUSY and changes nothing; so does a call from within a callback to the session that calls.
  * Callbacks run on the thread of the call, or for a request on the one thread that a runtime has for them. They must
@@ -64,13 +65,15 @@ typedef enum kinglet_status {
     KINGLET_E_BUDGET = 12,      /* the memory budget does not suffice */
     KINGLET_E_BACKEND = 13,     /* the backend failed */
     KINGLET_E_PANIC = 14,       /* see above */
-    KINGLET_E_POISONED = 15     /* see above */
+    KINGLET_E_POISONED = 15,    /* see above */
+    KINGLET_E_SPACE = 16        /* an array of the caller is too small */
 } kinglet_status;
 
 typedef struct kinglet_runtime kinglet_runtime; /* what the models of a process share */
 typedef struct kinglet_model kinglet_model;     /* a file, mapped; any number of sessions */
 typedef struct kinglet_session kinglet_session; /* one conversation */
 typedef struct kinglet_request kinglet_request; /* a reply that is made in the background */
+typedef struct kinglet_profile kinglet_profile; /* where the time of a run went */
 typedef struct kinglet_cancel kinglet_cancel;   /* a flag that ends work from another thread */
 typedef struct kinglet_buffer kinglet_buffer;   /* bytes that the library made */
 
@@ -139,6 +142,15 @@ typedef struct kinglet_model_params {
  * KINGLET_E_IO, _FILE, _UNSUPPORTED, _MEMORY, _BUDGET, _CANCELLED. */
 kinglet_status kinglet_model_load(kinglet_model **out, kinglet_runtime *runtime, const char *path, size_t path_len,
                                   const kinglet_model_params *params);
+
+/* The same of a model that is `len` bytes from `offset` on in the open file `fd`; 0: up to its end. An asset of an
+ * Android package that is not compressed is one: AAssetManager's, or AssetFileDescriptor's, descriptor, start and length.
+ * It must be a whole model, begin at a multiple of 4 (zipalign sees to that), and be a regular file. The library keeps a
+ * descriptor of its own: the caller may close `fd` at once, its position is neither used nor moved. Memory budgets and
+ * experts that are read when they are used work as with a path, through the system's cache.
+ * KINGLET_E_ARGUMENT (no such bytes), _IO (`fd` is not open), _UNSUPPORTED (Windows); else as kinglet_model_load. */
+kinglet_status kinglet_model_load_fd(kinglet_model **out, kinglet_runtime *runtime, int fd, uint64_t offset,
+                                     uint64_t len, const kinglet_model_params *params);
 void kinglet_model_release(kinglet_model *model);
 
 typedef struct kinglet_model_info {
@@ -162,6 +174,22 @@ kinglet_status kinglet_model_name(kinglet_model *model, kinglet_buffer **out);
 /* Gives up to `bytes` of experts back to the system, whatever runs; `*freed` (may be NULL) says how many. 0 for models
  * whose experts are all in memory, or that have none. */
 kinglet_status kinglet_model_trim(kinglet_model *model, uint64_t bytes, uint64_t *freed);
+
+typedef enum kinglet_tokenize_flag {
+    KINGLET_TOKENIZE_ENDS = 1,  /* with the tokens that begin and end a text, where the model wants them */
+    KINGLET_TOKENIZE_CONTROL = 2 /* control tokens that are spelled out become such. Not for what users or tools say */
+} kinglet_tokenize_flag;
+
+/* The tokens of `text`, `flags` a sum of kinglet_tokenize_flag. `*n_tokens` says how many there are; with room for less,
+ * `tokens_cap`, KINGLET_E_SPACE, and nothing else is written. A text has at most as many tokens as bytes, and two.
+ * `tokens` may be NULL with 0. KINGLET_E_FILE (no vocabulary). */
+kinglet_status kinglet_model_tokenize(kinglet_model *model, const char *text, size_t text_len, uint32_t flags,
+                                      uint32_t *tokens, size_t tokens_cap, size_t *n_tokens);
+
+/* The text of tokens, in a new buffer; control tokens have none, and bytes that are no UTF-8 become U+FFFD.
+ * KINGLET_E_ARGUMENT (a number that is no token, more than 2^26), _FILE (no vocabulary). */
+kinglet_status kinglet_model_detokenize(kinglet_model *model, kinglet_buffer **out, const uint32_t *tokens,
+                                        size_t n_tokens);
 
 /* --- Plan --------------------------------------------------------------------------------------------------------- */
 
@@ -206,6 +234,10 @@ typedef struct kinglet_plan {
 kinglet_status kinglet_plan_make(kinglet_plan *out, const char *path, size_t path_len,
                                  const kinglet_model_params *model, const kinglet_session_params *session);
 
+/* The same of a model in an open file, as kinglet_model_load_fd. */
+kinglet_status kinglet_plan_make_fd(kinglet_plan *out, int fd, uint64_t offset, uint64_t len,
+                                    const kinglet_model_params *model, const kinglet_session_params *session);
+
 /* --- Session ------------------------------------------------------------------------------------------------------ */
 
 /* An empty conversation. KINGLET_E_MEMORY, _BUDGET, _UNSUPPORTED (a cache type), _TEMPLATE (one that cannot be read). */
@@ -243,6 +275,15 @@ kinglet_status kinglet_session_messages(kinglet_session *session, kinglet_buffer
  * KINGLET_E_ARGUMENT (no such JSON), _TEMPLATE, _BUSY. */
 kinglet_status kinglet_session_set_messages(kinglet_session *session, const char *json, size_t json_len);
 
+/* The tools that the model may call, a JSON list as templates expect it: [{"type":"function","function":{"name":"...",
+ * "description":"...","parameters":{...a schema...}}}, ...]; the empty text or list: none. The template tells the model, if
+ * it knows of tools. From then on calls are no text of the reply but chunks of their own, KINGLET_CHUNK_CALL, each told
+ * when it is whole, and part of the message as "tool_calls". Calls are found between <|tool_call_start|> and
+ * <|tool_call_end|> (LFM2), or <tool_call> and </tool_call> (Hermes, Qwen), in Python's syntax or as JSON; what cannot be
+ * read is text. Nothing is called: that is the caller's, who then says with kinglet_session_answer what came of it.
+ * Arguments are the model's words: check them. KINGLET_E_ARGUMENT (no such JSON), _TEMPLATE, _BUSY. */
+kinglet_status kinglet_session_set_tools(kinglet_session *session, const char *json, size_t json_len);
+
 /* Goes back: keeps the first `n_messages`. Costs nothing; what is kept is not read again.
  * KINGLET_E_ARGUMENT (there are fewer), _TEMPLATE, _BUSY. */
 kinglet_status kinglet_session_rewind(kinglet_session *session, uint64_t n_messages);
@@ -260,7 +301,17 @@ typedef struct kinglet_generate_params {
     uint32_t ignore_end;        /* 1: the model may not end */
     uint32_t reserved;          /* 0 */
     kinglet_cancel *cancel;     /* ends the reply */
+    const char *json_schema;    /* the reply is JSON that this schema describes; empty: anything */
+    size_t json_schema_len;
+    const char *grammar;        /* the reply is a text of this grammar, in llguidance's Lark; not with a schema */
+    size_t grammar_len;
 } kinglet_generate_params;
+
+/* A schema (draft 2020-12, `$ref` within it) or grammar allows tokens one by one, so that a reply which ends by itself,
+ * KINGLET_FINISH_STOP without a stop text, is one of its texts; one that is cut short is the beginning of one. The first
+ * on a model takes some tens of ms and some MB, for a tree of the vocabulary; the last source of a model is remembered.
+ * KINGLET_E_ARGUMENT: it is wrong, and kinglet_error_last() says where: "JSON schema at `/properties/age`: ...", or the
+ * reply cannot go on within it. KINGLET_E_UNSUPPORTED: the library was built without the feature `grammar`. */
 
 typedef enum kinglet_finish {
     KINGLET_FINISH_STOP = 1,    /* the model ended, or a stop text came */
@@ -284,6 +335,7 @@ typedef struct kinglet_reply {
 typedef enum kinglet_chunk_kind {
     KINGLET_CHUNK_PREFILL = 1,  /* `done` of `total` tokens of the prompt are read */
     KINGLET_CHUNK_TEXT = 2,     /* a token came and completed `text`: whole characters, often none */
+    KINGLET_CHUNK_CALL = 4,     /* a token completed a call of a tool: {"name":"...","arguments":{...}} in `text` */
     KINGLET_CHUNK_END = 3       /* a request has ended with `status`; nothing follows. Blocking calls return instead */
 } kinglet_chunk_kind;
 
@@ -306,6 +358,13 @@ typedef int (*kinglet_on_chunk)(const kinglet_chunk *chunk, void *user);
 kinglet_status kinglet_session_send(kinglet_session *session, const char *text, size_t text_len,
                                     const kinglet_generate_params *params, kinglet_reply *reply,
                                     kinglet_on_chunk on_chunk, void *user);
+
+/* Appends messages, a JSON list as kinglet_session_messages gives it, and replies to them: what tools have answered,
+ * [{"role":"tool","tool_call_id":"call_0","content":"..."}, ...]. If nothing comes they are taken back.
+ * KINGLET_E_ARGUMENT (no such JSON, or an empty list); else as kinglet_session_send. */
+kinglet_status kinglet_session_answer(kinglet_session *session, const char *json, size_t json_len,
+                                      const kinglet_generate_params *params, kinglet_reply *reply,
+                                      kinglet_on_chunk on_chunk, void *user);
 
 /* Replaces the last reply by another one. KINGLET_E_ARGUMENT if there is nothing to reply to; else as
  * kinglet_session_send. */
@@ -330,6 +389,47 @@ kinglet_status kinglet_session_save(kinglet_session *session, const char *path, 
  * they are read again. The session stays as it was on errors. KINGLET_E_IO, _FILE, _CONTEXT_FULL, _TEMPLATE, _MEMORY,
  * _BUSY. */
 kinglet_status kinglet_session_load(kinglet_session *session, const char *path, size_t path_len);
+
+typedef enum kinglet_pooling {
+    KINGLET_POOLING_MEAN = 1,   /* the mean of all tokens; the default */
+    KINGLET_POOLING_LAST = 2    /* the last token, which alone has seen all */
+} kinglet_pooling;
+
+typedef struct kinglet_embed_params {
+    size_t struct_size;
+    uint32_t pooling;           /* kinglet_pooling */
+    uint32_t raw;               /* 1: not scaled to length 1 */
+    kinglet_cancel *cancel;     /* ends the work */
+} kinglet_embed_params;
+
+/* `text` as one vector of kinglet_model_info.hidden floats: what the model thinks of its tokens after the last norm,
+ * pooled, scaled to length 1. `*out_len` says how many; with room for less, `out_cap`, KINGLET_E_SPACE. The session holds
+ * the text then: its messages stay, but the next reply reads them again, so take a session of its own.
+ * KINGLET_E_ARGUMENT (no token), _CONTEXT_FULL, _CANCELLED, _FILE (no vocabulary), _MEMORY, _IO, _BACKEND, _BUSY. */
+kinglet_status kinglet_session_embed(kinglet_session *session, const char *text, size_t text_len,
+                                     const kinglet_embed_params *params, float *out, size_t out_cap,
+                                     size_t *out_len);
+
+/* --- Profile ------------------------------------------------------------------------------------------------------ */
+
+typedef struct kinglet_profile_params {
+    size_t struct_size;
+    uint32_t n_prompt;          /* tokens of the prompt, at most 65536; 0: 512 */
+    uint32_t n_gen;             /* of the reply; 0: 64 */
+} kinglet_profile_params;
+
+/* Loads the model at `path`, reads a prompt, writes a reply, and notes each operation: as `kinglet profile`. Takes as long
+ * as that takes; `model` has the flag that ends it. As kinglet_model_load, and KINGLET_E_CONTEXT_FULL, _BACKEND. */
+kinglet_status kinglet_profile_make(kinglet_profile **out, const char *path, size_t path_len,
+                                    const kinglet_model_params *model, const kinglet_profile_params *params);
+
+/* The report as JSON, in a new buffer: phases (load, prefill, decode), in each the time, bytes and kernel of each
+ * operation; memory; the time of a token. The same object as `kinglet profile --json`. */
+kinglet_status kinglet_profile_json(kinglet_profile *profile, kinglet_buffer **out);
+
+/* Every operation one by one, in a new buffer: the JSON that chrome://tracing and Perfetto read. */
+kinglet_status kinglet_profile_trace(kinglet_profile *profile, kinglet_buffer **out);
+void kinglet_profile_release(kinglet_profile *profile);
 
 /* --- Request ------------------------------------------------------------------------------------------------------ */
 

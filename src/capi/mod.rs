@@ -12,9 +12,11 @@
 mod handle;
 mod model;
 mod params;
+mod profile;
 mod request;
 mod runtime;
 mod session;
+mod text;
 mod values;
 
 use std::any::Any;
@@ -24,9 +26,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 pub use self::model::*;
 pub use self::params::*;
+pub use self::profile::*;
 pub use self::request::*;
 pub use self::runtime::*;
 pub use self::session::*;
+pub use self::text::*;
 pub use self::values::*;
 
 use crate::Error;
@@ -67,6 +71,7 @@ statuses! {
     Backend = 13, c"KINGLET_E_BACKEND";
     Panic = 14, c"KINGLET_E_PANIC";
     Poisoned = 15, c"KINGLET_E_POISONED";
+    Space = 16, c"KINGLET_E_SPACE";
 }
 
 /// Why a call did not succeed.
@@ -107,7 +112,7 @@ impl From<Error> for Failure {
             Error::OutOfMemory { .. } => Status::Memory,
             Error::OverBudget { .. } => Status::Budget,
             Error::Backend(_) => Status::Backend,
-            Error::Invalid(_) => Status::Argument,
+            Error::Invalid(_) | Error::Grammar(_) => Status::Argument,
             Error::Cancelled => Status::Cancelled,
         };
         Self::new(status, error.to_string())

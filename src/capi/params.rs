@@ -14,6 +14,10 @@ use super::{Failure, Outcome};
 /// values.
 pub(super) unsafe trait Params: Copy {
     const NAME: &'static str;
+    /// Its size in the first version, from which on it has grown at its end.
+    const FIRST: usize;
+    /// All zeros.
+    const ZERO: Self;
 }
 
 /// A struct is no larger than this in any version.
@@ -26,13 +30,13 @@ const MAX_TEXT: usize = 256 << 20;
 const MAX_STOPS: usize = 64;
 
 fn check_size<T: Params>(found: usize) -> Outcome {
-    let expected = size_of::<T>();
-    if (expected..=MAX_STRUCT).contains(&found) {
+    if (T::FIRST..=MAX_STRUCT).contains(&found) {
         return Ok(());
     }
-    let name = T::NAME;
+    let (name, expected) = (T::NAME, size_of::<T>());
     Err(Failure::argument(format!(
-        "{name}.struct_size: expected {expected}, or more in a later version, found {found}"
+        "{name}.struct_size: expected {expected}, from {} in the first version to more in a later one, found {found}",
+        T::FIRST
     )))
 }
 
@@ -58,8 +62,13 @@ pub(super) unsafe fn read<T: Params>(params: *const T) -> Outcome<Option<T>> {
             )));
         }
     }
-    // SAFETY: it has at least the size of `T`, for which any bits are a value.
-    Ok(Some(unsafe { params.read_unaligned() }))
+    let mut value = T::ZERO;
+    // SAFETY: it has `found` bytes, and any bits are a value of `T`; what a caller does not know yet stays zero.
+    unsafe {
+        let known = found.min(size_of::<T>());
+        ptr::copy_nonoverlapping(bytes, (&raw mut value).cast(), known);
+    }
+    Ok(Some(value))
 }
 
 /// A struct of the caller that will be filled.
@@ -91,11 +100,11 @@ impl<T: Params> Out<T> {
     /// Fills it; its size stays what it was, and fields that are not known here become zero.
     pub(super) fn set(self, value: T) {
         let Self(out, size) = self;
-        // SAFETY: `of` has checked that there are `size` bytes, at least those of `T`.
+        let (bytes, known) = (out.cast::<u8>(), size.min(size_of::<T>()));
+        // SAFETY: the caller has promised `size` bytes.
         unsafe {
-            out.write_unaligned(value);
-            let rest = out.cast::<u8>().add(size_of::<T>());
-            ptr::write_bytes(rest, 0, size - size_of::<T>());
+            ptr::copy_nonoverlapping((&raw const value).cast(), bytes, known);
+            ptr::write_bytes(bytes.add(known), 0, size - known);
             out.cast::<usize>().write_unaligned(size);
         }
     }
@@ -169,16 +178,21 @@ pub(super) unsafe fn stops(stops: *const kinglet_text, n: usize) -> Outcome<Vec<
 }
 
 macro_rules! structs {
-    ($($(#[$meta:meta])* $name:ident { $($field:ident: $ty:ty,)* })*) => {$(
+    ($(
+        $(#[$meta:meta])* $name:ident { $($field:ident: $ty:ty,)* } $(+ { $($more:ident: $more_ty:ty,)* })?
+    )*) => {$(
         $(#[$meta])*
         #[derive(Clone, Copy, Debug)]
         #[allow(missing_docs, reason = "kinglet.h has them")]
         #[repr(C)]
-        pub struct $name { pub struct_size: usize, $(pub $field: $ty,)* }
+        pub struct $name { pub struct_size: usize, $(pub $field: $ty,)* $($(pub $more: $more_ty,)*)? }
 
         // SAFETY: the lines above, and the fields below are integers and pointers.
         unsafe impl Params for $name {
             const NAME: &'static str = stringify!($name);
+            const FIRST: usize = [$($(std::mem::offset_of!($name, $more),)*)? size_of::<$name>()][0];
+            // SAFETY: integers and pointers may be zero.
+            const ZERO: Self = unsafe { std::mem::zeroed() };
         }
     )*};
 }
@@ -210,6 +224,16 @@ structs! {
     kinglet_generate_params {
         max_tokens: u64, stops: *const kinglet_text, n_stops: usize, ignore_end: u32, reserved: u32,
         cancel: *mut kinglet_cancel,
+    } + {
+        json_schema: *const c_char, json_schema_len: usize, grammar: *const c_char, grammar_len: usize,
+    }
+    /// What is profiled.
+    kinglet_profile_params {
+        n_prompt: u32, n_gen: u32,
+    }
+    /// How a text becomes a vector.
+    kinglet_embed_params {
+        pooling: u32, raw: u32, cancel: *mut kinglet_cancel,
     }
     /// What a reply was.
     kinglet_reply {

@@ -78,7 +78,7 @@ pub unsafe extern "C" fn kinglet_request_start(
         // SAFETY: a text of the caller.
         let text = unsafe { params::text("text", text, text_len) }?.to_owned();
         // SAFETY: a struct of the caller.
-        let mut order = unsafe { Order::of(params) }?;
+        let mut order = unsafe { Order::of(params, &cell.model) }?;
         order.cancel = order.cancel.child();
         let runtime = Arc::clone(&cell.model.runtime);
         let taken = cell.take()?;

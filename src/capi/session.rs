@@ -18,6 +18,7 @@ use super::params::{
 use super::runtime::Runtime;
 use super::values::{cancel_of, give_buffer, kinglet_buffer, opaque};
 use super::{Failure, Outcome, Status, enter, leave};
+use crate::grammar::ReplyFormat;
 use crate::sampler::{Sampler, Source};
 use crate::session::{Chat, Event, Finish, GenerateOptions, Reply, generate};
 use crate::tokenizer::{Message, Special};
@@ -169,8 +170,11 @@ pub(super) struct Order {
 
 impl Order {
     /// # Safety
-    /// `params` as in [`params::read`], its stops as in [`params::stops`].
-    pub(super) unsafe fn of(params: *const kinglet_generate_params) -> Outcome<Self> {
+    /// `params` as in [`params::read`], its stops as in [`params::stops`], its texts as in [`params::text`].
+    pub(super) unsafe fn of(
+        params: *const kinglet_generate_params,
+        model: &ModelCell,
+    ) -> Outcome<Self> {
         // SAFETY: as the caller owes.
         let Some(params) = (unsafe { params::read(params) })? else {
             return Ok(Self {
@@ -179,6 +183,23 @@ impl Order {
             });
         };
         reserved(params.reserved)?;
+        // SAFETY: as the caller owes.
+        let (schema, grammar) = unsafe {
+            (
+                params::text("json_schema", params.json_schema, params.json_schema_len)?,
+                params::text("grammar", params.grammar, params.grammar_len)?,
+            )
+        };
+        let format = match (schema, grammar) {
+            ("", "") => None,
+            (schema, "") => Some(ReplyFormat::JsonSchema(schema)),
+            ("", grammar) => Some(ReplyFormat::Lark(grammar)),
+            _ => {
+                return Err(Failure::argument(
+                    "json_schema, grammar: expected one of them, found both",
+                ));
+            }
+        };
         Ok(Self {
             options: GenerateOptions {
                 max_tokens: match params.max_tokens {
@@ -189,6 +210,8 @@ impl Order {
                 stop: unsafe { params::stops(params.stops, params.n_stops) }?,
                 ignore_end: flag("ignore_end", params.ignore_end)?,
                 continued: false,
+                tools: false,
+                constraint: format.map(|format| model.constraint(&format)).transpose()?,
             },
             cancel: cancel_of(params.cancel)?,
         })
@@ -222,6 +245,8 @@ pub(super) enum Prompt<'a> {
     Send(&'a str),
     /// The last one, again.
     Regenerate,
+    /// Messages, such as the answers of tools.
+    Answer(Vec<Message>),
     /// A text that goes on.
     Complete(&'a str),
 }
@@ -230,8 +255,13 @@ pub(super) enum Prompt<'a> {
 const PREFILL: u32 = 1;
 const TEXT: u32 = 2;
 pub(super) const END: u32 = 3;
+const CALL: u32 = 4;
 
 impl State {
+    pub(super) fn session_mut(&mut self) -> &mut Session {
+        self.line.session_mut()
+    }
+
     /// Makes a reply.
     pub(super) fn reply(
         &mut self,
@@ -257,6 +287,7 @@ impl State {
         let Self { line, sampler } = self;
         let mut began = Instant::now();
         let mut on = |event: Event| {
+            let json;
             let mut chunk = kinglet_chunk {
                 kind: TEXT,
                 status: 0,
@@ -272,6 +303,11 @@ impl State {
                 Event::Text(text) => {
                     (chunk.text, chunk.text_len) = (text.as_ptr().cast(), text.len());
                 }
+                Event::Call(call) => {
+                    json = serde_json::to_string(call).expect("strings and values become JSON");
+                    chunk.kind = CALL;
+                    (chunk.text, chunk.text_len) = (json.as_ptr().cast(), json.len());
+                }
             }
             runtime.rest(began, &order.cancel);
             let flow = listener.tell(&chunk);
@@ -283,6 +319,10 @@ impl State {
         };
         match prompt {
             Prompt::Send(text) => Ok(line.chat()?.send(text, sampler, &order.options, &mut on)?),
+            Prompt::Answer(messages) => {
+                let (messages, chat) = (messages.clone(), line.chat()?);
+                Ok(chat.answer(messages, sampler, &order.options, &mut on)?)
+            }
             Prompt::Regenerate => {
                 let reply = line.chat()?.regenerate(sampler, &order.options, &mut on)?;
                 reply.ok_or_else(|| {
@@ -348,7 +388,7 @@ unsafe fn reply_here(
         let cell = handle::get::<SessionCell>(session)?;
         let prompt = prompt()?;
         // SAFETY: as the caller owes.
-        let order = unsafe { Order::of(params) }?;
+        let order = unsafe { Order::of(params, &cell.model) }?;
         // SAFETY: as the caller owes.
         let out = unsafe { Out::of(reply) }?;
         let model = Arc::clone(&cell.model);
@@ -489,6 +529,34 @@ pub unsafe extern "C" fn kinglet_session_messages(
     })
 }
 
+fn messages(json: &str) -> Outcome<Vec<Message>> {
+    serde_json::from_str(json)
+        .map_err(|e| Failure::argument(format!("json: expected a list of messages, found {e}")))
+}
+
+/// Says which tools there are.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kinglet_session_set_tools(
+    session: *mut kinglet_session,
+    json: *const c_char,
+    json_len: usize,
+) -> Status {
+    enter(|| {
+        // SAFETY: a text of the caller.
+        let json = unsafe { params::text("json", json, json_len) };
+        with(session, |state| {
+            let json = json?;
+            let tools = match json {
+                "" => None,
+                json => Some(serde_json::from_str(json).map_err(|e| {
+                    Failure::argument(format!("json: expected a list of tools, found {e}"))
+                })?),
+            };
+            Ok(state.line.chat()?.set_tools(tools)?)
+        })
+    })
+}
+
 /// Replaces the conversation.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kinglet_session_set_messages(
@@ -500,9 +568,7 @@ pub unsafe extern "C" fn kinglet_session_set_messages(
         // SAFETY: a text of the caller.
         let json = unsafe { params::text("json", json, json_len) };
         with(session, |state| {
-            let messages: Vec<Message> = serde_json::from_str(json?).map_err(|e| {
-                Failure::argument(format!("json: expected a list of messages, found {e}"))
-            })?;
+            let messages = messages(json?)?;
             state.line.chat()?.set_messages(messages);
             Ok(())
         })
@@ -544,6 +610,30 @@ pub unsafe extern "C" fn kinglet_session_send(
         // SAFETY: a text of the caller, which outlives this call and is not kept.
         let text = unsafe { params::text("text", text, text_len) };
         text.map(Prompt::Send)
+    };
+    // SAFETY: structs of the caller.
+    unsafe { reply_here(session, prompt, params, reply, Listener { on_chunk, user }) }
+}
+
+/// Replies to messages.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kinglet_session_answer(
+    session: *mut kinglet_session,
+    json: *const c_char,
+    json_len: usize,
+    params: *const kinglet_generate_params,
+    reply: *mut kinglet_reply,
+    on_chunk: kinglet_on_chunk,
+    user: *mut c_void,
+) -> Status {
+    let prompt = || {
+        // SAFETY: a text of the caller.
+        let json = unsafe { params::text("json", json, json_len) };
+        let messages = messages(json?)?;
+        match messages.is_empty() {
+            true => Err(Failure::argument("json: expected messages, found none")),
+            false => Ok(Prompt::Answer(messages)),
+        }
     };
     // SAFETY: structs of the caller.
     unsafe { reply_here(session, prompt, params, reply, Listener { on_chunk, user }) }

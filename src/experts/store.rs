@@ -7,7 +7,8 @@
 //! at most.
 
 use std::collections::VecDeque;
-use std::path::PathBuf;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -125,6 +126,22 @@ impl ExpertStore {
             ring.map_err(|e| Error::io("io_uring", e))
         });
         Self::start(Box::new(files), ring.transpose()?, layout, options)
+    }
+
+    /// The same in one file that is open, where what the layout describes begins at byte `start`; errors call it `name`.
+    ///
+    /// # Errors
+    /// As [`ExpertStore::open`], and [`Error::Unsupported`] for [`IoMode::Direct`](super::IoMode::Direct): a file must be
+    /// opened for that, and what lies in another begins in the middle of a block.
+    pub fn open_in(
+        file: File,
+        start: u64,
+        name: &Path,
+        layout: Layout,
+        options: &Options,
+    ) -> Result<Self> {
+        let files = Files::open_in(file, start, name, layout.file_bytes(), options.io)?;
+        Self::with_disk(Box::new(files), layout, options)
     }
 
     /// The same, read by `disk`.

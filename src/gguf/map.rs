@@ -35,8 +35,8 @@ pub(crate) type Owner = Box<dyn AsRef<[u8]> + Send + Sync>;
 
 /// The bytes of one part.
 pub(crate) enum Source {
-    /// A mapped file.
-    Map(Mmap),
+    /// A mapped file, and the byte of it at which the map begins.
+    Map(Mmap, u64),
     /// Memory of the caller, which begins at a multiple of 16 as a map does: tensors are aligned relative to it.
     Memory(Owner),
     /// A copy of memory that does not.
@@ -49,7 +49,7 @@ impl AsRef<[u8]> for Source {
     #[inline]
     fn as_ref(&self) -> &[u8] {
         match self {
-            Source::Map(map) => map,
+            Source::Map(map, _) => map,
             Source::Memory(bytes) => (**bytes).as_ref(),
             Source::Copied { words, len } => &bytemuck::cast_slice(words)[..*len],
             Source::Absent => &[],
@@ -58,20 +58,20 @@ impl AsRef<[u8]> for Source {
 }
 
 impl Source {
-    /// Maps the first `len` bytes of `file`.
-    pub fn map(file: &File, len: u64) -> io::Result<Self> {
-        let len = usize::try_from(len).map_err(|_| {
+    /// Maps `bytes` of `file`, which it has.
+    pub fn map(file: &File, bytes: Range<u64>) -> io::Result<Self> {
+        let len = usize::try_from(bytes.end - bytes.start).map_err(|_| {
             io::Error::new(
                 io::ErrorKind::OutOfMemory,
                 "the file is larger than the address space",
             )
         })?;
-        // SAFETY: the map is read-only and its length is the file's. Nothing in this process writes to a model file:
+        // SAFETY: the map is read-only and its range is one that the file has. Nothing in this process writes to a model file:
         // `Writer` makes a new one and renames it. That nobody else truncates or writes the file while it is mapped
         // is what every program that maps files asks of its user; the header, which decides about lengths, is
         // read and checked outside the map, and weights are plain numbers for which any bits are valid.
-        let map = unsafe { MmapOptions::new().len(len).map(file) }?;
-        Ok(Source::Map(map))
+        let map = unsafe { MmapOptions::new().offset(bytes.start).len(len).map(file) }?;
+        Ok(Source::Map(map, bytes.start))
     }
 
     /// `bytes` where they are, if they are aligned, or a copy.
@@ -94,7 +94,7 @@ impl Source {
         let len = self.as_ref()[range.clone()].len();
         match self {
             #[cfg(unix)]
-            Source::Map(map) if len > 0 => {
+            Source::Map(map, _) if len > 0 => {
                 use memmap2::{Advice as Safe, UncheckedAdvice};
                 let safe = match advice {
                     Advice::Normal => Safe::Normal,
@@ -135,9 +135,14 @@ impl Pages for Source {
     }
 
     fn release(&self, range: Range<usize>) {
+        let before = match self {
+            Source::Map(_, start) => (start % FOLIO as u64) as usize,
+            _ => 0,
+        };
         // Windows are aligned in memory, not in the file: they may begin before a folio.
-        let start = (range.start / FOLIO * FOLIO).saturating_sub(FAULT_WINDOW);
-        let end = range.end.next_multiple_of(FOLIO) + FAULT_WINDOW;
+        let start = (before + range.start) / FOLIO * FOLIO;
+        let start = start.saturating_sub(before + FAULT_WINDOW);
+        let end = (before + range.end).next_multiple_of(FOLIO) - before + FAULT_WINDOW;
         let end = end.min(self.as_ref().len());
         let _ = self.advise(start..end, Advice::DontNeed); // what is refused stays, and is counted as resident
     }

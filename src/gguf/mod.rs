@@ -13,17 +13,20 @@
 //! | `tensor.rs` | types, shapes and places of tensors |
 //! | `split.rs` | a model in several files |
 //! | `map.rs` | the mapped file and advice about its pages |
+//! | `place.rs` | where the bytes of a part are: a file of that name, or a range of one that is open |
 //! | `writer.rs` | new files |
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::BufReader;
-use std::path::{Path, PathBuf};
+use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 
 mod header;
 mod map;
 mod metadata;
+mod place;
 mod reader;
 mod split;
 mod tensor;
@@ -38,6 +41,7 @@ pub use self::writer::{TensorSpec, Writer};
 
 use self::header::{Content, Header};
 use self::map::Source;
+use self::place::Place;
 use self::reader::{Reader, quoted};
 use crate::quant::{Bytes, DType, Tensor};
 use crate::{Error, Result};
@@ -53,7 +57,7 @@ pub struct Gguf {
 
 /// One file of a model.
 pub struct Part {
-    path: PathBuf,
+    place: Place,
     file_bytes: u64,
     version: u32,
     header_bytes: u64,
@@ -63,9 +67,22 @@ pub struct Part {
 }
 
 impl Part {
-    /// The file.
+    /// The file; of one that was given open, what errors call it.
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.place.path
+    }
+
+    /// Whether there is a file at [`path`](Self::path): it was not given open.
+    pub fn is_named(&self) -> bool {
+        self.place.open.is_none()
+    }
+
+    /// The file once more, for reads that are told where, and the byte at which the part begins in it.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the system refuses.
+    pub fn reopen(&self) -> Result<(File, u64)> {
+        self.place.reopen()
     }
 
     /// The size of the file.
@@ -107,9 +124,9 @@ struct Opened {
 }
 
 impl Opened {
-    fn new(path: &Path, file_bytes: u64, header: Header, source: Source) -> Self {
+    fn new(place: Place, file_bytes: u64, header: Header, source: Source) -> Self {
         let part = Part {
-            path: path.into(),
+            place,
             file_bytes,
             version: header.version,
             header_bytes: header.header_bytes,
@@ -140,19 +157,26 @@ impl Opened {
         }
         let file = File::open(path).map_err(|e| Error::io(path, e))?;
         let len = file.metadata().map_err(|e| Error::io(path, e))?.len();
+        Self::read(Place::named(path), &file, 0..len, content)
+    }
+
+    /// What lies in `bytes` of `file`, which there are.
+    fn read(place: Place, file: &File, bytes: Range<u64>, content: Content) -> Result<Self> {
+        let len = bytes.end - bytes.start;
         // Not from the map: a file that another program truncates meanwhile would end this one.
-        let mut reader = Reader::new(BufReader::with_capacity(1 << 16, &file), len);
-        let header = header::parse(&mut reader, content).map_err(|e| e.at(path))?;
+        let source = BufReader::with_capacity(1 << 16, place::ReadAt::new(file, bytes.clone()));
+        let header =
+            header::parse(&mut Reader::new(source, len), content).map_err(|e| e.at(&place.path))?;
         let source = match content {
-            Content::Weights => Source::map(&file, len).map_err(|e| Error::io(path, e))?,
+            Content::Weights => Source::map(file, bytes).map_err(|e| Error::io(&place.path, e))?,
             Content::Ignored => Source::Absent,
         };
-        Ok(Self::new(path, len, header, source))
+        Ok(Self::new(place, len, header, source))
     }
 
     fn bad(&self, what: impl Into<String>) -> Error {
         Error::BadFile {
-            path: self.part.path.clone(),
+            path: self.part.path().into(),
             what: what.into(),
         }
     }
@@ -181,6 +205,55 @@ impl Gguf {
         Self::open_content(path, Content::Ignored)
     }
 
+    /// A model that is a range of bytes of an open file: an asset that lies in an app's package. Its position is neither
+    /// used nor moved. It must be a whole model, no part of several, and begin at a multiple of 4, as `zipalign` puts
+    /// what is not compressed.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), and [`Error::Invalid`] for a range that the file does not have; the path in them is
+    /// `<open file>`.
+    pub fn open_file(file: File, bytes: Range<u64>) -> Result<Self> {
+        Self::open_range(Place::open(file, bytes)?, Content::Weights)
+    }
+
+    /// As [`open_header`](Self::open_header), of an open file.
+    ///
+    /// # Errors
+    /// As [`open_file`](Self::open_file).
+    pub fn open_file_header(file: File, bytes: Range<u64>) -> Result<Self> {
+        Self::open_range(Place::open(file, bytes)?, Content::Ignored)
+    }
+
+    /// The header of the same model once more.
+    ///
+    /// # Errors
+    /// As [`open_header`](Self::open_header).
+    pub fn reopen_header(&self) -> Result<Self> {
+        let place = &self.parts[0].place;
+        match place.open {
+            None => Self::open_header(&place.path),
+            Some(_) => Self::open_range(place.clone(), Content::Ignored),
+        }
+    }
+
+    fn open_range(place: Place, content: Content) -> Result<Self> {
+        let open = place.open.clone().expect("the caller has an open file");
+        let opened = Opened::read(place, &open.file, open.bytes.clone(), content)?;
+        Self::whole(opened, "in an open file")
+    }
+
+    /// A model that has no siblings to be found.
+    fn whole(opened: Opened, place: &str) -> Result<Self> {
+        match opened.split_keys()? {
+            None => Self::join(vec![opened]),
+            Some(keys) => Err(opened.bad(format!(
+                "expected a whole model {place}, found part {} of {}",
+                keys.no.saturating_add(1),
+                keys.count
+            ))),
+        }
+    }
+
     fn open_content(path: &Path, content: Content) -> Result<Self> {
         let opened = Opened::open(path, content)?;
         match opened.split_keys()? {
@@ -201,19 +274,12 @@ impl Gguf {
         let header = header::parse(&mut Reader::new(given, len), Content::Weights)
             .map_err(|e| e.at(path))?;
         let source = Source::memory(Box::new(bytes));
-        let opened = Opened::new(path, len, header, source);
-        match opened.split_keys()? {
-            None => Self::join(vec![opened]),
-            Some(keys) => Err(opened.bad(format!(
-                "expected a whole model in memory, found part {} of {}",
-                keys.no.saturating_add(1),
-                keys.count
-            ))),
-        }
+        let opened = Opened::new(Place::named(path), len, header, source);
+        Self::whole(opened, "in memory")
     }
 
     fn open_parts(opened: Opened, keys: &split::Keys, content: Content) -> Result<Self> {
-        let path = opened.part.path.clone();
+        let path = opened.part.path().to_owned();
         let (no, count) = (keys.no, keys.count);
         let name = split::PartName::of(&path)
             .filter(|n| n.no.checked_sub(1) == Some(no) && n.count == count);
@@ -309,7 +375,7 @@ impl Gguf {
         if let Some(pair) = by_name.windows(2).find(|w| name(&w[0]) == name(&w[1])) {
             let second = &tensors[pair[0].max(pair[1]) as usize];
             return Err(Error::BadFile {
-                path: parts[second.part].path.clone(),
+                path: parts[second.part].path().into(),
                 what: format!(
                     "tensor {}: expected once, found twice",
                     quoted(second.name.as_bytes())
@@ -326,7 +392,7 @@ impl Gguf {
 
     /// The file, or the first of its parts.
     pub fn path(&self) -> &Path {
-        &self.parts[0].path
+        self.parts[0].path()
     }
 
     /// The files of the model, in order: one, unless it is split.
@@ -424,7 +490,7 @@ impl Gguf {
         let start = info.offset as usize; // in the map, so below the address space
         let range = start..start + info.bytes;
         match *source {
-            Source::Map(_) => Bytes::paged(source, range),
+            Source::Map(..) => Bytes::paged(source, range),
             _ => Bytes::new(source, range),
         }
     }
@@ -442,7 +508,7 @@ impl Gguf {
         }
         part.source
             .advise(start..start + info.bytes, advice)
-            .map_err(|e| Error::io(&part.path, e))
+            .map_err(|e| Error::io(part.path(), e))
     }
 
     /// Tells the operating system how all tensors will be read.
@@ -454,7 +520,7 @@ impl Gguf {
             let len = (*part.source).as_ref().len();
             part.source
                 .advise(len.min(part.data_start as usize)..len, advice)
-                .map_err(|e| Error::io(&part.path, e))?;
+                .map_err(|e| Error::io(part.path(), e))?;
         }
         Ok(())
     }
@@ -556,7 +622,7 @@ const MAX_PROBLEMS: usize = 100;
 
 /// Gaps between the tensors of `part`, which are sorted by offset, and bytes after them.
 fn layout_problems(part: &Part, tensors: &[&TensorInfo], out: &mut Vec<String>) {
-    let name = part.path.display();
+    let name = part.path().display();
     let (mut end, mut gaps, mut gap_bytes) = (part.data_start, 0usize, 0u64);
     for t in tensors {
         gaps += usize::from(t.offset > end);

@@ -141,6 +141,6 @@ impl<B: Backend> Network<B> for Gemma3<B> {
             let h = b.rms_norm(&h, &layer.post_ffn_norm, eps);
             b.add(&mut x, &h);
         }
-        Some(self.embedding.logits(b, &x))
+        Some(self.embedding.output(b, &x, pass.output))
     }
 }

@@ -163,6 +163,6 @@ impl<B: Backend> Network<B> for Lfm2<B> {
             let h = layer.ffn.forward(b, &h);
             b.add(&mut x, &h);
         }
-        Some(self.embedding.logits(b, &x))
+        Some(self.embedding.output(b, &x, pass.output))
     }
 }

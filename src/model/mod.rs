@@ -18,8 +18,18 @@ use self::state::State;
 use self::weights::Weights;
 use crate::backend::select::KvOptions;
 use crate::backend::{Backend, Step};
+use crate::cancel::Cancel;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
+
+/// What comes out of a forward pass.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Output {
+    /// How likely each token of the vocabulary is to follow: `(n_vocab)` a token.
+    Logits,
+    /// What they are made of, after the final norm: `(hidden)` a token.
+    Hidden,
+}
 
 /// What one call of a forward pass computes.
 #[derive(Clone, Copy, Debug)]
@@ -28,8 +38,10 @@ pub struct Pass<'a> {
     pub tokens: &'a [u32],
     /// Position of the first token.
     pub start: usize,
-    /// Index of the first token whose logits are wanted; `tokens.len()` for none.
-    pub logits_from: usize,
+    /// Index of the first token whose output is wanted; `tokens.len()` for none.
+    pub output_from: usize,
+    /// What is made of them.
+    pub output: Output,
     /// Whose kernels run. A pass that repeats what another did takes that one's.
     pub step: Step,
     /// Whether keys and values are written to the cache. A pass that rebuilds convolution states reads what is there.
@@ -37,9 +49,9 @@ pub struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    /// The rows of `x` whose logits are wanted, if any: what comes after the last mixer needs no others.
+    /// The rows of `x` whose output is wanted, if any: what comes after the last mixer needs no others.
     fn wanted<B: Backend>(&self, b: &mut B, x: B::Tensor) -> Option<B::Tensor> {
-        (self.logits_from < self.tokens.len()).then(|| b.rows_from(x, self.logits_from))
+        (self.output_from < self.tokens.len()).then(|| b.rows_from(x, self.output_from))
     }
 }
 
@@ -51,7 +63,7 @@ pub trait Network<B: Backend>: Send + Sync {
     /// Fresh memory for one sequence.
     fn state(&self, backend: &B, kv: &KvOptions) -> State<B>;
 
-    /// Runs `pass` and returns logits, `(n_wanted, n_vocab)`, if any are wanted. `state` has room for the positions.
+    /// Runs `pass` and returns its output, `(n_wanted, …)`, if any is wanted. `state` has room for the positions.
     fn forward(&self, backend: &mut B, state: &mut State<B>, pass: &Pass) -> Option<B::Tensor>;
 }
 
@@ -74,8 +86,13 @@ fn architectures<B: Backend + 'static>() -> [(&'static str, Loader<B>); 8] {
 /// Builds the network of a file on a backend.
 ///
 /// # Errors
-/// If the architecture or a tensor type is not supported, or metadata and tensors contradict each other.
-pub fn load<B: Backend + 'static>(gguf: &Gguf, backend: &B) -> Result<Box<dyn Network<B>>> {
+/// If the architecture or a tensor type is not supported, or metadata and tensors contradict each other;
+/// [`Error::Cancelled`].
+pub fn load<B: Backend + 'static>(
+    gguf: &Gguf,
+    backend: &B,
+    cancel: &Cancel,
+) -> Result<Box<dyn Network<B>>> {
     let architecture = gguf.architecture()?;
     let table = architectures::<B>();
     let found = table.iter().find(|(name, _)| *name == architecture);
@@ -88,5 +105,6 @@ pub fn load<B: Backend + 'static>(gguf: &Gguf, backend: &B) -> Result<Box<dyn Ne
         gguf,
         backend,
         architecture,
+        cancel,
     })
 }

@@ -101,7 +101,7 @@ impl<B: Backend> Network<B> for SmallThinker<B> {
         for (i, (layer, state)) in self.layers.iter().zip(&mut state.layers).enumerate() {
             // After the last mixer only rows whose logits are wanted go on: the others need no experts.
             let is_last = i + 1 == self.layers.len();
-            let from = if is_last { pass.logits_from } else { 0 };
+            let from = if is_last { pass.output_from } else { 0 };
             let is_wanted = from < pass.tokens.len();
             let routes = is_wanted.then(|| b.route(&x, from, &layer.moe));
             let h = b.rms_norm(&x, &layer.attention_norm, eps);
@@ -114,6 +114,6 @@ impl<B: Backend> Network<B> for SmallThinker<B> {
             let h = b.moe(&h, routes?, &layer.moe);
             b.add(&mut x, &h);
         }
-        Some(self.embedding.logits(b, &x))
+        Some(self.embedding.output(b, &x, pass.output))
     }
 }

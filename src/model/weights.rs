@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::backend::{Backend, Linear, LinearOf};
+use crate::cancel::Cancel;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::quant::{Bytes, DType, Tensor};
@@ -15,6 +16,8 @@ pub struct Weights<'a, B> {
     pub backend: &'a B,
     /// The prefix of the architecture's keys.
     pub architecture: &'a str,
+    /// Ends the loading, between two tensors.
+    pub cancel: &'a Cancel,
 }
 
 impl<B: Backend> Weights<'_, B> {
@@ -24,6 +27,7 @@ impl<B: Backend> Weights<'_, B> {
     }
 
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        self.cancel.check()?;
         let tensor = self.gguf.load(name)?;
         let mut expected = [1; 4];
         expected[..shape.len()].copy_from_slice(shape);

@@ -1,6 +1,7 @@
 //! The chain: the samplers that are not neutral, in the order of the settings, and the choice at the end.
 
 use super::candidates::Candidates;
+use super::constraint::is_allowed;
 use super::penalties::Penalties;
 use super::rng::Rng;
 use super::settings::{Settings, Stage};
@@ -125,8 +126,27 @@ impl Sampler {
     /// # Errors
     /// If a logit is not a number, or none is finite.
     pub fn candidates(&mut self, logits: &[f32]) -> Result<&Candidates> {
+        self.candidates_among(logits, None)
+    }
+
+    /// The same of the tokens whose bits are set in `allowed`, see [`Follow::allowed`](super::Follow::allowed).
+    ///
+    /// # Errors
+    /// If a logit is not a number, or none that is allowed is finite.
+    pub fn candidates_among(
+        &mut self,
+        logits: &[f32],
+        allowed: Option<&[u32]>,
+    ) -> Result<&Candidates> {
         self.candidates.fill(logits)?;
         if let Some(all) = self.candidates.all_mut() {
+            if let Some(allowed) = allowed {
+                for (token, logit) in all.iter_mut().enumerate() {
+                    if !is_allowed(allowed, token) {
+                        *logit = f32::NEG_INFINITY;
+                    }
+                }
+            }
             for &token in &self.forbidden {
                 if let Some(logit) = all.get_mut(token as usize) {
                     *logit = f32::NEG_INFINITY;
@@ -153,13 +173,21 @@ impl Sampler {
     /// # Errors
     /// If a logit is not a number, or none is finite.
     pub fn sample(&mut self, logits: &[f32]) -> Result<u32> {
+        self.sample_among(logits, None)
+    }
+
+    /// The same of the tokens whose bits are set in `allowed`, see [`Follow::allowed`](super::Follow::allowed).
+    ///
+    /// # Errors
+    /// If a logit is not a number, or none that is allowed is finite.
+    pub fn sample_among(&mut self, logits: &[f32], allowed: Option<&[u32]>) -> Result<u32> {
         if u32::try_from(logits.len()).is_err() {
             return Err(Error::Invalid(format!("{} logits", logits.len())));
         }
-        if self.greedy && self.stages.is_empty() && self.forbidden.is_empty() {
+        if self.greedy && self.stages.is_empty() && self.forbidden.is_empty() && allowed.is_none() {
             return greedy::argmax(logits);
         }
-        self.candidates(logits)?;
+        self.candidates_among(logits, allowed)?;
         if self.greedy {
             greedy::choose(&self.candidates)
         } else {

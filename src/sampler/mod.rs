@@ -6,6 +6,7 @@
 
 mod candidates;
 mod chain;
+mod constraint;
 mod dist;
 mod exp;
 mod greedy;
@@ -22,6 +23,7 @@ mod typical;
 pub use self::{
     candidates::{Candidate, Candidates},
     chain::Sampler,
+    constraint::{Constraint, Follow},
     presets::{Preset, preset},
     rng::Rng,
     settings::{Order, Row, Settings, Source, Stage, Value},

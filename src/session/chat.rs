@@ -7,6 +7,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use super::generate::{Event, Finish, GenerateOptions, Reply, generate};
 use super::replace::{Os, replace};
@@ -50,6 +51,8 @@ pub struct Chat {
     session: Session,
     template: ChatTemplate,
     messages: Vec<Message>,
+    /// What the template is told of tools: a list.
+    tools: Option<Value>,
 }
 
 impl Chat {
@@ -64,6 +67,7 @@ impl Chat {
             session,
             template,
             messages: Vec::new(),
+            tools: None,
         })
     }
 
@@ -87,6 +91,7 @@ impl Chat {
             session: self.session.fork()?,
             template: template.expect("this conversation has it from the same file"),
             messages: self.messages.clone(),
+            tools: self.tools.clone(),
         })
     }
 
@@ -125,6 +130,26 @@ impl Chat {
         }
     }
 
+    /// The tools that the model may call, a list of descriptions as templates expect them: `{"type": "function",
+    /// "function": {"name", "description", "parameters"}}`. Calls are then told apart from the text of replies.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if it is no list.
+    pub fn set_tools(&mut self, tools: Option<Value>) -> Result<()> {
+        if tools.as_ref().is_some_and(|tools| !tools.is_array()) {
+            return Err(Error::Invalid(
+                "tools: expected a list of descriptions, found another value".into(),
+            ));
+        }
+        self.tools = tools.filter(|tools| tools.as_array().is_some_and(|all| !all.is_empty()));
+        Ok(())
+    }
+
+    /// Those tools.
+    pub fn tools(&self) -> Option<&Value> {
+        self.tools.as_ref()
+    }
+
     /// Forgets everything but the system message.
     pub fn clear(&mut self) {
         self.messages.retain(|m| m.role == SYSTEM);
@@ -149,8 +174,22 @@ impl Chat {
         options: &GenerateOptions,
         on: &mut dyn FnMut(Event) -> ControlFlow<()>,
     ) -> Result<Reply> {
-        self.messages.push(Message::new(USER, text));
-        let said = self.messages.len() - 1;
+        self.answer(vec![Message::new(USER, text)], sampler, options, on)
+    }
+
+    /// Replies to any messages, such as what tools have answered: as [`Chat::send`].
+    ///
+    /// # Errors
+    /// As [`Chat::send`].
+    pub fn answer(
+        &mut self,
+        messages: Vec<Message>,
+        sampler: &mut Sampler,
+        options: &GenerateOptions,
+        on: &mut dyn FnMut(Event) -> ControlFlow<()>,
+    ) -> Result<Reply> {
+        let said = self.messages.len();
+        self.messages.extend(messages);
         let reply = self.reply(sampler, options, on);
         if !matches!(&reply, Ok(reply) if is_said(reply)) {
             self.messages.truncate(said);
@@ -187,11 +226,46 @@ impl Chat {
         on: &mut dyn FnMut(Event) -> ControlFlow<()>,
     ) -> Result<Reply> {
         let prompt = self.prompt()?;
+        let with_tools;
+        let options = match &self.tools {
+            Some(_) => {
+                with_tools = GenerateOptions {
+                    tools: true,
+                    ..options.clone()
+                };
+                &with_tools
+            }
+            None => options,
+        };
         let reply = generate(&mut self.session, &prompt, sampler, options, on)?;
         if is_said(&reply) {
-            self.messages.push(Message::new(ASSISTANT, &*reply.text));
+            let message = self.message_of(&reply);
+            self.messages.push(message);
         }
         Ok(reply)
+    }
+
+    /// A reply as a message. A template that knows no calls is given them in the text, as the model wrote them.
+    fn message_of(&self, reply: &Reply) -> Message {
+        let Some(written) = &reply.written else {
+            return Message::new(ASSISTANT, &*reply.text);
+        };
+        let source = self
+            .model()
+            .tokenizer()
+            .ok()
+            .and_then(|t| t.chat_template());
+        if !source.is_some_and(|source| source.contains("tool_calls")) {
+            return Message::new(ASSISTANT, &**written);
+        }
+        let before: usize = self.messages.iter().map(n_calls).sum();
+        let calls = reply.calls.iter().zip(before..).map(
+            |(call, i)| json!({"id": format!("call_{i}"), "type": "function", "function": call}),
+        );
+        Message {
+            tool_calls: Some(calls.collect()),
+            ..Message::new(ASSISTANT, reply.text.trim())
+        }
     }
 
     /// The tokens of the conversation, up to where the model is to speak.
@@ -201,6 +275,7 @@ impl Chat {
     pub fn prompt(&self) -> Result<Vec<u32>> {
         let options = RenderOptions {
             add_generation_prompt: true,
+            tools: self.tools.as_ref(),
             ..RenderOptions::default()
         };
         let tokenizer = self.model().tokenizer()?;
@@ -300,5 +375,11 @@ impl Chat {
 
 /// Whether a reply is worth a turn: it is complete, if empty, or has some text.
 fn is_said(reply: &Reply) -> bool {
-    reply.finish == Finish::Stop || !reply.text.is_empty()
+    reply.finish == Finish::Stop || !reply.text.is_empty() || !reply.calls.is_empty()
+}
+
+/// Calls that a message has.
+fn n_calls(message: &Message) -> usize {
+    let calls = message.tool_calls.as_ref().and_then(Value::as_array);
+    calls.map_or(0, Vec::len)
 }

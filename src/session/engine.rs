@@ -130,7 +130,9 @@ pub(super) fn load(
 /// Builds the network of a header for sessions that count and do not compute.
 pub(super) fn outline(gguf: &Gguf, threads: Threads) -> Result<Box<dyn Loaded>> {
     let n_threads = threads.decode.max(threads.prefill);
-    on_backend(gguf, move || Ok(Planner::new(n_threads)))
+    on_backend(gguf, &Cancel::default(), move || {
+        Ok(Planner::new(n_threads))
+    })
 }
 
 fn placed<B, F>(gguf: &Gguf, options: &LoadOptions, backend: F) -> Result<Box<dyn Loaded>>
@@ -139,18 +141,18 @@ where
     F: Fn() -> Result<B> + Send + Sync + 'static,
 {
     if options.trace {
-        on_backend(gguf, move || Ok(Tracer::new(backend()?)))
+        on_backend(gguf, &options.cancel, move || Ok(Tracer::new(backend()?)))
     } else {
-        on_backend(gguf, backend)
+        on_backend(gguf, &options.cancel, backend)
     }
 }
 
-fn on_backend<B, F>(gguf: &Gguf, backend: F) -> Result<Box<dyn Loaded>>
+fn on_backend<B, F>(gguf: &Gguf, cancel: &Cancel, backend: F) -> Result<Box<dyn Loaded>>
 where
     B: Backend + Send + 'static,
     F: Fn() -> Result<B> + Send + Sync + 'static,
 {
-    let network = Arc::from(model::load(gguf, &backend()?)?);
+    let network = Arc::from(model::load(gguf, &backend()?, cancel)?);
     Ok(Box::new(Placed { network, backend }))
 }
 

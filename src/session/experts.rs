@@ -1,6 +1,5 @@
 //! Experts of a model that are read when they are used: where they lie, and when that is worth it.
 
-use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -126,12 +125,13 @@ pub(super) fn table(gguf: &Gguf) -> Option<&TensorInfo> {
 /// If the file cannot be opened once more.
 pub(super) fn file_table(gguf: &Gguf) -> Result<Option<FileTable>> {
     let open = |table: &TensorInfo| {
-        let path = gguf.parts()[table.part].path();
+        let part = &gguf.parts()[table.part];
+        let (file, start) = part.reopen()?;
         Ok(FileTable {
             name: table.name.clone(),
-            path: path.into(),
-            file: File::open(path).map_err(|e| Error::io(path, e))?,
-            offset: table.offset,
+            path: part.path().into(),
+            file,
+            offset: start + table.offset,
         })
     };
     table(gguf).map(open).transpose()
@@ -164,7 +164,9 @@ pub(super) fn open(
 ) -> Result<Arc<StoredExperts>> {
     let given = &options.experts;
     let least = Budget::Slots(found.layout.min_slots());
-    let usage = given.remember.then(|| UsageFile {
+    let is_named = gguf.parts().iter().all(|part| part.is_named());
+    // Nothing lies beside a file of which only the descriptor is known.
+    let usage = (given.remember && is_named).then(|| UsageFile {
         model: gguf.path().to_owned(),
         model_hash: header_hash(gguf),
     });
@@ -184,6 +186,10 @@ pub(super) fn open(
     let layout = found.layout.clone();
     let store = match disk {
         Some(disk) => ExpertStore::with_disk(disk, layout, &store)?,
+        None if !is_named => {
+            let (file, start) = gguf.parts()[0].reopen()?;
+            ExpertStore::open_in(file, start, gguf.path(), layout, &store)?
+        }
         None => {
             let paths = gguf.parts().iter().map(|part| part.path().into());
             ExpertStore::open(&paths.collect::<Vec<PathBuf>>(), layout, &store)?

@@ -1,12 +1,14 @@
 //! A prompt to a reply: reuse what the session holds already, prefill the rest, decode until something ends it.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Session;
 use crate::error::{Error, Result};
 use crate::profile::{ExpertWork, Work};
-use crate::sampler::Sampler;
+use crate::sampler::{Constraint, Sampler};
+use crate::tools::{self, Part, ToolCall, ToolParser};
 
 /// When a reply ends, and how its tokens become text.
 #[derive(Clone, Debug, Default)]
@@ -19,6 +21,10 @@ pub struct GenerateOptions {
     pub ignore_end: bool,
     /// Whether the reply continues the text of the prompt, so that a space it begins with stays.
     pub continued: bool,
+    /// What the reply must be, from [`Model::constraint`](super::Model::constraint).
+    pub constraint: Option<Arc<dyn Constraint>>,
+    /// Whether calls of tools are told apart from the text, see [`tools`](crate::tools).
+    pub tools: bool,
 }
 
 /// Why a reply ended.
@@ -58,6 +64,8 @@ pub enum Event<'a> {
     },
     /// A token came, and completed this text: often none.
     Text(&'a str),
+    /// A token came, and completed this call, with [`GenerateOptions::tools`].
+    Call(&'a ToolCall),
 }
 
 /// Counts and times of a reply.
@@ -107,8 +115,12 @@ fn rate(n: usize, time: Duration) -> f64 {
 /// A reply.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Reply {
-    /// The text, without a stop text.
+    /// The text, without a stop text and calls of tools.
     pub text: String,
+    /// Calls of tools, with [`GenerateOptions::tools`].
+    pub calls: Vec<ToolCall>,
+    /// Text and calls, as the model wrote them, where there are calls.
+    pub written: Option<String>,
     /// The tokens, without the one that ended it.
     pub tokens: Vec<u32>,
     /// Why it ended.
@@ -157,6 +169,8 @@ pub fn generate(
 
     let mut reply = Reply {
         text: String::new(),
+        calls: Vec::new(),
+        written: None,
         tokens: Vec::new(),
         finish: Finish::Length,
         stats: Stats {
@@ -186,17 +200,24 @@ pub fn generate(
         return Ok(reply);
     }
 
-    let mut detokenizer = if options.continued {
+    let mut follow = options.constraint.as_ref().map(|c| c.start());
+    // A constraint is one on all of the text.
+    let mut detokenizer = if options.continued || follow.is_some() {
         tokenizer.stream_continued()
     } else {
         tokenizer.stream()
     };
     let mut stops = Stops::new(&options.stop);
+    let mut told = Told::new(options.tools);
+    if options.tools {
+        detokenizer = detokenizer.show(tools::marks().filter_map(|m| tokenizer.special_id(m)));
+    }
     let mut piece = String::new();
     let mut decode_begin = Instant::now();
     let work = session.work();
     while options.max_tokens.is_none_or(|n| reply.tokens.len() < n) {
-        let token = sampler.sample(session.logits())?;
+        let allowed = follow.as_mut().map(|follow| follow.allowed()).transpose()?;
+        let token = sampler.sample_among(session.logits(), allowed)?;
         if reply.tokens.is_empty() {
             reply.stats.first_token = begin.elapsed();
             decode_begin = Instant::now();
@@ -205,19 +226,26 @@ pub fn generate(
             reply.finish = Finish::Stop;
             break;
         }
+        if let Some(follow) = &mut follow {
+            follow.accept(token)?;
+        }
         sampler.accept(token);
         reply.tokens.push(token);
         piece.clear();
         detokenizer.push_to(token, &mut piece);
-        let shown = reply.text.len();
-        let stopped = stops.push(&piece, &mut reply.text);
-        let flow = on(Event::Text(&reply.text[shown..]));
+        let shown = told.written.len();
+        let stopped = stops.push(&piece, &mut told.written);
+        let flow = told.tell(shown, &mut reply, on);
         if stopped {
             reply.finish = Finish::Stop;
             break;
         }
         if flow.is_break() {
             reply.finish = Finish::Cancelled;
+            break;
+        }
+        if follow.as_ref().is_some_and(|follow| follow.is_complete()) {
+            reply.finish = Finish::Stop;
             break;
         }
         if options.max_tokens == Some(reply.tokens.len()) {
@@ -237,15 +265,95 @@ pub fn generate(
     }
     reply.stats.work = session.work().since(&before);
     // Half a character, or what might have become a stop text.
-    let shown = reply.text.len();
+    let shown = told.written.len();
     if !stops.found {
-        stops.push(&detokenizer.flush(), &mut reply.text);
-        stops.finish(&mut reply.text);
+        stops.push(&detokenizer.flush(), &mut told.written);
+        stops.finish(&mut told.written);
     }
-    if reply.text.len() > shown {
-        let _ = on(Event::Text(&reply.text[shown..])); // the reply has ended in any case
-    }
+    told.finish(shown, &mut reply, on);
     Ok(reply)
+}
+
+/// Tells a reply as it comes in.
+struct Told {
+    /// All that came.
+    written: String,
+    /// Where calls are told apart.
+    parser: Option<ToolParser>,
+    parts: Vec<Part>,
+}
+
+impl Told {
+    fn new(tools: bool) -> Self {
+        Self {
+            written: String::new(),
+            parser: tools.then(ToolParser::default),
+            parts: Vec::new(),
+        }
+    }
+
+    /// Tells what was written from `at` on, and puts it into `reply`. There is an event for each token.
+    fn tell(
+        &mut self,
+        at: usize,
+        reply: &mut Reply,
+        on: &mut dyn FnMut(Event) -> ControlFlow<()>,
+    ) -> ControlFlow<()> {
+        let piece = &self.written[at..];
+        let Some(parser) = &mut self.parser else {
+            reply.text.push_str(piece);
+            return on(Event::Text(piece));
+        };
+        parser.push(piece, &mut self.parts);
+        if self.parts.is_empty() {
+            return on(Event::Text(""));
+        }
+        self.tell_parts(reply, on)
+    }
+
+    fn tell_parts(
+        &mut self,
+        reply: &mut Reply,
+        on: &mut dyn FnMut(Event) -> ControlFlow<()>,
+    ) -> ControlFlow<()> {
+        let mut flow = ControlFlow::Continue(());
+        for part in self.parts.drain(..) {
+            let more = match part {
+                Part::Text(text) => {
+                    reply.text.push_str(&text);
+                    on(Event::Text(&text))
+                }
+                Part::Call(call) => {
+                    let flow = on(Event::Call(&call));
+                    reply.calls.push(call);
+                    flow
+                }
+            };
+            if more.is_break() {
+                flow = more;
+            }
+        }
+        flow
+    }
+
+    /// The reply has ended, whatever is said to the last events.
+    fn finish(
+        mut self,
+        at: usize,
+        reply: &mut Reply,
+        on: &mut dyn FnMut(Event) -> ControlFlow<()>,
+    ) {
+        if self.written.len() > at {
+            let _ = self.tell(at, reply, on);
+        }
+        if let Some(parser) = &mut self.parser {
+            parser.finish(&mut self.parts);
+            let _ = self.tell_parts(reply, on);
+        }
+        if !reply.calls.is_empty() {
+            reply.written = Some(self.written);
+        }
+    }
 }
 
 /// Whether a flag, or the caller, has stopped what else has succeeded.

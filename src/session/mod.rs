@@ -4,6 +4,7 @@
 
 mod budget;
 mod chat;
+mod embed;
 mod engine;
 mod experts;
 mod file;
@@ -14,12 +15,14 @@ mod timeline;
 
 pub use self::budget::{Concession, OnExceed};
 pub use self::chat::{Chat, Resumed};
+pub use self::embed::{Pooling, embed};
 pub use self::experts::ExpertOptions;
 pub use self::file::{Extra, MAX_NOTE_BYTES, StateFile};
 pub use self::generate::{Event, Finish, GenerateOptions, Reply, Stats, generate};
 pub use self::plan::{ExpertPlan, Footprint, Plan, Rates, Speed, UNCERTAINTY};
 pub use self::timeline::Snapshot;
 
+use std::fs::File;
 use std::ops::{ControlFlow, Range};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
@@ -38,12 +41,15 @@ use crate::error::{Error, Result};
 use crate::experts::ExpertStore;
 use crate::experts::disk::Disk;
 use crate::gguf::{Gguf, ReadAhead, TensorInfo};
-use crate::model::Pass;
+#[cfg(feature = "grammar")]
+use crate::grammar::Lexicon;
+use crate::grammar::ReplyFormat;
 use crate::model::config::Config;
+use crate::model::{Output, Pass};
 use crate::profile::span::now;
 use crate::profile::topology::Topology;
 use crate::profile::{Trace, Work, machine};
-use crate::sampler::{Settings, preset};
+use crate::sampler::{Constraint, Settings, preset};
 use crate::sparsity::Sparsity;
 use crate::tokenizer::Tokenizer;
 
@@ -74,7 +80,7 @@ pub struct LoadOptions {
     pub on_exceed: OnExceed,
     /// How experts are kept that do not all fit.
     pub experts: ExpertOptions,
-    /// Ends the loading from another thread. Building a vocabulary is not interrupted.
+    /// Ends the loading from another thread.
     pub cancel: Cancel,
 }
 
@@ -115,6 +121,9 @@ struct Inner {
     /// For state files: computed when the first is written or read.
     hashes: OnceLock<Hashes>,
     loading: Vec<(&'static str, Range<u64>)>,
+    /// For constraints: made with the first.
+    #[cfg(feature = "grammar")]
+    lexicon: OnceLock<Lexicon>,
 }
 
 /// What a model is.
@@ -147,7 +156,16 @@ impl Model {
     /// # Errors
     /// If the file cannot be read, is no GGUF file, or holds a model that is not supported.
     pub fn load(path: &Path, options: &LoadOptions) -> Result<Self> {
-        Self::load_from(path, options, None)
+        Self::load_from(|| Gguf::open(path), options, None)
+    }
+
+    /// The model in `bytes` of an open file, see [`Gguf::open_file`].
+    ///
+    /// # Errors
+    /// As [`Model::load`], and [`Error::Invalid`] for a range that the file does not have or that begins at no multiple
+    /// of 4.
+    pub fn load_file(file: File, bytes: Range<u64>, options: &LoadOptions) -> Result<Self> {
+        Self::load_from(|| Gguf::open_file(file, bytes), options, None)
     }
 
     /// The same, whose experts `disk` reads wherever the options have them read when they are used. Its files are the
@@ -156,12 +174,16 @@ impl Model {
     /// # Errors
     /// As [`Model::load`].
     pub fn load_with_disk(path: &Path, options: &LoadOptions, disk: Box<dyn Disk>) -> Result<Self> {
-        Self::load_from(path, options, Some(disk))
+        Self::load_from(|| Gguf::open(path), options, Some(disk))
     }
 
-    fn load_from(path: &Path, options: &LoadOptions, disk: Option<Box<dyn Disk>>) -> Result<Self> {
+    fn load_from(
+        open: impl FnOnce() -> Result<Gguf>,
+        options: &LoadOptions,
+        disk: Option<Box<dyn Disk>>,
+    ) -> Result<Self> {
         let start = now();
-        let gguf = Gguf::open(path)?;
+        let gguf = open()?;
         let mapped = now();
         options.cancel.check()?;
         let found = experts::to_store(&gguf, options)?;
@@ -178,7 +200,7 @@ impl Model {
         let open = |found| experts::open(&gguf, found, options, disk);
         let stored = found.as_ref().map(open).transpose()?;
         let (tokenizer, network) = rayon::join(
-            || Tokenizer::from_gguf(&gguf),
+            || Tokenizer::from_gguf_unless(&gguf, &options.cancel),
             || engine::load(&gguf, options, threads, &residency, stored.clone()),
         );
         let network = network?;
@@ -203,7 +225,18 @@ impl Model {
     /// # Errors
     /// As [`Model::load`].
     pub fn outline(path: &Path, options: &LoadOptions) -> Result<Self> {
-        let gguf = Gguf::open_header(path)?;
+        Self::outline_of(Gguf::open_header(path)?, options)
+    }
+
+    /// The same of a model in `bytes` of an open file.
+    ///
+    /// # Errors
+    /// As [`Model::load_file`].
+    pub fn outline_file(file: File, bytes: Range<u64>, options: &LoadOptions) -> Result<Self> {
+        Self::outline_of(Gguf::open_file_header(file, bytes)?, options)
+    }
+
+    fn outline_of(gguf: Gguf, options: &LoadOptions) -> Result<Self> {
         let threads = Threads::of(options);
         let network = engine::outline(&gguf, threads)?;
         let tokenizer = Err(Error::BadModel("an outline has no vocabulary".into()));
@@ -227,7 +260,7 @@ impl Model {
             threads_batch: self.n_threads_batch(),
             ..LoadOptions::default()
         };
-        Self::outline(self.gguf().path(), &options)
+        Self::outline_of(self.gguf().reopen_header()?, &options)
     }
 
     fn assemble(
@@ -265,6 +298,8 @@ impl Model {
             info,
             hashes: OnceLock::new(),
             loading: Vec::new(),
+            #[cfg(feature = "grammar")]
+            lexicon: OnceLock::new(),
         })))
     }
 
@@ -282,6 +317,36 @@ impl Model {
             .tokenizer
             .as_ref()
             .map_err(|e| Error::BadModel(e.to_string()))
+    }
+
+    /// What replies of this model must be, for [`GenerateOptions::constraint`]. The first takes the time to make a tree of
+    /// the vocabulary, and its memory, some tens of bytes a token; it stays with the model.
+    ///
+    /// # Errors
+    /// [`Error::Grammar`], which says where; [`Error::Unsupported`] without the feature `grammar`; if the model has no
+    /// vocabulary.
+    pub fn constraint(&self, format: &ReplyFormat) -> Result<Arc<dyn Constraint>> {
+        let tokenizer = self.tokenizer()?;
+        #[cfg(feature = "grammar")]
+        {
+            let lexicon = match self.0.lexicon.get() {
+                Some(lexicon) => lexicon,
+                None => {
+                    let new = Lexicon::new(tokenizer)?;
+                    self.0.lexicon.get_or_init(|| new)
+                }
+            };
+            lexicon.compile(format)
+        }
+        #[cfg(not(feature = "grammar"))]
+        {
+            let _ = (tokenizer, format);
+            Err(Error::Unsupported {
+                kind: "constraint",
+                found: "a schema or grammar".into(),
+                supported: "none, without the feature `grammar`".into(),
+            })
+        }
     }
 
     /// What it is.
@@ -624,6 +689,32 @@ impl Session {
         Ok(())
     }
 
+    /// Appends `tokens` and calls `each` with the position and the hidden state, `(hidden)`, of every one of them: what
+    /// the head makes logits of, after the final norm. Until it breaks.
+    ///
+    /// # Errors
+    /// As [`Session::prefill`].
+    pub fn hidden_states(
+        &mut self,
+        tokens: &[u32],
+        each: &mut dyn FnMut(usize, &[f32]) -> ControlFlow<()>,
+    ) -> Result<()> {
+        self.check(tokens)?;
+        let hidden = self.model.info().config.hidden;
+        for chunk in tokens.chunks(self.batch) {
+            let start = self.line.tokens.len();
+            let done = self.forward_to(Output::Hidden, Step::Prefill, chunk, 0);
+            let states = std::mem::take(&mut self.line.logits); // they are none
+            done?;
+            for (i, state) in states.chunks_exact(hidden).enumerate() {
+                if each(start + i, state).is_break() {
+                    return Err(Error::Cancelled);
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Bytes held beside the weights.
     pub fn memory(&self) -> MemoryReport {
         let (kv, conv) = self.engine.state_bytes();
@@ -667,7 +758,18 @@ impl Session {
         Ok(())
     }
 
-    fn forward(&mut self, step: Step, tokens: &[u32], logits_from: usize) -> Result<()> {
+    fn forward(&mut self, step: Step, tokens: &[u32], output_from: usize) -> Result<()> {
+        self.forward_to(Output::Logits, step, tokens, output_from)
+    }
+
+    /// Runs a pass, whose output becomes the logits of the line, whatever it is.
+    fn forward_to(
+        &mut self,
+        output: Output,
+        step: Step,
+        tokens: &[u32],
+        output_from: usize,
+    ) -> Result<()> {
         self.cancel.check()?;
         self.rebuild()?;
         let start = self.line.tokens.len();
@@ -675,7 +777,8 @@ impl Session {
         let pass = Pass {
             tokens,
             start,
-            logits_from,
+            output,
+            output_from,
             step,
             write_kv: true,
         };

@@ -16,7 +16,7 @@ use super::{Model, Session, kv_options};
 use crate::backend::{KvTypes, Step};
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
-use crate::model::Pass;
+use crate::model::{Output, Pass};
 use crate::sparsity::Sparsity;
 
 /// Marks that are kept: two a turn, where its prompt begins and where it ends.
@@ -268,7 +268,8 @@ impl Session {
             let pass = Pass {
                 tokens: &self.line.tokens[start..start + same.len()],
                 start,
-                logits_from: same.len(),
+                output: Output::Logits,
+                output_from: same.len(),
                 step: same[0],
                 write_kv: false,
             };

@@ -8,8 +8,8 @@ use super::cache::WordCache;
 use super::index::{Merge, MergeIndex, TextIndex};
 use super::pretokenize::Pretokenizer;
 use super::vocab::bad;
-use crate::Result;
 use crate::gguf::StringArray;
+use crate::{Cancel, Result};
 use rayon::prelude::*;
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -90,6 +90,7 @@ impl Bpe {
         is_text: impl Fn(u32) -> bool,
         pretokenizer: Pretokenizer,
         whole_words: bool,
+        cancel: &Cancel,
     ) -> Result<Bpe> {
         let n_tokens = u32::try_from(bytes.len()).expect("the number of tokens was checked");
         let mut tokens = TextIndex::with_room_for(bytes.len());
@@ -117,6 +118,7 @@ impl Bpe {
         // Looking the pieces up is most of the work, and can be done on all cores; nearly all of them are tokens.
         let halves = (0..pairs.len()).into_par_iter();
         let known = halves.map_init(Vec::new, |merged: &mut Vec<u8>, rank| {
+            cancel.check()?;
             let merge = pairs.get(rank).expect("a rank is an index");
             // A space that separates is not the first character.
             let Some(at) = merge.iter().skip(1).position(|&b| b == b' ') else {
@@ -141,6 +143,7 @@ impl Bpe {
         let known: Vec<Pieces> = known.collect::<Result<_>>()?;
         let mut merges = MergeIndex::with_room_for(pairs.len());
         for (rank, pieces) in (0u32..).zip(known) {
+            cancel.check()?;
             match pieces {
                 Pieces::Never => {}
                 Pieces::Tokens(left, right, merged) => merges.insert(left, right, rank, merged),

@@ -12,6 +12,8 @@ pub struct Detokenizer<'t> {
     /// A space that SentencePiece put before the text is still to be taken off.
     strip_space: bool,
     show_special: bool,
+    /// Those that are shown in any case.
+    shown: Vec<u32>,
 }
 
 impl<'t> Detokenizer<'t> {
@@ -21,12 +23,19 @@ impl<'t> Detokenizer<'t> {
             pending: Vec::new(),
             strip_space,
             show_special: false,
+            shown: Vec::new(),
         }
     }
 
     /// Lets control tokens appear as they are spelled; otherwise they are left out. A parser of tool calls needs them.
     pub fn show_special(mut self, show: bool) -> Self {
         self.show_special = show;
+        self
+    }
+
+    /// Lets these control tokens appear, whatever becomes of the others.
+    pub fn show(mut self, tokens: impl IntoIterator<Item = u32>) -> Self {
+        self.shown.extend(tokens);
         self
     }
 
@@ -42,7 +51,7 @@ impl<'t> Detokenizer<'t> {
     pub fn push_to(&mut self, id: u32, text: &mut String) {
         let tokenizer = self.tokenizer;
         let special = tokenizer.is_control(id);
-        if special && !self.show_special {
+        if special && !self.show_special && !self.shown.contains(&id) {
             return;
         }
         let bytes = if special {

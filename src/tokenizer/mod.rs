@@ -40,7 +40,7 @@ use self::special::{Part, Specials};
 use self::spm::Spm;
 use self::vocab::bad;
 use crate::gguf::{Array, Gguf, Metadata, StringArray};
-use crate::{Error, Result};
+use crate::{Cancel, Error, Result};
 
 /// Tokens that end a reply in some family of models, where the file has them as control tokens. A text that spells one
 /// is never cut to that token unless control tokens are parsed, whatever type the file gives it.
@@ -120,7 +120,15 @@ impl Tokenizer {
     /// [`Error::Unsupported`] for a kind of tokenizer or a pre-tokenizer that is not known here, [`Error::BadModel`] if
     /// the metadata are incomplete or contradict each other.
     pub fn from_gguf(gguf: &Gguf) -> Result<Self> {
-        Tokenizer::new(Vocab::from_metadata(gguf.metadata())?)
+        Tokenizer::from_gguf_unless(gguf, &Cancel::default())
+    }
+
+    /// The same, unless another thread has it stopped.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::from_gguf`], and [`Error::Cancelled`].
+    pub fn from_gguf_unless(gguf: &Gguf, cancel: &Cancel) -> Result<Self> {
+        Tokenizer::make(Vocab::from_metadata(gguf.metadata())?, cancel)
     }
 
     /// Bytes that the tokenizer of these metadata will take: its tables by their sizes, and what was found for the
@@ -146,6 +154,10 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::from_gguf`].
     pub fn new(vocab: Vocab) -> Result<Self> {
+        Tokenizer::make(vocab, &Cancel::default())
+    }
+
+    fn make(vocab: Vocab, cancel: &Cancel) -> Result<Self> {
         let is_bpe = match &*vocab.model {
             "gpt2" => true,
             "llama" => false,
@@ -160,13 +172,13 @@ impl Tokenizer {
         vocab.validate()?;
         // A model is not loaded before its vocabulary is: two cores do what is most of that time.
         let (distinct, tokenizer) = rayon::join(
-            || check_distinct(&vocab.tokens),
-            || Self::build(&vocab, is_bpe),
+            || check_distinct(&vocab.tokens, cancel),
+            || Self::build(&vocab, is_bpe, cancel),
         );
         distinct.and(tokenizer)
     }
 
-    fn build(vocab: &Vocab, is_bpe: bool) -> Result<Self> {
+    fn build(vocab: &Vocab, is_bpe: bool, cancel: &Cancel) -> Result<Self> {
         let n_tokens = vocab.tokens.len();
         let types: Vec<TokenType> = (0..n_tokens).map(|id| vocab.type_of(id)).collect();
         for (id, text) in vocab.tokens.iter().enumerate() {
@@ -216,6 +228,7 @@ impl Tokenizer {
             let mut spellable = vec![false; n_tokens];
             let mut decoded = Vec::new();
             for (id, text) in vocab.tokens.iter().enumerate() {
+                cancel.check()?;
                 let as_spelled = parsed(id as u32)
                     || matches!(types[id], TokenType::UserDefined | TokenType::Byte);
                 decoded.clear();
@@ -232,6 +245,7 @@ impl Tokenizer {
                 |id| spellable[id as usize],
                 pretokenizer,
                 whole_words,
+                cancel,
             )?;
             (Encoder::Bpe(bpe), bytes, whole_words)
         } else {
@@ -450,9 +464,10 @@ fn byte_spelled(text: &[u8]) -> Option<u8> {
 }
 
 /// No two tokens may be spelled alike, but any number may be empty: these are never made from text.
-fn check_distinct(tokens: &StringArray) -> Result<()> {
+fn check_distinct(tokens: &StringArray, cancel: &Cancel) -> Result<()> {
     let mut index = TextIndex::with_room_for(tokens.len());
     for (id, text) in (0u32..).zip(tokens.iter()) {
+        cancel.check()?;
         if !text.is_empty()
             && let Some(other) = index.insert(tokens, id)
         {

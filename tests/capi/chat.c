@@ -19,7 +19,7 @@ static void nap(double ms) {
 
 static const char QUESTION[] = "Describe a small café in Zürich.";
 static kinglet_generate_params most(uint64_t n) {
-    kinglet_generate_params params = {sizeof params, n, NULL, 0, 0, 0, NULL};
+    kinglet_generate_params params = {sizeof params, n, NULL, 0, 0, 0, NULL, NULL, 0, NULL, 0};
     params.ignore_end = 1;
     return params;
 }
@@ -102,6 +102,63 @@ static void history(kinglet_model *model, const char *folder) {
     OK(kinglet_session_complete(loaded, "Once upon a time", 16, &params, &reply, append, &second));
     CHECK(same(&found, &second));
     kinglet_session_release(loaded);
+    kinglet_session_release(session);
+}
+
+static text calls;
+
+static int append_calls(const kinglet_chunk *chunk, void *user) {
+    if (chunk->kind != KINGLET_CHUNK_CALL) return append(chunk, user);
+    memcpy(calls.bytes, chunk->text, chunk->text_len);
+    return 0;
+}
+
+/* Replies that must be something, on this thread and on the runtime's. */
+static void constraints(kinglet_model *model) {
+    static const char schema[] = "{\"type\":\"object\",\"properties\":{\"sound\":{\"enum\":[\"m\xc3\xa4h\",\"woof\"]}},"
+                                 "\"required\":[\"sound\"],\"additionalProperties\":false}";
+    static const char grammar[] = "start: \"yes\" | \"no\"";
+    kinglet_generate_params params = most(64);
+    kinglet_session *session = open_session(model);
+    kinglet_request *request;
+    kinglet_reply reply = {sizeof reply, 0, 0, 0, 0, 0, 0, 0, 0};
+    params.json_schema = schema;
+    params.json_schema_len = sizeof schema - 1;
+    memset(&found, 0, sizeof found);
+    OK(kinglet_session_send(session, QUESTION, strlen(QUESTION), &params, &reply, append, &found));
+    CHECK(reply.finish == KINGLET_FINISH_STOP && found.len > 10 && found.bytes[0] == '{');
+    CHECK(strstr(found.bytes, "\"sound\"") != NULL && found.bytes[found.len - 1] == '}');
+    CHECK(strstr(found.bytes, "\"m\xc3\xa4h\"") != NULL || strstr(found.bytes, "\"woof\"") != NULL);
+    memset(&second, 0, sizeof second);
+    OK(kinglet_session_regenerate(session, &params, NULL, append, &second));
+    CHECK(same(&found, &second));
+    params.json_schema_len = 0;
+    /* A call of a tool, told apart from the text, and its answer. */
+    static const char called[] = "start: \"Hm.<tool_call>{\\\"name\\\":\\\"sky\\\",\\\"arguments\\\":{\\\"x\\\":1}}</tool_call>\"";
+    static const char tools[] = "[{\"type\":\"function\",\"function\":{\"name\":\"sky\"}}]";
+    static const char answer[] = "[{\"role\":\"tool\",\"content\":\"blue\",\"tool_call_id\":\"call_0\"}]";
+    params.grammar = called;
+    params.grammar_len = sizeof called - 1;
+    OK(kinglet_session_rewind(session, 0));
+    OK(kinglet_session_set_tools(session, tools, sizeof tools - 1));
+    memset(&found, 0, sizeof found);
+    memset(&calls, 0, sizeof calls);
+    OK(kinglet_session_send(session, "How is the sky?", 15, &params, &reply, append_calls, &found));
+    CHECK(strcmp(found.bytes, "Hm.") == 0);
+    CHECK(strcmp(calls.bytes, "{\"name\":\"sky\",\"arguments\":{\"x\":1}}") == 0);
+    params.grammar_len = 0;
+    params.max_tokens = 4;
+    OK(kinglet_session_answer(session, answer, sizeof answer - 1, &params, &reply, append_calls, &found));
+    CHECK(reply.reply_tokens == 4);
+    OK(kinglet_session_set_tools(session, NULL, 0));
+    params.max_tokens = 64;
+    params.grammar = grammar;
+    params.grammar_len = sizeof grammar - 1;
+    memset(&found, 0, sizeof found);
+    OK(kinglet_request_start(&request, session, "Is it?", 6, &params, append, &found));
+    OK(kinglet_request_wait(request, 60000, NULL));
+    kinglet_request_release(request);
+    CHECK(strcmp(found.bytes, "yes") == 0 || strcmp(found.bytes, "no") == 0);
     kinglet_session_release(session);
 }
 
@@ -251,6 +308,7 @@ int main(int argc, char **argv) {
     OK(kinglet_runtime_create(&runtime));
     kinglet_model *model = load(runtime, argv[1]);
     history(model, argv[2]);
+    constraints(model);
     requests(model);
     threads(runtime, model);
     /* Far above what it takes, for machines that are busy. */

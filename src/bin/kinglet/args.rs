@@ -1,15 +1,16 @@
 //! The arguments of every verb. Names are llama.cpp's where it has them.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kinglet::backend::select::Chunking;
 use kinglet::experts::{IoMode, PolicyKind, Prefetch};
+use kinglet::grammar::ReplyFormat;
 use kinglet::sampler::{Settings, Source};
-use kinglet::session::{ExpertOptions, GenerateOptions, OnExceed};
+use kinglet::session::{ExpertOptions, GenerateOptions, OnExceed, Pooling};
 use kinglet::sparsity::{Heads, Policy, Sparsity};
 use kinglet::{BackendKind, KvType, KvTypes, Model, Session, SessionOptions};
 
@@ -36,6 +37,8 @@ pub enum Command {
     Chat(ChatArgs),
     /// Answer one prompt, or continue a text.
     Run(RunArgs),
+    /// Turn texts into vectors.
+    Embed(EmbedArgs),
     /// Show what a model will need and how fast it will be, from its header alone.
     Plan(PlanArgs),
     /// Show what a model file holds: header, metadata, tensors, problems.
@@ -479,16 +482,36 @@ pub struct EndArgs {
     /// Let the model not end by itself
     #[arg(long)]
     ignore_eos: bool,
+    /// Replies are JSON by this schema: a file, or the schema itself
+    #[arg(short = 'j', long, value_name = "FILE|{…}", conflicts_with = "grammar")]
+    json_schema: Option<String>,
+    /// Replies are texts of the Lark grammar in this file
+    #[arg(long, value_name = "FILE")]
+    grammar: Option<PathBuf>,
 }
 
 impl EndArgs {
-    pub fn options(&self) -> GenerateOptions {
-        GenerateOptions {
+    pub fn options(&self, model: &Model) -> Outcome<GenerateOptions> {
+        let schema = match self.json_schema.as_deref() {
+            Some(text) if text.trim_start().starts_with('{') => Some(text.to_owned()),
+            Some(path) => Some(ui::read_text(Path::new(path))?),
+            None => None,
+        };
+        let grammar = self.grammar.as_deref().map(ui::read_text).transpose()?;
+        let format = match (&schema, &grammar) {
+            (Some(schema), _) => Some(ReplyFormat::JsonSchema(schema)),
+            (None, Some(grammar)) => Some(ReplyFormat::Lark(grammar)),
+            (None, None) => None,
+        };
+        let constraint = format.map(|format| model.constraint(&format)).transpose()?;
+        Ok(GenerateOptions {
             max_tokens: usize::try_from(self.max_tokens).ok(),
             stop: self.stop.clone(),
             ignore_end: self.ignore_eos,
             continued: false,
-        }
+            constraint,
+            tools: false,
+        })
     }
 }
 
@@ -534,6 +557,9 @@ pub struct RunArgs {
     /// With --raw: control tokens spelled in the text become control tokens
     #[arg(long, requires = "raw")]
     pub special: bool,
+    /// Tools that the model may call, a JSON list in this file; calls are printed as lines of JSON
+    #[arg(long, value_name = "FILE", conflicts_with = "raw")]
+    pub tools: Option<PathBuf>,
     /// Keep the prompt as it was read in this file, and read no more of the next than is different
     #[arg(long, value_name = "FILE")]
     pub prompt_cache: Option<PathBuf>,
@@ -551,6 +577,33 @@ pub struct RunArgs {
     pub budget: BudgetArgs,
     #[command(flatten)]
     pub sampling: SamplingArgs,
+}
+
+#[derive(Args)]
+pub struct EmbedArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// A text; may be given several times. Without one each line of stdin is one
+    #[arg(short, long = "prompt", value_name = "TEXT")]
+    pub texts: Vec<String>,
+    /// How the states of tokens become one vector
+    #[arg(long, value_name = "HOW", default_value = Pooling::default().name(), value_parser = poolings())]
+    pub pooling: Pooling,
+    /// Leave vectors as long as they are
+    #[arg(long)]
+    pub no_normalize: bool,
+    #[command(flatten)]
+    pub session: SessionArgs,
+    #[command(flatten)]
+    pub budget: BudgetArgs,
+}
+
+/// The ways to pool, for a parser.
+fn poolings() -> impl TypedValueParser<Value = Pooling> {
+    PossibleValuesParser::new(Pooling::ALL.map(Pooling::name)).map(|name| {
+        let found = Pooling::ALL.into_iter().find(|p| p.name() == name);
+        found.expect("one of their names")
+    })
 }
 
 #[derive(Args)]

@@ -65,7 +65,7 @@ pub fn run(args: &ChatArgs) -> Outcome {
         sampler,
         file,
         changed: false,
-        options: args.end.options(),
+        options: args.end.options(&model)?,
         stats: !args.quiet,
         kv: args.session.options().kv,
         before: String::new(),

@@ -72,7 +72,7 @@ impl Failure {
     fn code(&self) -> u8 {
         match self {
             Failure::Library(error) => match error {
-                Error::Invalid(_) => USAGE,
+                Error::Invalid(_) | Error::Grammar(_) => USAGE,
                 Error::BadFile { .. }
                 | Error::Mismatch { .. }
                 | Error::BadModel(_)

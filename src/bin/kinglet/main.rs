@@ -7,6 +7,7 @@ mod bench;
 mod chat;
 mod completions;
 mod doctor;
+mod embed;
 mod eval;
 mod experts;
 mod failure;
@@ -54,6 +55,7 @@ fn dispatch(command: Command) -> Outcome {
     match command {
         Command::Chat(args) => chat::run(&args),
         Command::Run(args) => run::run(&args),
+        Command::Embed(args) => embed::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Show(args) => show::run(&args),

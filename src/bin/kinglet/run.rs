@@ -104,10 +104,21 @@ fn answer(
     sampler: &mut Sampler,
     printer: &mut ReplyPrinter,
 ) -> Outcome<(Reply, Session)> {
+    let model = session.model().clone();
     let mut chat = Chat::new(session)?;
     chat.set_system(args.system.as_deref());
+    if let Some(path) = &args.tools {
+        let text = ui::read_text(path)?;
+        let bad = |e| {
+            Failure::usage(format!(
+                "{}: expected a list of tools, found {e}",
+                path.display()
+            ))
+        };
+        chat.set_tools(Some(serde_json::from_str(&text).map_err(bad)?))?;
+    }
     let on = &mut |event: Event| printer.on(event);
-    let reply = chat.send(prompt, sampler, &args.end.options(), on)?;
+    let reply = chat.send(prompt, sampler, &args.end.options(&model)?, on)?;
     Ok((reply, chat.into_session()))
 }
 
@@ -135,7 +146,7 @@ fn continue_text(
     }
     let options = GenerateOptions {
         continued: true,
-        ..args.end.options()
+        ..args.end.options(&model)?
     };
     let on = &mut |event: Event| printer.on(event);
     let reply = generate(&mut session, &tokens, sampler, &options, on)?;
@@ -147,6 +158,7 @@ fn print_json(reply: &Reply, sampler: &Sampler) -> Outcome {
     let ms = |time: std::time::Duration| (time.as_secs_f64() * 1e6).round() / 1e3;
     let json = json!({
         "text": reply.text,
+        "tool_calls": reply.calls,
         "tokens": reply.tokens,
         "finish": reply.finish.name(),
         "seed": sampler.seed(),

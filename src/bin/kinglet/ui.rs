@@ -118,6 +118,18 @@ impl ReplyPrinter {
                     return ControlFlow::Break(());
                 }
             }
+            Event::Call(call) => {
+                self.clear_progress();
+                // A line of its own: text and calls can be told apart by who reads lines.
+                let start = if self.at_line_start { "" } else { "\n" };
+                let json = serde_json::to_string(call).expect("strings and values become JSON");
+                if self.text
+                    && let Err(error) = self.print(&format!("{start}{json}\n"))
+                {
+                    self.failed = Some(error);
+                    return ControlFlow::Break(());
+                }
+            }
         }
         if interrupt::hit() {
             ControlFlow::Break(())

@@ -24,6 +24,8 @@ struct Entry {
     path: PathBuf,
     cached: File,
     direct: Option<File>,
+    /// The byte that readers call 0.
+    start: u64,
     opened: Identity,
 }
 
@@ -85,6 +87,7 @@ impl Files {
                 path: path.clone(),
                 cached,
                 direct,
+                start: 0,
                 opened,
             });
         }
@@ -123,6 +126,57 @@ impl Files {
         }
         Ok(())
     }
+
+    /// One file that is open, whose bytes count from `start`; there are to be as many as `bytes` says.
+    ///
+    /// # Errors
+    /// As [`Files::open`], and [`Error::Unsupported`] to read past the page cache.
+    pub fn open_in(
+        file: File,
+        start: u64,
+        name: &Path,
+        bytes: &[u64],
+        mode: IoMode,
+    ) -> Result<Self> {
+        let &[expected] = bytes else {
+            return Err(Error::Invalid(format!(
+                "experts: expected one file, found {}",
+                bytes.len()
+            )));
+        };
+        if let IoMode::Direct | IoMode::Uring = mode {
+            return Err(Error::Unsupported {
+                kind: "way to read an open file",
+                found: "direct, uring".into(),
+                supported: "auto, buffered".into(),
+            });
+        }
+        let opened = Identity::of(&file.metadata().map_err(|e| Error::io(name, e))?);
+        if start
+            .checked_add(expected)
+            .is_none_or(|end| end > opened.bytes)
+        {
+            return Err(Error::BadFile {
+                path: name.into(),
+                what: format!(
+                    "expected the {expected} bytes of its header from {start}, found a file of {}",
+                    opened.bytes
+                ),
+            });
+        }
+        Ok(Self {
+            files: vec![Entry {
+                path: name.into(),
+                cached: file,
+                direct: None,
+                start,
+                opened,
+            }],
+            direct: AtomicBool::new(false),
+            may_fall_back: true,
+            has_ring: false,
+        })
+    }
 }
 
 fn same_file(a: &File, b: &File) -> io::Result<bool> {
@@ -154,6 +208,7 @@ impl Disk for Files {
 
     fn read(&self, file: usize, offset: u64, into: &mut [u8], needed: usize) -> Result<(), Fault> {
         let entry = &self.files[file];
+        let offset = entry.start + offset;
         let direct = entry.direct.as_ref();
         let direct = direct.filter(|_| self.direct.load(Ordering::Relaxed));
         let read = match direct {

@@ -96,6 +96,6 @@ impl<B: Backend> Network<B> for Decoder<B> {
             let h = layer.ffn.forward(b, &h);
             b.add(&mut x, &h);
         }
-        Some(self.embedding.logits(b, &x))
+        Some(self.embedding.output(b, &x, pass.output))
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::backend::{Backend, Linear, LinearOf};
 use crate::error::Result;
+use crate::model::Output;
 use crate::model::config::Config;
 use crate::model::weights::Weights;
 
@@ -39,10 +40,15 @@ impl<B: Backend> Embedding<B> {
         b.embed(&self.table, tokens, scale)
     }
 
-    /// Logits, (n_tokens, n_vocab), of the residual stream `x`.
-    pub(crate) fn logits(&self, b: &mut B, x: &B::Tensor) -> B::Tensor {
+    /// Logits, (n_tokens, n_vocab), of the residual stream `x`, or what they are made of.
+    pub(crate) fn output(&self, b: &mut B, x: &B::Tensor, output: Output) -> B::Tensor {
         let h = b.rms_norm(x, &self.norm, self.eps);
-        let [logits] = b.linear(&h, [&self.head]);
-        logits
+        match output {
+            Output::Logits => {
+                let [logits] = b.linear(&h, [&self.head]);
+                logits
+            }
+            Output::Hidden => h,
+        }
     }
 }

@@ -1,0 +1,39 @@
+//! `kinglet embed`: each text as one vector, a JSON object on a line.
+
+use std::io::{self, IsTerminal, Write};
+
+use kinglet::session::embed;
+use kinglet::tokenizer::Special;
+use serde_json::json;
+
+use crate::args::EmbedArgs;
+use crate::failure::{Failure, Outcome};
+use crate::{interrupt, locate, ui};
+
+pub fn run(args: &EmbedArgs) -> Outcome {
+    let texts: Vec<String> = match &args.texts[..] {
+        [] if io::stdin().is_terminal() => {
+            return Err(Failure::usage(
+                "no text: give it with -p, or each on a line through a pipe",
+            ));
+        }
+        [] => ui::read_stdin()?.lines().map(str::to_owned).collect(),
+        texts => texts.to_vec(),
+    };
+    let model = locate::load_within(&args.model, &args.budget)?;
+    let mut session = args.session.open(&model)?;
+    let tokenizer = model.tokenizer()?;
+    let mut out = io::stdout().lock();
+    let _busy = interrupt::busy();
+    for text in texts {
+        if interrupt::hit() {
+            return Err(Failure::Interrupted);
+        }
+        let tokens = tokenizer.encode_with_bos(&text, Special::Text);
+        let vector = embed(&mut session, &tokens, args.pooling, !args.no_normalize)?;
+        let json = json!({ "text": text, "n_tokens": tokens.len(), "embedding": vector });
+        writeln!(out, "{json}")?;
+        out.flush()?;
+    }
+    Ok(())
+}
