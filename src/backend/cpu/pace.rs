@@ -136,11 +136,14 @@ mod os {
 
     use super::Used;
 
+    /// As Linux has it; `libc` does not name it for Android.
+    const RUSAGE_THREAD: libc::c_int = 1;
+
     pub(super) fn used() -> Used {
         // SAFETY: all fields are integers, for which zeros are valid.
         let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
         // SAFETY: the pointer is to a `rusage` of ours.
-        if unsafe { libc::getrusage(libc::RUSAGE_THREAD, &mut usage) } != 0 {
+        if unsafe { libc::getrusage(RUSAGE_THREAD, &mut usage) } != 0 {
             return Used::default();
         }
         let time = |t: libc::timeval| {

@@ -1,0 +1,58 @@
+package dev.kinglet
+
+/** The functions of `kinglet_jni.c`. They throw [KingletException]; texts are UTF-8, handles numbers. */
+internal object Native {
+    init {
+        System.loadLibrary("kinglet_jni")
+    }
+
+    /** What a reply tells; false ends it. */
+    fun interface Sink {
+        fun tell(kind: Int, text: ByteArray?, done: Long, total: Long): Boolean
+    }
+
+    const val SEND = 0
+    const val REGENERATE = 1
+    const val COMPLETE = 2
+
+    /** A chunk's kind that has a text; the other one counts. */
+    const val TEXT = 2
+
+    @JvmStatic external fun version(): ByteArray
+
+    @JvmStatic external fun cancelCreate(): Long
+    @JvmStatic external fun cancelSet(cancel: Long)
+    @JvmStatic external fun cancelRelease(cancel: Long)
+
+    @JvmStatic external fun runtimeCreate(): Long
+    @JvmStatic external fun runtimeRelease(runtime: Long)
+    @JvmStatic external fun runtimeNotify(runtime: Long, event: Int)
+
+    @JvmStatic external fun modelLoad(
+        runtime: Long, path: ByteArray, memory: Long, degrade: Boolean, threads: Int, threadsBatch: Int, cancel: Long,
+    ): Long
+    @JvmStatic external fun modelRelease(model: Long)
+    @JvmStatic external fun modelDescribe(model: Long): LongArray
+    @JvmStatic external fun modelName(model: Long): ByteArray
+    @JvmStatic external fun modelTrim(model: Long, bytes: Long): Long
+    @JvmStatic external fun planMake(
+        path: ByteArray, memory: Long, degrade: Boolean, threads: Int, threadsBatch: Int,
+        nCtx: Long, batch: Int, keys: Int, values: Int,
+    ): LongArray
+
+    @JvmStatic external fun sessionCreate(model: Long, nCtx: Long, batch: Int, keys: Int, values: Int): Long
+    @JvmStatic external fun sessionRelease(session: Long)
+    @JvmStatic external fun sessionDescribe(session: Long): LongArray
+    @JvmStatic external fun sessionSet(session: Long, name: ByteArray, value: ByteArray)
+    @JvmStatic external fun sessionSetSystem(session: Long, text: ByteArray)
+    @JvmStatic external fun sessionMessages(session: Long): ByteArray
+    @JvmStatic external fun sessionSetMessages(session: Long, json: ByteArray)
+    @JvmStatic external fun sessionRewind(session: Long, nMessages: Long)
+    @JvmStatic external fun sessionFork(session: Long): Long
+    @JvmStatic external fun sessionSave(session: Long, path: ByteArray)
+    @JvmStatic external fun sessionLoad(session: Long, path: ByteArray)
+    @JvmStatic external fun sessionReply(
+        session: Long, how: Int, prompt: ByteArray?, maxTokens: Long, stops: ByteArray, stopLengths: IntArray,
+        ignoreEnd: Boolean, cancel: Long, sink: Sink,
+    ): LongArray
+}

@@ -1,0 +1,328 @@
+/**
+ * The Kotlin API on a desktop JVM over the real library: KingletTest MODEL FOLDER [SESSIONS]. Fails with the first
+ * check that does.
+ */
+
+import dev.kinglet.Chunk
+import dev.kinglet.Event
+import dev.kinglet.Finish
+import dev.kinglet.Kinglet
+import dev.kinglet.KingletException
+import dev.kinglet.Model
+import dev.kinglet.ModelSource
+import dev.kinglet.Reply
+import dev.kinglet.ReplyOptions
+import dev.kinglet.Session
+import dev.kinglet.SessionOptions
+import dev.kinglet.Status
+import java.io.File
+import java.lang.management.ManagementFactory
+import java.nio.file.Files
+import java.util.concurrent.atomic.AtomicInteger
+import javax.management.ObjectName
+import kotlin.time.Duration
+import kotlin.time.Duration.Companion.milliseconds
+import kotlin.time.Duration.Companion.seconds
+import kotlin.time.TimeSource
+import kotlinx.coroutines.CancellationException
+import kotlinx.coroutines.CompletableDeferred
+import kotlinx.coroutines.Dispatchers
+import kotlinx.coroutines.async
+import kotlinx.coroutines.cancelAndJoin
+import kotlinx.coroutines.coroutineScope
+import kotlinx.coroutines.delay
+import kotlinx.coroutines.flow.Flow
+import kotlinx.coroutines.flow.first
+import kotlinx.coroutines.flow.filterIsInstance
+import kotlinx.coroutines.flow.take
+import kotlinx.coroutines.flow.toList
+import kotlinx.coroutines.launch
+import kotlinx.coroutines.runBlocking
+
+const val QUESTION = "Describe a small café in Zürich. 🦊"
+const val NEXT = "And then?"
+val few = ReplyOptions(maxTokens = 24, ignoreEnd = true)
+val endless = ReplyOptions(maxTokens = 1500, ignoreEnd = true)
+
+class Failed(what: String) : AssertionError(what)
+
+/** Checks that throw are counted too, for the last line. */
+val checks = AtomicInteger()
+
+fun expect(good: Boolean, what: () -> Any?) {
+    checks.incrementAndGet()
+    if (!good) throw Failed(what().toString())
+}
+
+fun <T> expectSame(expected: T, found: T) = expect(expected == found) { "expected $expected\n   found $found" }
+
+inline fun expectStatus(status: Status, call: () -> Unit): KingletException {
+    try {
+        call()
+    } catch (e: KingletException) {
+        expectSame(status, e.status)
+        return e
+    }
+    throw Failed("expected $status, found no exception")
+}
+
+suspend fun Model.open(): Session = session(SessionOptions(nCtx = 2048)).apply { set("temp", "0") } // runs compare
+
+/** A whole reply, and what it was. */
+suspend fun Flow<Chunk>.all(): Pair<String, Reply> {
+    val chunks = toList()
+    val texts = chunks.filterIsInstance<Chunk.Text>()
+    expect(texts.size > 4 && texts.none { it.text.isEmpty() }) { "expected pieces, found $chunks" }
+    val reply = (chunks.last() as Chunk.End).reply
+    expect((chunks.first() is Chunk.Prefill) == (reply.reusedTokens < reply.promptTokens)) { chunks }
+    return texts.joinToString("") { it.text } to reply
+}
+
+suspend fun history(model: Model, folder: File) {
+    val session = model.open()
+    val (fresh, reply) = session.send(QUESTION, few).all()
+    expectSame(24L to Finish.LENGTH, reply.replyTokens to reply.finish)
+    expect(reply.firstToken > Duration.ZERO && reply.decode > Duration.ZERO) { reply }
+    val fork = session.fork()
+    val (second, more) = session.send(NEXT, few).all()
+    expect(more.reusedTokens > 0 && more.reusedTokens < more.promptTokens) { more }
+    expectSame(second, fork.send(NEXT, few).all().first)
+    fork.close()
+
+    session.rewind(2)
+    expectSame(2L, session.info().nMessages)
+    expectSame(second, session.send(NEXT, few).all().first)
+    expectSame(second, session.regenerate(few).all().first)
+
+    session.rewind(2)
+    val state = File(folder, "gespräch-🦊.state")
+    session.save(state)
+    val restored = model.open()
+    restored.restore(state)
+    expectSame(session.messages(), restored.messages())
+    val (after, what) = restored.send(NEXT, few).all()
+    expectSame(second, after)
+    expect(what.reusedTokens > 0) { what }
+    restored.close()
+    expect(state.delete()) { state }
+
+    session.rewind(0)
+    expectSame(fresh, session.sendBlocking(QUESTION, few) { true }.let { lastReply(session) })
+    val stop = fresh.drop(fresh.length / 2).take(3)
+    val (before, ended) = session.regenerate(few.copy(stops = listOf("🦊 never", stop))).all()
+    expectSame(Finish.STOP, ended.finish)
+    expectSame(fresh.substringBefore(stop), before)
+    session.close()
+}
+
+/** The content of the last message. The texts of these tests need no more of JSON. */
+fun lastReply(session: Session): String = session.messages()
+    .substringAfterLast("\"content\":\"").removeSuffix("\"}]")
+    .replace("\\n", "\n").replace("\\\"", "\"").replace("\\\\", "\\")
+
+suspend fun texts(kinglet: Kinglet, model: Model, file: File, folder: File) {
+    // Two, three and four bytes, a character outside of the first plane, a zero, marks that join.
+    val text = "Zürich, 日本, 🦊👩‍👩‍👧, \u0000 𝄞 \u200d é"
+    val json = "[{\"role\":\"system\",\"content\":\"${text.replace("\u0000", "\\u0000")}\"}]"
+    val session = model.open()
+    session.setMessages(json)
+    expectSame(json, session.messages())
+    session.setSystem("🦊")
+    expect("\"🦊\"" in session.messages()) { session.messages() }
+    session.rewind(0)
+    session.send(text, few).toList()
+    expect("日本, 🦊👩‍👩‍👧" in session.messages()) { session.messages() }
+    val why = expectStatus(Status.ARGUMENT) { session.set("temp-𝄞", "0") }
+    expect("𝄞" in why.message!!) { why }
+
+    // What a model says, too: one that has seen enough foxes goes on.
+    session.set("repeat-penalty", "1")
+    val (foxes, _) = session.complete("🦊".repeat(60), few).all()
+    expect(foxes.startsWith("🦊🦊")) { foxes }
+    val link = Files.createSymbolicLink(File(folder, "módel-🦊.gguf").toPath(), file.toPath()).toFile()
+    kinglet.load(link).use { expectSame(model.info(), it.info()) }
+    expect(link.delete()) { link }
+    session.close()
+}
+
+/** Ended replies leave the session free, at once. */
+suspend fun cancels(model: Model) {
+    val session = model.open()
+    val some = session.send(QUESTION, endless).filterIsInstance<Chunk.Text>().take(3).toList()
+    expectSame(3, some.size)
+    expectSame(2L, session.info().nMessages) // idle, and what came is part of it
+    expect(lastReply(session).startsWith(some.joinToString("") { it.text })) { session.messages() }
+
+    // In the middle of a long prompt, too.
+    session.rewind(0)
+    val prompt = "a fox and a small bird ".repeat(250)
+    val waits = (0 until 12).map { i ->
+        coroutineScope {
+            val job = launch { session.send(prompt, endless).toList() }
+            delay((5 + 23 * i).milliseconds)
+            val since = TimeSource.Monotonic.markNow()
+            job.cancelAndJoin()
+            val took = since.elapsedNow()
+            session.rewind(0)
+            took
+        }
+    }
+    println("  cancelled within ${waits.max()}, half of them ${waits.sorted()[6]}")
+    expect(waits.max() < 2.seconds) { waits } // the C tests measure; this is for a machine that does other things
+
+    // One that is cancelled before it begins.
+    coroutineScope { launch { session.send(prompt, endless).toList() }.cancelAndJoin() }
+    expectSame(0L, session.info().nMessages)
+    val (text, _) = session.send(QUESTION, few).all()
+    val other = model.open()
+    expectSame(other.send(QUESTION, few).all().first, text)
+    session.close()
+    other.close()
+}
+
+suspend fun loads(kinglet: Kinglet, file: File) {
+    // A load that nobody waits for leaves no model behind: Places, in `leaks`, would tell.
+    for (i in 0 until 6) {
+        coroutineScope {
+            val job = launch(Dispatchers.Default) { kinglet.load(file) }
+            delay((4 * i).milliseconds)
+            job.cancelAndJoin()
+        }
+    }
+    var told = 0L to 0L
+    val source = ModelSource { progress ->
+        progress(1, 2)
+        file
+    }
+    kinglet.load(source) { done, total -> told = done to total }.close()
+    expectSame(1L to 2L, told)
+    val plan = Kinglet.plan(file, session = SessionOptions(nCtx = 512))
+    expect(plan.nCtx == 512L && plan.total > plan.kv && plan.kv > 0) { plan }
+    val missing = expectStatus(Status.IO) { kinglet.load(File("/nowhere/🦊.gguf")) }
+    expect("🦊" in missing.message!!) { missing }
+    Event.entries.forEach(kinglet::notify)
+    kinglet.notify(Event.THERMAL_NOMINAL)
+}
+
+/** What a callback or a collector throws reaches the caller, and the session goes on. */
+suspend fun throwing(model: Model) {
+    class OnPurpose(val at: Int) : RuntimeException("on purpose 🦊")
+    val session = model.open()
+    var n = 0
+    val thrown = OnPurpose(3)
+    try {
+        session.sendBlocking(QUESTION, endless) { if (++n == 3) throw thrown else true }
+        throw Failed("expected an exception")
+    } catch (e: OnPurpose) {
+        expect(e === thrown && n == 3) { "expected the same and no more calls, found $e after $n" }
+    }
+    try {
+        session.send(QUESTION, endless).collect { if (it is Chunk.Text) throw thrown }
+        throw Failed("expected an exception")
+    } catch (e: OnPurpose) {
+        expectSame(3, e.at)
+    }
+    val reply = session.sendBlocking(NEXT, few) { it !is Chunk.Text }
+    expectSame(Finish.CANCELLED, reply.finish)
+    session.close()
+}
+
+suspend fun busy(model: Model) {
+    val session = model.open()
+    session.sendBlocking(QUESTION, few) {
+        expectStatus(Status.BUSY) { session.rewind(0) }
+        true
+    }
+    coroutineScope {
+        val begun = CompletableDeferred<Unit>()
+        val first = async(Dispatchers.Default) { session.send(NEXT, endless).collect { begun.complete(Unit) } }
+        begun.await()
+        expectStatus(Status.BUSY) { session.send("x").first() }
+        expectStatus(Status.BUSY) { session.fork() }
+        first.cancelAndJoin()
+    }
+    session.info()
+    session.close()
+    session.close()
+    expectStatus(Status.HANDLE) { session.info() }
+    expectStatus(Status.HANDLE) { session.send("x").first() }
+    expectStatus(Status.HANDLE) { model.session().use { it.close(); it.rewind(0) } }
+}
+
+/** Sessions of one model on several threads say what one alone says. */
+suspend fun together(model: Model) = coroutineScope {
+    val alone = model.open().use { it.send(QUESTION, few).all().first }
+    val all = (1..4).map { async(Dispatchers.Default) { model.open().use { it.send(QUESTION, few).all().first } } }
+    all.forEach { expectSame(alone, it.await()) }
+}
+
+/** The places in the library's table of handles so far: the lower half of a new handle is the first that is free. */
+fun places(): Long = dev.kinglet.Kinglet().use { it.handle and 0xffffffffL }
+
+fun residentKiB(): Long {
+    System.gc()
+    return File("/proc/self/status").readLines().first { it.startsWith("VmRSS") }.filter(Char::isDigit).toLong()
+}
+
+/** Global references of JNI, as the JVM counts them. */
+fun globalReferences(): Int {
+    val threads = ManagementFactory.getPlatformMBeanServer().invoke(
+        ObjectName("com.sun.management:type=DiagnosticCommand"), "threadPrint",
+        arrayOf(arrayOf<String>()), arrayOf("[Ljava.lang.String;"),
+    ) as String
+    return Regex("JNI global refs: (\\d+)").find(threads)!!.groupValues[1].toInt()
+}
+
+/** [n] sessions that come and go, a quarter of their replies cut short by each of four ways to end. */
+suspend fun leaks(model: Model, n: Int, placesAtFirst: Long) {
+    suspend fun one(i: Int) {
+        val session = model.session(SessionOptions(nCtx = 512))
+        val words = ReplyOptions(maxTokens = 4, ignoreEnd = true, stops = listOf("🦊"))
+        when (i % 4) {
+            0 -> session.send("Hello $i", words).toList()
+            1 -> session.send("Hello $i", words).first()
+            2 -> try {
+                session.sendBlocking("Hello $i", words) { throw CancellationException("on purpose") }
+            } catch (_: CancellationException) {
+                session.fork().close()
+            }
+            else -> expectStatus(Status.ARGUMENT) { session.set("no such name", "🦊") }
+        }
+        session.close()
+    }
+    // What is allocated once, and what the JVM compiles.
+    repeat(n / 4 + 100) { one(it) }
+    val (bytes, references) = residentKiB() to globalReferences()
+    repeat(n) { one(it) }
+    val (grown, places) = residentKiB() - bytes to places()
+    println("  $n sessions: $grown KiB more, ${globalReferences() - references} global references more, $places places")
+    expectSame(references, globalReferences())
+    expect(places <= placesAtFirst + 8) { "expected places to be used again, found $places, at first $placesAtFirst" }
+    // A session of this size holds some 7 MB of keys, values and activations: twenty that stayed would be seen.
+    expect(grown < 32 * 1024 + n * 4) { "$grown KiB more after $n sessions" }
+}
+
+fun main(args: Array<String>) = runBlocking {
+    val (file, folder) = File(args[0]) to File(args[1]).apply { mkdirs() }
+    val n = args.getOrElse(2) { "100" }.toInt()
+    val placesAtFirst = places()
+    val kinglet = Kinglet()
+    val model = kinglet.load(file)
+    println("Kinglet ${Kinglet.version} on Java ${System.getProperty("java.version")}: ${model.info()}")
+    suspend fun test(name: String, body: suspend () -> Unit) {
+        val since = TimeSource.Monotonic.markNow()
+        body()
+        println("ok $name (${since.elapsedNow().inWholeMilliseconds} ms)")
+    }
+    test("history") { history(model, folder) }
+    test("texts") { texts(kinglet, model, file, folder) }
+    test("cancels") { cancels(model) }
+    test("throwing") { throwing(model) }
+    test("busy") { busy(model) }
+    test("together") { together(model) }
+    test("loads") { loads(kinglet, file) }
+    test("leaks") { leaks(model, n, placesAtFirst) }
+    model.close()
+    kinglet.close()
+    println("all ${checks.get()} checks hold")
+}

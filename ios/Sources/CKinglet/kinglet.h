@@ -1,0 +1,1 @@
+../../../src/capi/kinglet.h
