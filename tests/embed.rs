@@ -43,10 +43,11 @@ fn states(session: &mut Session, tokens: &[u32]) -> Vec<Vec<f32>> {
 
 #[test]
 fn the_head_makes_logits_of_hidden_states() {
-    for path in [
-        "tests/data/lfm2-tiny-random.gguf",
-        "tests/data/smallthinker-tiny-random.gguf",
-        "models/lfm2-smol-Q4_0.gguf",
+    // The head rounds its inputs to bytes where its weights are quantized; those of a real model have outliers.
+    for (path, tolerance) in [
+        ("tests/data/lfm2-tiny-random.gguf", 0.02),
+        ("tests/data/smallthinker-tiny-random.gguf", 0.02),
+        ("models/lfm2-smol-Q4_0.gguf", 0.05),
     ] {
         let model = load(path);
         let (hidden, n_vocab) = (model.info().config.hidden, model.info().config.n_vocab);
@@ -78,8 +79,10 @@ fn the_head_makes_logits_of_hidden_states() {
                 error += (expected - f64::from(*logit)).powi(2);
                 size += expected * expected;
             }
-            // The head rounds its inputs to bytes where its weights are quantized.
-            assert!((error / size).sqrt() < 0.02, "{path}: {error} of {size}");
+            assert!(
+                (error / size).sqrt() < tolerance,
+                "{path}: {error} of {size}"
+            );
         }
     }
 }

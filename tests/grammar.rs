@@ -191,7 +191,7 @@ fn a_model_that_knows_nothing_writes_what_the_schema_says() {
                 serde_json::from_str(&text).unwrap_or_else(|e| panic!("{text}: {e}"));
             assert!(is_valid(&schema, &value, &schema), "{text}: {schema}");
         }
-        assert!(n_ended >= 20, "{n_ended} ended: {schema}");
+        assert!(n_ended >= 10, "{n_ended} ended: {schema}");
     }
     // The judge is one.
     let schema = &schemas()[0];
@@ -475,13 +475,15 @@ fn hostile_sources_end() {
         "parentheses",
         &format!("start: {}\"a\"{}", "(".repeat(20_000), ")".repeat(20_000)),
     );
-    let rules = (0..20_000)
+    let rules = (0..2_500)
         .map(|i| format!("r{i}: r{} | \"x\"\n", i + 1))
         .collect::<String>();
     lark(
         "chain of rules",
-        &format!("start: r0\n{rules}r20000: \"y\"\n"),
+        &format!("start: r0\n{rules}r2500: \"y\"\n"),
     );
+    let long = format!("start: \"{}\"", "x".repeat(70_000));
+    assert!(lark("a long grammar", &long).is_some());
     lark("repeated", "start: (\"a\"{1,1000}){1,1000}");
 }
 
@@ -509,6 +511,8 @@ fn an_error_says_where() {
         .constraint(&ReplyFormat::JsonSchema("{\"type\":}"))
         .expect_err("no JSON");
     assert!(said.to_string().contains("line 1 column 9"), "{said}");
+    let said = error(json!({"type": "string", "pattern": "a[b"}));
+    assert!(said.contains("unclosed character class"), "{said}");
     let said = model()
         .constraint(&ReplyFormat::Lark("start: missing\n"))
         .expect_err("no rule");

@@ -18,8 +18,10 @@ use crate::error::{Error, Result};
 use crate::sampler::{Constraint, Follow};
 use crate::tokenizer::{TokenType, Tokenizer};
 
-/// Bytes of a source; published schemas of whole standards have as many.
-const MAX_SOURCE: usize = 1 << 20;
+/// Bytes of a schema; published ones of whole standards have as many.
+const MAX_SCHEMA: usize = 1 << 20;
+/// Bytes of a grammar: some work goes by the pairs of its rules.
+const MAX_GRAMMAR: usize = 64 << 10;
 /// References in a schema: a chain of them is as deep on the stack.
 const MAX_REFERENCES: usize = 1024;
 /// Values in a schema: some work goes by their pairs.
@@ -28,6 +30,9 @@ const MAX_VALUES: usize = 20_000;
 const STACK: usize = 64 << 20;
 /// Between two signs of JSON: without a bound a weak model would never come to an end.
 const WHITE_SPACE: &str = r"(?: |\n[ \t]{0,20})";
+
+/// Bytes of an error: some quote what was compiled.
+const MAX_MESSAGE: usize = 400;
 
 /// A byte that occurs in no text. Tokens whose words begin with it stand for themselves: `<|im_start|>` in a grammar.
 const MARK: u8 = 0xff;
@@ -54,7 +59,7 @@ impl Lexicon {
         let env: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
         let slices = llguidance::earley::SlicedBiasComputer::json_slices();
         let factory = ParserFactory::new(&env, InferenceCapabilities::default(), &slices);
-        let mut factory = factory.map_err(|e| Error::Grammar(first_line(&e.to_string())))?;
+        let mut factory = factory.map_err(|e| Error::Grammar(one_line(&e.to_string())))?;
         factory.quiet();
         *factory.limits_mut() = ParserLimits {
             max_lexer_states: 50_000,
@@ -72,10 +77,12 @@ impl Lexicon {
         let name = format.name();
         let bad = |what: String| Error::Grammar(format!("{name}{what}"));
         let len = format.text().len();
-        if len > MAX_SOURCE {
-            return Err(bad(format!(
-                ": expected at most {MAX_SOURCE} bytes, found {len}"
-            )));
+        let most = match format {
+            ReplyFormat::JsonSchema(_) => MAX_SCHEMA,
+            ReplyFormat::Lark(_) => MAX_GRAMMAR,
+        };
+        if len > most {
+            return Err(bad(format!(": expected at most {most} bytes, found {len}")));
         }
         let schema = match format {
             ReplyFormat::JsonSchema(text) => Some(schema(text).map_err(bad)?),
@@ -112,7 +119,7 @@ impl Lexicon {
         let parser = self.factory.create_parser(grammar);
         parser
             .map(|parser| Matcher::new(Ok(parser)))
-            .map_err(|e| first_line(&e.to_string()))
+            .map_err(|e| one_line(&e.to_string()))
     }
 }
 
@@ -183,10 +190,16 @@ fn schema_grammar(schema: &Value) -> TopLevelGrammar {
     TopLevelGrammar::from_json_schema(schema)
 }
 
-/// What an error says, without the state of the parser behind it.
-fn first_line(message: &str) -> String {
-    let line = message.lines().find(|line| !line.trim().is_empty());
-    line.unwrap_or(message).trim().to_owned()
+/// What an error says, on one line, without the state of the parser behind it.
+fn one_line(message: &str) -> String {
+    let lines = message.lines().map(str::trim).filter(|l| !l.is_empty());
+    let said: Vec<_> = lines.take_while(|line| !line.starts_with('<')).collect();
+    let mut said = said.join(" ");
+    if said.len() > MAX_MESSAGE {
+        said.truncate(said.floor_char_boundary(MAX_MESSAGE));
+        said.push('…');
+    }
+    said
 }
 
 /// A source, compiled.
@@ -222,7 +235,7 @@ struct Following {
 
 impl Following {
     fn failed(&self, error: impl fmt::Display) -> Error {
-        Error::Grammar(format!("{}: {}", self.name, first_line(&error.to_string())))
+        Error::Grammar(format!("{}: {}", self.name, one_line(&error.to_string())))
     }
 }
 

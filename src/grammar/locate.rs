@@ -1,9 +1,12 @@
 //! Where in a schema an error is: the deepest part that fails alone, with the definitions of the whole at hand.
 
+use std::time::{Duration, Instant};
+
 use serde_json::{Map, Value};
 
-/// Parts that are tried.
+/// Parts that are tried, and for how long: the schema is wrong in any case.
 const MAX_TRIES: usize = 200;
+const MAX_TIME: Duration = Duration::from_secs(1);
 
 /// Keys that hold a schema, a list of them, and named ones.
 const ONE: &[&str] = &["items", "additionalProperties", "contains", "not"];
@@ -15,12 +18,13 @@ pub(super) fn deepest(
     schema: &Value,
     fails: &dyn Fn(&Value) -> Option<String>,
 ) -> Option<(String, String)> {
+    let began = Instant::now();
     let mut found = None;
     let (mut part, mut at, mut n_tries) = (schema, String::new(), 0);
     'down: loop {
         for (step, inner) in parts(part) {
             n_tries += 1;
-            if n_tries > MAX_TRIES {
+            if n_tries > MAX_TRIES || began.elapsed() > MAX_TIME {
                 return found;
             }
             if let Some(what) = fails(&with_definitions(inner, schema)) {

@@ -584,7 +584,7 @@ pub struct EmbedArgs {
     #[command(flatten)]
     pub model: ModelArgs,
     /// A text; may be given several times. Without one each line of stdin is one
-    #[arg(short, long = "prompt", value_name = "TEXT")]
+    #[arg(short = 'p', long = "prompt", value_name = "TEXT")]
     pub texts: Vec<String>,
     /// How the states of tokens become one vector
     #[arg(long, value_name = "HOW", default_value = Pooling::default().name(), value_parser = poolings())]
