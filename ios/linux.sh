@@ -7,13 +7,13 @@ tree=$(realpath -m "${1:?usage: ios/linux.sh TREE [SESSIONS]}")
 sessions=${2:-100}
 cd "$(dirname "$0")/.."
 
-if ! [[ -x $tree/usr/bin/swift ]]; then
+if ! chroot "$tree" swift --version >/dev/null 2>&1; then
     mirror=$(sed -n 's/^URIs: //p' /etc/apt/sources.list.d/debian.sources | head -1)
     debootstrap --variant=minbase trixie "$tree" "$mirror"
     chroot "$tree" apt-get install -y --no-install-recommends swiftlang libc6-dev g++ binutils
 fi
 
-cargo build --release --lib
+cargo build --release --lib --test layers # with a test: as `cargo test` has made it
 target=$(cargo metadata --format-version 1 --no-deps | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
 install -d "$tree/kinglet" "$tree/out"
 cp "$target/release/libkinglet.so" "$tree/out"

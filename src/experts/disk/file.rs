@@ -101,6 +101,7 @@ impl Files {
     }
 
     /// What a ring reads `file` from.
+    #[cfg(target_os = "linux")]
     pub(super) fn descriptor(&self, file: usize) -> &File {
         let entry = &self.files[file];
         entry.direct.as_ref().unwrap_or(&entry.cached)
