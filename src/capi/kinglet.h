@@ -172,8 +172,14 @@ kinglet_status kinglet_model_describe(kinglet_model *model, kinglet_model_info *
 kinglet_status kinglet_model_name(kinglet_model *model, kinglet_buffer **out);
 
 /* Gives up to `bytes` of experts back to the system, whatever runs; `*freed` (may be NULL) says how many. 0 for models
- * whose experts are all in memory, or that have none. */
+ * whose experts are all in memory, or that have none. They stay away until kinglet_model_set_memory, or until all
+ * sessions have gone. */
 kinglet_status kinglet_model_trim(kinglet_model *model, uint64_t bytes, uint64_t *freed);
+
+/* Changes the `memory` that the model was loaded with, whatever runs: sessions keep what they have, weights or experts
+ * get what that leaves. No bit of a reply depends on it. KINGLET_E_BUDGET: it does not suffice, nothing has changed, and
+ * kinglet_error_last() says what would; KINGLET_E_ARGUMENT: the model was loaded without one. */
+kinglet_status kinglet_model_set_memory(kinglet_model *model, uint64_t memory);
 
 typedef enum kinglet_tokenize_flag {
     KINGLET_TOKENIZE_ENDS = 1,  /* with the tokens that begin and end a text, where the model wants them */

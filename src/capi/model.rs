@@ -292,6 +292,15 @@ pub unsafe extern "C" fn kinglet_model_trim(
     })
 }
 
+/// Changes the budget.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kinglet_model_set_memory(
+    model: *mut kinglet_model,
+    memory: u64,
+) -> Status {
+    enter(|| Ok(handle::get::<ModelCell>(model)?.model.set_memory(memory)?))
+}
+
 /// What a session on the model that `outline` gives would take.
 ///
 /// # Safety

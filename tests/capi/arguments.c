@@ -36,6 +36,7 @@ static void null_handles(void) {
     STATUS(KINGLET_E_HANDLE, kinglet_model_describe(NULL, &model_info));
     STATUS(KINGLET_E_HANDLE, kinglet_model_name(NULL, &buffer));
     STATUS(KINGLET_E_HANDLE, kinglet_model_trim(NULL, 1, NULL));
+    STATUS(KINGLET_E_HANDLE, kinglet_model_set_memory(NULL, 1));
     uint32_t token;
     float number;
     kinglet_profile *profile = (kinglet_profile *)&len;
@@ -157,6 +158,15 @@ static void models(kinglet_runtime *runtime, const char *path) {
     OK(kinglet_model_trim(model, UINT64_MAX, &freed));
     CHECK(freed == 0);
     OK(kinglet_model_trim(model, 0, NULL));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_model_set_memory(model, UINT64_MAX)); /* it has no budget */
+    kinglet_model_release(model);
+    kinglet_model_params bounded;
+    memset(&bounded, 0, sizeof bounded);
+    bounded.struct_size = sizeof bounded;
+    bounded.memory = UINT64_C(4) << 30;
+    OK(kinglet_model_load(&model, runtime, path, len, &bounded));
+    STATUS(KINGLET_E_BUDGET, kinglet_model_set_memory(model, 1));
+    OK(kinglet_model_set_memory(model, UINT64_C(8) << 30));
     kinglet_model_release(model);
     STATUS(KINGLET_E_HANDLE, kinglet_model_trim(model, 1, NULL));
 
