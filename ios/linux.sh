@@ -7,7 +7,7 @@ tree=$(realpath -m "${1:?usage: ios/linux.sh TREE [SESSIONS]}")
 sessions=${2:-100}
 cd "$(dirname "$0")/.."
 
-if ! chroot "$tree" swift --version >/dev/null 2>&1; then
+if ! chroot "$tree" test -x /usr/bin/swift 2>/dev/null; then
     mirror=$(sed -n 's/^URIs: //p' /etc/apt/sources.list.d/debian.sources | head -1)
     debootstrap --variant=minbase trixie "$tree" "$mirror"
     chroot "$tree" apt-get install -y --no-install-recommends swiftlang libc6-dev g++ binutils

@@ -28,6 +28,8 @@ public enum Status: UInt32, Sendable {
     case panic
     /// A bug has ended this session.
     case poisoned
+    /// An array of the caller is too small.
+    case space
 }
 
 /// A call of the library failed. `message` tells what was expected and what was found.

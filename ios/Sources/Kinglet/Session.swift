@@ -198,7 +198,7 @@ private final class Listener {
         do {
             if chunk.kind == KINGLET_CHUNK_PREFILL.rawValue {
                 try onChunk(.prefill(done: chunk.done, total: chunk.total))
-            } else if chunk.text_len > 0 { // else a token that completed no character
+            } else if chunk.kind == KINGLET_CHUNK_TEXT.rawValue, chunk.text_len > 0 { // empty where no character ends
                 try onChunk(.text(text(chunk.text, chunk.text_len)))
             }
             return 0

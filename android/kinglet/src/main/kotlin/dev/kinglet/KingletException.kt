@@ -47,6 +47,9 @@ enum class Status(internal val code: Int) {
     /** A bug has ended this session; it can only be closed. */
     POISONED(15),
 
+    /** An array of the caller is too small. */
+    SPACE(16),
+
     /** One that this version does not know. */
     UNKNOWN(-1),
 }

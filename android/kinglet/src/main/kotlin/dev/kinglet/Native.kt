@@ -15,7 +15,8 @@ internal object Native {
     const val REGENERATE = 1
     const val COMPLETE = 2
 
-    /** A chunk's kind that has a text; the other one counts. */
+    /** Kinds of chunks. Later ones are not told to an app that does not know them. */
+    const val PREFILL = 1
     const val TEXT = 2
 
     @JvmStatic external fun version(): ByteArray

@@ -116,10 +116,10 @@ class Session internal constructor(internal val handle: Long) : AutoCloseable {
             options.ignoreEnd, cancel,
         ) { kind, bytes, done, total ->
             when {
-                kind != Native.TEXT -> onChunk(Chunk.Prefill(done, total))
-                // A token that completed no character.
-                bytes == null || bytes.isEmpty() -> true
-                else -> onChunk(Chunk.Text(bytes.decodeToString()))
+                kind == Native.PREFILL -> onChunk(Chunk.Prefill(done, total))
+                // Empty where a token completed no character.
+                kind == Native.TEXT && bytes?.isNotEmpty() == true -> onChunk(Chunk.Text(bytes.decodeToString()))
+                else -> true
             }
         }
         return Reply(
