@@ -38,7 +38,7 @@ const RULES: &[(&str, &[&str])] = &[
 
 /// Where `unsafe` is allowed: the map, the memory of experts and advice about their files, the pool and what its
 /// workers ask of the system, the map of a measurement, the kernel table, the loads and stores of each instruction-set
-/// level, the calls into ggml, and the pointers and callbacks of C.
+/// level, the calls into ggml, shaders without run-time checks, and the pointers and callbacks of C.
 const FENCE: &[&str] = &[
     "src/gguf/map.rs",
     "src/experts/arena.rs",
@@ -58,6 +58,7 @@ const FENCE: &[&str] = &[
     "src/backend/ggml/graph.rs",
     "src/backend/ggml/memory.rs",
     "src/backend/ggml/sys.rs",
+    "src/backend/gpu/pipeline.rs",
     "src/capi/mod.rs",
     "src/capi/model.rs",
     "src/capi/params.rs",

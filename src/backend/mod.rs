@@ -9,6 +9,8 @@
 pub mod cpu;
 #[cfg(feature = "ggml")]
 pub mod ggml;
+#[cfg(feature = "gpu")]
+pub mod gpu;
 pub mod planner;
 pub mod select;
 pub mod tracer;
@@ -36,6 +38,9 @@ pub enum BackendKind {
     /// The same with a copy of the weights in ggml's own layouts, as llama.cpp runs a model.
     #[cfg(feature = "ggml")]
     GgmlRepack,
+    /// Our shaders on a GPU.
+    #[cfg(feature = "gpu")]
+    Gpu,
 }
 
 impl BackendKind {
@@ -46,6 +51,8 @@ impl BackendKind {
         BackendKind::Ggml,
         #[cfg(feature = "ggml")]
         BackendKind::GgmlRepack,
+        #[cfg(feature = "gpu")]
+        BackendKind::Gpu,
     ];
 
     /// The name in `--backend`.
@@ -56,6 +63,8 @@ impl BackendKind {
             BackendKind::Ggml => "ggml",
             #[cfg(feature = "ggml")]
             BackendKind::GgmlRepack => "ggml-repack",
+            #[cfg(feature = "gpu")]
+            BackendKind::Gpu => "gpu",
         }
     }
 
@@ -66,6 +75,8 @@ impl BackendKind {
             BackendKind::Cpu => Vec::new(),
             #[cfg(feature = "ggml")]
             BackendKind::Ggml | BackendKind::GgmlRepack => ggml::features(),
+            #[cfg(feature = "gpu")]
+            BackendKind::Gpu => Vec::new(),
         }
     }
 
@@ -76,7 +87,7 @@ impl BackendKind {
 }
 
 /// The activation of a gated unit, applied to the gate.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Activation {
     /// `x * sigmoid(x)`.
     Silu,
@@ -114,7 +125,7 @@ pub struct Routing {
 pub const MAX_USED: usize = 64;
 
 /// Which elements of a head a rotary embedding pairs.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum RopePairs {
     /// `(x[i], x[i + n/2])`: GPT-NeoX.
     Halves,
@@ -161,7 +172,7 @@ pub struct Attention {
 pub const KV_PAGE: usize = 256;
 
 /// The element type of cached keys and values.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub enum KvType {
     /// 32-bit float: for comparisons.
     F32,

@@ -14,6 +14,8 @@ use crate::backend::cpu::residency::Residency;
 use crate::backend::cpu::stored::StoredExperts;
 #[cfg(feature = "ggml")]
 use crate::backend::ggml::Ggml;
+#[cfg(feature = "gpu")]
+use crate::backend::gpu::{self, Gpu};
 use crate::backend::planner::{Planner, Tally};
 use crate::backend::select::KvOptions;
 use crate::backend::tracer::Tracer;
@@ -124,6 +126,11 @@ pub(super) fn load(
         BackendKind::Ggml => placed(gguf, options, move || Ggml::new(decode)),
         #[cfg(feature = "ggml")]
         BackendKind::GgmlRepack => placed(gguf, options, move || Ggml::repacking(decode)),
+        #[cfg(feature = "gpu")]
+        BackendKind::Gpu => {
+            let device = gpu::shared(options.device)?;
+            placed(gguf, options, move || Gpu::new(Arc::clone(&device)))
+        }
     }
 }
 
@@ -152,8 +159,26 @@ where
     B: Backend + Send + 'static,
     F: Fn() -> Result<B> + Send + Sync + 'static,
 {
-    let network = Arc::from(model::load(gguf, &backend()?, cancel)?);
+    let network = caught(|| model::load(gguf, &backend()?, cancel))?;
+    let network = Arc::from(network);
     Ok(Box::new(Placed { network, backend }))
+}
+
+/// What unwinds out of a backend because it could not do something, as an error. Whatever unwinds, buffers have gone back
+/// to their list, and a session forgets a pass that failed.
+fn caught<T>(run: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|payload| {
+        Err(match payload.downcast::<NoMemory>() {
+            Ok(no_memory) => Error::OutOfMemory {
+                what: "activations".into(),
+                bytes: no_memory.bytes,
+            },
+            Err(payload) => match payload.downcast::<Lost>() {
+                Ok(lost) => lost.0,
+                Err(payload) => resume_unwind(payload),
+            },
+        })
+    })
 }
 
 /// A network, and how to make another backend of the kind that holds its weights.
@@ -180,8 +205,9 @@ where
 
     fn engine(&self, kv: &KvOptions) -> Result<Box<dyn Engine>> {
         let backend = (self.backend)()?;
+        let state = caught(|| Ok(self.network.state(&backend, kv)))?;
         Ok(Box::new(Runner {
-            state: self.network.state(&backend, kv),
+            state,
             network: Arc::clone(&self.network),
             backend,
             kv: kv.clone(),
@@ -196,30 +222,18 @@ impl<B: Backend + Send + 'static> Engine for Runner<B> {
 
     fn forward(&mut self, pass: &Pass, logits: &mut Vec<f32>) -> Result<()> {
         self.backend.begin(pass.step);
-        let run = || {
-            self.network
-                .forward(&mut self.backend, &mut self.state, pass)
-        };
-        // Whatever unwinds, buffers have gone back to their list, and a session forgets a pass that failed.
-        let wanted = catch_unwind(AssertUnwindSafe(run)).map_err(|payload| {
-            match payload.downcast::<NoMemory>() {
-                Ok(no_memory) => Error::OutOfMemory {
-                    what: "activations".into(),
-                    bytes: no_memory.bytes,
-                },
-                Err(payload) => match payload.downcast::<Lost>() {
-                    Ok(lost) => lost.0,
-                    Err(payload) => resume_unwind(payload),
-                },
+        caught(|| {
+            let wanted = self
+                .network
+                .forward(&mut self.backend, &mut self.state, pass);
+            match wanted {
+                Some(wanted) => self.backend.read(&wanted, logits),
+                None => {
+                    logits.clear();
+                    self.backend.flush()
+                }
             }
-        });
-        match wanted? {
-            Some(wanted) => self.backend.read(&wanted, logits),
-            None => {
-                logits.clear();
-                self.backend.flush()
-            }
-        }
+        })
     }
 
     fn set_cancel(&mut self, cancel: &Cancel) {
@@ -243,7 +257,7 @@ impl<B: Backend + Send + 'static> Engine for Runner<B> {
     }
 
     fn memory(&self) -> Result<Memory> {
-        let mut copy = self.network.state(&self.backend, &self.kv);
+        let mut copy = caught(|| Ok(self.network.state(&self.backend, &self.kv)))?;
         copy.copy_from(&self.backend, &self.state)?;
         Ok(Memory(Box::new(copy)))
     }

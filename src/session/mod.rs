@@ -71,6 +71,8 @@ pub struct LoadOptions {
     pub threads_batch: usize,
     /// Who runs the operations.
     pub backend: BackendKind,
+    /// Which GPU, where it is one: its number among [`adapters`](crate::backend::gpu::adapters); `None`: the first.
+    pub device: Option<usize>,
     /// Whether sessions keep an account of their time: see [`Session::take_trace`].
     pub trace: bool,
     /// Bytes that the process may have in memory, all together: the model, its sessions, the program and what else the

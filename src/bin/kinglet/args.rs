@@ -14,6 +14,8 @@ use kinglet::session::{ExpertOptions, GenerateOptions, OnExceed, Pooling};
 use kinglet::sparsity::{Heads, Policy, Sparsity};
 use kinglet::{BackendKind, KvType, KvTypes, Model, Session, SessionOptions};
 
+use crate::device::DeviceArgs;
+
 use crate::failure::Outcome;
 use crate::ui;
 
@@ -91,8 +93,10 @@ pub struct ModelArgs {
     #[arg(long, hide = true)]
     no_warmup: bool,
     /// Who computes
-    #[arg(long, value_name = "NAME", default_value = BackendKind::default().name(), value_parser = backends())]
+    #[arg(long, value_name = "NAME", default_value = BackendKind::default().name(), value_parser = backends(), conflicts_with = "device")]
     backend: BackendKind,
+    #[command(flatten)]
+    pub device: DeviceArgs,
 }
 
 /// The backends of this build.
@@ -985,6 +989,8 @@ pub struct BenchArgs {
     #[command(flatten)]
     pub attention: AttentionArgs,
     #[command(flatten)]
+    pub device: DeviceArgs,
+    #[command(flatten)]
     pub budget: BudgetArgs,
     /// Draw tokens in stretches of N out of 64 neighbouring numbers: for files that `models/synthetic.py --sticky` makes
     #[arg(long, value_name = "N", value_parser = positive)]
@@ -1002,11 +1008,11 @@ pub struct BenchArgs {
     #[arg(long)]
     pub no_warmup: bool,
     /// Instead of the tests: the time from the start of a new process to its first token after a prompt of N tokens
-    #[arg(long, value_name = "N", value_parser = positive, conflicts_with_all = ["n_prompt", "n_gen", "pg", "n_depth"])]
+    #[arg(long, value_name = "N", value_parser = positive, conflicts_with_all = ["n_prompt", "n_gen", "pg", "n_depth", "device"])]
     pub first_token: Option<usize>,
     /// Instead of the tests: decode for so long (`90s`, `10m`, `1h`) and tell the speed of each twentieth of that, with clock
     /// and temperature: shows throttling
-    #[arg(long, value_name = "TIME", value_parser = time, conflicts_with_all = ["n_prompt", "pg", "first_token", "vs", "kernel"])]
+    #[arg(long, value_name = "TIME", value_parser = time, conflicts_with_all = ["n_prompt", "pg", "first_token", "vs", "kernel", "device"])]
     pub sustained: Option<Duration>,
     /// Instead of models: rows of the kernel table, by name
     #[arg(long, value_name = "NAME", value_delimiter = ',', conflicts_with_all = ["models", "model", "n_prompt", "n_gen", "pg", "n_depth"])]

@@ -5,6 +5,8 @@ use std::io::{self, Write};
 use kinglet::BackendKind;
 use kinglet::backend::cpu::isa::Isa;
 use kinglet::backend::cpu::table::{self, Operations};
+#[cfg(feature = "gpu")]
+use kinglet::backend::gpu::{AdapterInfo, adapters};
 use kinglet::profile::topology::Topology;
 use kinglet::profile::{Roofline, machine};
 use kinglet::quant::DType;
@@ -45,6 +47,8 @@ struct Report {
     /// With one thread, and with all cores.
     rooflines: Vec<Roofline>,
     environment: Vec<(&'static str, String)>,
+    #[cfg(feature = "gpu")]
+    gpus: Vec<AdapterInfo>,
 }
 
 impl Report {
@@ -104,6 +108,8 @@ impl Report {
             cache: machine::last_level_cache(),
             rooflines: rooflines.into_iter().flatten().collect(),
             environment: variables.into_iter().filter_map(set).collect(),
+            #[cfg(feature = "gpu")]
+            gpus: adapters(),
         })
     }
 
@@ -128,6 +134,8 @@ impl Report {
         for (name, sets) in &self.backends {
             writeln!(out, "  {name:<15} {}", sets.join(", "))?;
         }
+        #[cfg(feature = "gpu")]
+        self.gpus(out)?;
         writeln!(out, "\nKernels by weight format: few tokens, many tokens")?;
         for (format, few, many) in &self.formats {
             let name = |kernel: &Option<&'static str>| kernel.unwrap_or("none");
@@ -164,6 +172,60 @@ impl Report {
         Ok(())
     }
 
+    /// The adapters, by their number in `--device`.
+    #[cfg(feature = "gpu")]
+    fn gpus(&self, out: &mut impl Write) -> Outcome {
+        writeln!(out, "\nGPU")?;
+        if self.gpus.is_empty() {
+            writeln!(out, "  none, or no driver for Vulkan, Metal or DX12")?;
+        }
+        for gpu in &self.gpus {
+            writeln!(
+                out,
+                "  --device {}      {}: {}, {}",
+                gpu.index, gpu.name, gpu.kind, gpu.api
+            )?;
+            writeln!(out, "    driver        {}", gpu.driver)?;
+            let subgroup = match gpu.subgroup {
+                Some(n) => format!("{n} lanes"),
+                None => "not of one size".to_owned(),
+            };
+            writeln!(out, "    subgroups     {subgroup}")?;
+            let half = if gpu.f16 { "yes" } else { "no" };
+            writeln!(out, "    half floats   {half}")?;
+            let binding = ui::bytes(gpu.max_binding);
+            let memory = ui::bytes(gpu.workgroup_memory.into());
+            writeln!(
+                out,
+                "    at most       {binding} a binding, {memory} a workgroup"
+            )?;
+        }
+        Ok(())
+    }
+
+    #[cfg(not(feature = "gpu"))]
+    fn gpus_json(&self) -> Vec<serde_json::Value> {
+        Vec::new()
+    }
+
+    #[cfg(feature = "gpu")]
+    fn gpus_json(&self) -> Vec<serde_json::Value> {
+        let gpu = |gpu: &AdapterInfo| {
+            json!({
+                "index": gpu.index,
+                "name": gpu.name,
+                "kind": gpu.kind,
+                "api": gpu.api,
+                "driver": gpu.driver,
+                "subgroup": gpu.subgroup,
+                "f16": gpu.f16,
+                "max_binding_bytes": gpu.max_binding,
+                "workgroup_bytes": gpu.workgroup_memory,
+            })
+        };
+        self.gpus.iter().map(gpu).collect()
+    }
+
     fn json(&self) -> serde_json::Value {
         let object = |pairs: &[(&'static str, &'static str)]| -> serde_json::Map<_, _> {
             pairs
@@ -190,6 +252,7 @@ impl Report {
             "fast_cores": self.topology.fast_cores(),
             "threads": self.topology.threads(),
             "backends": backends.collect::<serde_json::Map<_, _>>(),
+            "gpus": self.gpus_json(),
             "levels": levels.collect::<serde_json::Map<_, _>>(),
             "formats": formats.collect::<serde_json::Map<_, _>>(),
             "operations": object(&self.operations),

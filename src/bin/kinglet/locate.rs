@@ -15,33 +15,36 @@ const VARIABLE: &str = "KINGLET_MODEL";
 /// Loads what the arguments name.
 pub fn load(args: &ModelArgs) -> Outcome<Model> {
     let path = locate(args.name())?;
-    Ok(Model::load(&path, &options(args))?)
+    Ok(Model::load(&path, &options(args)?)?)
 }
 
 /// The same within a budget.
 pub fn load_within(args: &ModelArgs, budget: &BudgetArgs) -> Outcome<Model> {
     let path = locate(args.name())?;
-    Ok(Model::load(&path, &options_within(args, budget))?)
+    Ok(Model::load(&path, &options_within(args, budget)?)?)
 }
 
 /// How it is loaded within a budget.
-pub fn options_within(args: &ModelArgs, budget: &BudgetArgs) -> LoadOptions {
-    LoadOptions {
+pub fn options_within(args: &ModelArgs, budget: &BudgetArgs) -> Outcome<LoadOptions> {
+    Ok(LoadOptions {
         memory: budget.memory(),
         on_exceed: budget.on_exceed(),
         experts: budget.experts(),
-        ..options(args)
-    }
+        ..options(args)?
+    })
 }
 
 /// How it is loaded.
-pub fn options(args: &ModelArgs) -> LoadOptions {
-    LoadOptions {
+pub fn options(args: &ModelArgs) -> Outcome<LoadOptions> {
+    let chosen = args.device.chosen()?;
+    let (backend, device) = chosen.unwrap_or((args.backend(), None));
+    Ok(LoadOptions {
         threads: args.n_threads(),
         threads_batch: args.n_threads_batch(),
-        backend: args.backend(),
+        backend,
+        device,
         ..LoadOptions::default()
-    }
+    })
 }
 
 /// The file that MODEL means.

@@ -6,6 +6,7 @@ mod args;
 mod bench;
 mod chat;
 mod completions;
+mod device;
 mod doctor;
 mod embed;
 mod eval;

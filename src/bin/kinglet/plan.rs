@@ -16,7 +16,7 @@ use crate::{locate, ui};
 
 pub fn run(args: &PlanArgs) -> Outcome {
     let path = locate::locate(args.model.name())?;
-    let load = locate::options_within(&args.model, &args.budget);
+    let load = locate::options_within(&args.model, &args.budget)?;
     let model = Model::outline(&path, &load)?;
     let asked = args.session.options();
     let whole = Plan::new(&model, &asked, args.n_prompt)?;

@@ -135,7 +135,7 @@ fn profile(args: &ProfileArgs) -> Outcome<Profile> {
 fn load(args: &ProfileArgs, path: &Path, recorder: &mut Recorder) -> Outcome<Session> {
     let options = LoadOptions {
         trace: true,
-        ..locate::options_within(&args.model, &args.budget)
+        ..locate::options_within(&args.model, &args.budget)?
     };
     let model = Model::load(path, &options)?;
     for (part, time) in model.loading() {

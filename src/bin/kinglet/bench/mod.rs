@@ -57,7 +57,7 @@ pub fn run(args: &BenchArgs) -> Outcome {
     } else {
         Vec::new()
     };
-    for engine in plan::engines(args) {
+    for engine in plan::engines(args)? {
         let sets = engine.built_for();
         if !sets.is_empty() {
             ui::note(&format!(
@@ -78,7 +78,7 @@ pub fn run(args: &BenchArgs) -> Outcome {
 }
 
 fn run_group(group: &Group, args: &BenchArgs, shown: &Shown, printer: &mut Printer) -> Outcome {
-    let engines = plan::engines(args);
+    let engines = plan::engines(args)?;
     let mut sessions = engines
         .iter()
         .map(|engine| open(group, *engine, args))
@@ -119,7 +119,9 @@ fn run_group(group: &Group, args: &BenchArgs, shown: &Shown, printer: &mut Print
 
 /// A session with room for all tests of a group.
 fn open(group: &Group, backend: BackendKind, args: &BenchArgs) -> Outcome<Session> {
+    let chosen = args.device.chosen()?;
     let load = LoadOptions {
+        device: chosen.and_then(|(_, device)| device),
         threads: group.n_threads,
         threads_batch: group.n_threads_batch,
         backend,

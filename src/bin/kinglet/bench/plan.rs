@@ -12,14 +12,15 @@ use crate::failure::{Failure, Outcome};
 use crate::locate;
 
 /// Who runs the tests, side by side: repetitions take turns, so that all meet the same machine.
-pub fn engines(args: &BenchArgs) -> Vec<BackendKind> {
-    let mut engines = vec![BackendKind::Cpu];
+pub fn engines(args: &BenchArgs) -> Outcome<Vec<BackendKind>> {
+    let chosen = args.device.chosen()?;
+    let mut engines = vec![chosen.map_or(BackendKind::Cpu, |(engine, _)| engine)];
     for other in &args.vs {
         if !engines.contains(other) {
             engines.push(*other);
         }
     }
-    engines
+    Ok(engines)
 }
 
 /// Tokens read at once, then tokens decoded one by one, after a past of some depth.

@@ -1,0 +1,92 @@
+// Y = X W^T for many tokens: X (n_tokens, n_in), W (n_out, n_in), Y (n_tokens, n_out), + bias (n_out), + residual like Y.
+//
+// A workgroup of 16 x 16 lanes makes a tile of BM rows of W by BN tokens, a lane (16 TM = BM) by (16 TN = BN) of it,
+// in steps of one unit of 32 along n_in: both sides of a step go through its memory as Tile4, sums are f32 and run in
+// the order of n_in whatever the tile, so that a token's result does not depend on the others. Grid: (rows, tokens).
+
+struct Params {
+    n_units: u32,
+    x_at: u32, // vec4
+    out_at: u32, // first row of a part of a matrix
+    residual_at: u32,
+    n_out: u32, // rows of the part
+    stride: u32, // outputs of a token
+    n_tokens: u32,
+}
+
+@group(0) @binding(0) var<uniform> p: Params;
+@group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;
+@group(0) @binding(2) var<storage, read> residual: array<f32>;
+@group(0) @binding(3) var<storage, read> main_0: array<vec4<u32>>;
+@group(0) @binding(4) var<storage, read> aux_0: array<u32>;
+@group(0) @binding(5) var<storage, read> bias: array<f32>;
+@group(0) @binding(6) var<storage, read_write> out: array<f32>;
+
+const BM: u32 = 16u * TM;
+const BN: u32 = 16u * TN;
+// Vectors of a row of a tile: one more than it has, so that lanes do not meet in a bank.
+const STEP: u32 = 9u;
+
+// (BM, 32) and (BN, 32).
+var<workgroup> w_tile: array<Tile4, BM * STEP>;
+var<workgroup> x_tile: array<Tile4, BN * STEP>;
+
+@compute @workgroup_size(256)
+fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) tid: u32) {
+    let row0 = wg.x * BM;
+    let token0 = wg.y * BN;
+    // A lane has every 16th row and every 16th token.
+    let my_row = tid % 16u;
+    let my_token = tid / 16u;
+    var acc: array<f32, TM * TN>;
+    for (var unit = 0u; unit < p.n_units; unit++) {
+        // BM lanes unpack weights, the others fetch activations.
+        if tid < BM {
+            let row = min(row0 + tid, p.n_out - 1u);
+            var v = unpack(load_0(row * p.n_units + unit));
+            for (var i = 0u; i < 8u; i++) {
+                w_tile[tid * STEP + i] = to_tile(v[i]);
+            }
+        } else {
+            for (var i = tid - BM; i < 8u * BN; i += 256u - BM) {
+                let token = min(token0 + i / 8u, p.n_tokens - 1u);
+                let v = x[p.x_at + (token * p.n_units + unit) * 8u + i % 8u];
+                x_tile[i / 8u * STEP + i % 8u] = to_tile(v);
+            }
+        }
+        workgroupBarrier();
+        for (var k = 0u; k < 8u; k++) {
+            var w: array<vec4<f32>, TM>;
+            for (var r = 0u; r < TM; r++) {
+                w[r] = vec4<f32>(w_tile[(r * 16u + my_row) * STEP + k]);
+            }
+            for (var t = 0u; t < TN; t++) {
+                let xt = vec4<f32>(x_tile[(t * 16u + my_token) * STEP + k]);
+                for (var r = 0u; r < TM; r++) {
+                    var sum = acc[t * TM + r];
+                    sum = fma(w[r].x, xt.x, sum);
+                    sum = fma(w[r].y, xt.y, sum);
+                    sum = fma(w[r].z, xt.z, sum);
+                    acc[t * TM + r] = fma(w[r].w, xt.w, sum);
+                }
+            }
+        }
+        workgroupBarrier();
+    }
+    for (var t = 0u; t < TN; t++) {
+        let token = token0 + t * 16u + my_token;
+        for (var r = 0u; r < TM; r++) {
+            let row = row0 + r * 16u + my_row;
+            if token < p.n_tokens && row < p.n_out {
+                var y = acc[t * TM + r];
+                if BIAS {
+                    y += bias[p.out_at + row];
+                }
+                if RESIDUAL {
+                    y += residual[p.residual_at + token * p.stride + p.out_at + row];
+                }
+                out[token * p.stride + p.out_at + row] = y;
+            }
+        }
+    }
+}

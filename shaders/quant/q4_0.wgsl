@@ -1,0 +1,19 @@
+// w = d * (q - 8). main: nibbles; aux: half floats d, two units to a word.
+
+struct Unit {
+    q: vec4<u32>,
+    d: u32,
+}
+
+fn load_0(unit: u32) -> Unit {
+    return Unit(main_0[unit], aux_0[unit / 2u] >> (unit % 2u * 16u));
+}
+
+fn codes(w: Unit) -> array<u32, 8> {
+    return nibbles(w.q);
+}
+
+fn scales(w: Unit) -> vec4<f32> {
+    let d = unpack2x16float(w.d).x;
+    return vec4(d, -8.0 * d, d, -8.0 * d);
+}

@@ -1,0 +1,20 @@
+// w = d * q + m. main: nibbles; aux: half floats d, m, and the fifth bits, two words a unit.
+
+struct Unit {
+    q: vec4<u32>,
+    d: u32,
+    bits: u32,
+}
+
+fn load_0(unit: u32) -> Unit {
+    return Unit(main_0[unit], aux_0[2u * unit], aux_0[2u * unit + 1u]);
+}
+
+fn codes(w: Unit) -> array<u32, 8> {
+    return with_bits(nibbles(w.q), w.bits, 4u);
+}
+
+fn scales(w: Unit) -> vec4<f32> {
+    let d = unpack2x16float(w.d);
+    return d.xyxy;
+}

@@ -1,0 +1,361 @@
+//! Adapters, the one that is used, its buffers, and what goes wrong with it: nothing here panics where a driver fails.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use wgpu::{BufferUsages, DeviceType, Features};
+
+use super::pipeline::{Pipelines, Target};
+use super::weights::Weights;
+use crate::error::{Error, Result};
+
+/// A device that can run the shaders, as its driver describes it.
+#[derive(Clone, Debug)]
+pub struct AdapterInfo {
+    /// Its number in `--device`.
+    pub index: usize,
+    /// Its name.
+    pub name: String,
+    /// Vulkan, Metal or DX12.
+    pub api: &'static str,
+    /// `discrete`, `integrated`, `software`.
+    pub kind: &'static str,
+    /// The driver and its version.
+    pub driver: String,
+    /// Half floats in shaders.
+    pub f16: bool,
+    /// Lanes of a subgroup, where they are always as many: sums need no memory then.
+    pub subgroup: Option<u32>,
+    /// Timestamps inside of passes.
+    pub timestamps: bool,
+    /// Bytes of a binding at most: larger matrices are split.
+    pub max_binding: u64,
+    /// Bytes of memory of a workgroup.
+    pub workgroup_memory: u32,
+}
+
+impl AdapterInfo {
+    /// Whether it is a processor that plays a GPU.
+    pub fn is_software(&self) -> bool {
+        self.kind == SOFTWARE
+    }
+}
+
+const SOFTWARE: &str = "software";
+
+/// Every adapter of this machine, in a fixed order: those that are most likely wanted first.
+pub fn adapters() -> Vec<AdapterInfo> {
+    let adapters = enumerate();
+    let described = adapters.iter().enumerate();
+    described.map(|(i, adapter)| describe(i, adapter)).collect()
+}
+
+fn enumerate() -> Vec<wgpu::Adapter> {
+    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+    descriptor.backends = wgpu::Backends::VULKAN | wgpu::Backends::METAL | wgpu::Backends::DX12;
+    descriptor.flags = wgpu::InstanceFlags::empty();
+    let instance = wgpu::Instance::new(descriptor);
+    let all = wgpu::Backends::all();
+    let mut adapters = pollster::block_on(instance.enumerate_adapters(all));
+    let rank = |adapter: &wgpu::Adapter| match adapter.get_info().device_type {
+        DeviceType::DiscreteGpu => 0,
+        DeviceType::IntegratedGpu => 1,
+        DeviceType::VirtualGpu => 2,
+        DeviceType::Other => 3,
+        DeviceType::Cpu => 4,
+    };
+    adapters.sort_by_key(rank);
+    adapters
+}
+
+fn describe(index: usize, adapter: &wgpu::Adapter) -> AdapterInfo {
+    let (info, features, limits) = (adapter.get_info(), adapter.features(), adapter.limits());
+    AdapterInfo {
+        index,
+        name: info.name.clone(),
+        api: info.backend.to_str(),
+        kind: match info.device_type {
+            DeviceType::DiscreteGpu => "discrete",
+            DeviceType::IntegratedGpu => "integrated",
+            DeviceType::VirtualGpu => "virtual",
+            DeviceType::Cpu => SOFTWARE,
+            DeviceType::Other => "other",
+        },
+        driver: format!("{} {}", info.driver, info.driver_info),
+        f16: features.contains(Features::SHADER_F16),
+        subgroup: subgroup(&info, features),
+        timestamps: features.contains(TIMESTAMPS),
+        max_binding: max_binding(&limits),
+        workgroup_memory: limits.max_compute_workgroup_storage_size,
+    }
+}
+
+const TIMESTAMPS: Features =
+    Features::TIMESTAMP_QUERY.union(Features::TIMESTAMP_QUERY_INSIDE_PASSES);
+
+fn subgroup(info: &wgpu::AdapterInfo, features: Features) -> Option<u32> {
+    let (least, most) = (info.subgroup_min_size, info.subgroup_max_size);
+    // A team is a subgroup, and a workgroup some whole teams.
+    let fits = least == most && least.is_power_of_two() && (4..=64).contains(&least);
+    (features.contains(Features::SUBGROUP) && fits).then_some(least)
+}
+
+/// Offsets of planes in a buffer are 32-bit numbers of words; a gibibyte is large enough not to matter.
+fn max_binding(limits: &wgpu::Limits) -> u64 {
+    let most = u64::from(limits.max_storage_buffer_binding_size);
+    most.min(limits.max_buffer_size).min(1 << 30)
+}
+
+/// The first fault of a device, kept until somebody asks.
+#[derive(Default)]
+struct Faults(Mutex<Option<Fault>>);
+
+enum Fault {
+    OutOfMemory,
+    Other(String),
+    /// The device is gone; stays.
+    Lost(String),
+}
+
+impl Faults {
+    fn put(&self, fault: Fault) {
+        let mut first = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_lost = matches!(&*first, Some(Fault::Lost(_)));
+        if first.is_none() || (matches!(fault, Fault::Lost(_)) && !is_lost) {
+            *first = Some(fault);
+        }
+    }
+
+    fn take(&self) -> Option<Fault> {
+        let mut first = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*first {
+            Some(Fault::Lost(why)) => Some(Fault::Lost(why.clone())),
+            _ => first.take(),
+        }
+    }
+}
+
+/// A buffer on the device.
+pub(super) struct Buffer {
+    /// Unlike any other's.
+    pub(super) id: u64,
+    pub(super) raw: wgpu::Buffer,
+    pub(super) bytes: u64,
+    /// The last pass that used it, where it is one for activations.
+    pub(super) pass: AtomicU64,
+}
+
+/// A part of a buffer, for a binding.
+#[derive(Clone, Copy)]
+pub(super) struct Span<'a> {
+    pub(super) buffer: &'a Buffer,
+    pub(super) offset: u64,
+    pub(super) bytes: u64,
+}
+
+impl Buffer {
+    /// All of it.
+    pub(super) fn all(&self) -> Span<'_> {
+        Span {
+            buffer: self,
+            offset: 0,
+            bytes: self.bytes,
+        }
+    }
+}
+
+/// An open device, shared by the model and its sessions.
+pub struct Device {
+    pub(super) raw: wgpu::Device,
+    pub(super) queue: wgpu::Queue,
+    pub(super) info: AdapterInfo,
+    pub(super) limits: wgpu::Limits,
+    pub(super) target: Target,
+    pub(super) pipelines: Pipelines,
+    /// For bindings that a shader has and a dispatch does not use.
+    pub(super) nothing: Buffer,
+    faults: Arc<Faults>,
+    next_id: AtomicU64,
+    /// Weights by the place of their bytes, which they hold: tables that are heads too are uploaded once.
+    pub(super) weights: Mutex<HashMap<(usize, usize), Weak<Weights>>>,
+    allocated: AtomicU64,
+}
+
+impl Device {
+    /// Opens the adapter with this index, or the first.
+    ///
+    /// # Errors
+    /// If there is none, or its driver refuses.
+    pub fn open(index: Option<usize>) -> Result<Self> {
+        let adapters = enumerate();
+        let n = adapters.len();
+        let index = index.unwrap_or(0);
+        let adapter = adapters.into_iter().nth(index).ok_or_else(|| {
+            Error::Backend(match n {
+                0 => "gpu: no adapter found: is a driver for Vulkan, Metal or DX12 installed?"
+                    .to_owned(),
+                n => format!("gpu: expected a device below {n}, found {index}"),
+            })
+        })?;
+        let info = describe(index, &adapter);
+        let limits = adapter.limits();
+        let wanted = Features::SHADER_F16 | Features::SUBGROUP | TIMESTAMPS;
+        let descriptor = wgpu::DeviceDescriptor {
+            label: Some("kinglet"),
+            required_features: adapter.features() & wanted,
+            required_limits: limits.clone(),
+            memory_hints: wgpu::MemoryHints::Performance,
+            ..wgpu::DeviceDescriptor::default()
+        };
+        let opened = pollster::block_on(adapter.request_device(&descriptor));
+        let (raw, queue) =
+            opened.map_err(|e| Error::Backend(format!("gpu: {}: {e}", info.name)))?;
+        let faults = Arc::new(Faults::default());
+        let (uncaptured, lost) = (Arc::clone(&faults), Arc::clone(&faults));
+        raw.on_uncaptured_error(Arc::new(move |error| {
+            uncaptured.put(match error {
+                wgpu::Error::OutOfMemory { .. } => Fault::OutOfMemory,
+                error => Fault::Other(error.to_string()),
+            });
+        }));
+        raw.set_device_lost_callback(move |reason, message| {
+            // Dropping a device ends it too; nobody is left to ask then.
+            lost.put(Fault::Lost(format!("{reason:?}: {message}")));
+        });
+        let buffer = raw.create_buffer(&wgpu::BufferDescriptor {
+            label: Some("nothing"),
+            size: 256,
+            usage: BufferUsages::STORAGE,
+            mapped_at_creation: false,
+        });
+        Ok(Self {
+            target: Target {
+                f16: info.f16,
+                subgroup: info.subgroup,
+            },
+            pipelines: Pipelines::default(),
+            nothing: Buffer {
+                id: 0,
+                raw: buffer,
+                bytes: 256,
+                pass: AtomicU64::new(0),
+            },
+            raw,
+            queue,
+            info,
+            limits,
+            faults,
+            next_id: AtomicU64::new(1),
+            weights: Mutex::default(),
+            allocated: AtomicU64::new(0),
+        })
+    }
+
+    /// What it is.
+    pub fn info(&self) -> &AdapterInfo {
+        &self.info
+    }
+
+    /// Bytes of buffers that were made so far.
+    pub fn allocated(&self) -> u64 {
+        self.allocated.load(Ordering::Relaxed)
+    }
+
+    /// What the device has come to, if it is no good.
+    pub(super) fn check(&self, what: &str) -> Result<()> {
+        match self.faults.take() {
+            None => Ok(()),
+            Some(Fault::OutOfMemory) => Err(Error::Backend(format!("gpu: out of memory: {what}"))),
+            Some(Fault::Lost(why)) => Err(Error::Backend(format!("gpu: device lost: {why}"))),
+            Some(Fault::Other(why)) => Err(Error::Backend(format!("gpu: {what}: {why}"))),
+        }
+    }
+
+    /// A zeroed buffer.
+    ///
+    /// # Errors
+    /// If there is no memory for it, or it is larger than a binding may be.
+    pub(super) fn buffer(&self, bytes: u64, usage: BufferUsages, what: &str) -> Result<Buffer> {
+        let bytes = bytes.max(16).next_multiple_of(16);
+        let no_memory = || Error::OutOfMemory {
+            what: format!("{what}, on the GPU"),
+            bytes: bytes as usize,
+        };
+        if bytes > max_binding(&self.limits) {
+            return Err(Error::Unsupported {
+                kind: "size on this GPU",
+                found: format!("{bytes} bytes for {what}"),
+                supported: format!("{} bytes", max_binding(&self.limits)),
+            });
+        }
+        let raw = self.raw.create_buffer(&wgpu::BufferDescriptor {
+            label: None,
+            size: bytes,
+            usage,
+            mapped_at_creation: false,
+        });
+        match self.faults.take() {
+            Some(Fault::OutOfMemory) => return Err(no_memory()),
+            Some(fault) => {
+                self.faults.put(fault);
+                self.check(what)?;
+            }
+            None => {}
+        }
+        self.allocated.fetch_add(bytes, Ordering::Relaxed);
+        Ok(Buffer {
+            id: self.next_id.fetch_add(1, Ordering::Relaxed),
+            raw,
+            bytes,
+            pass: AtomicU64::new(0),
+        })
+    }
+
+    /// A buffer for shaders that holds `data`.
+    pub(super) fn buffer_of(&self, data: &[u8], what: &str) -> Result<Buffer> {
+        let usage = BufferUsages::STORAGE | BufferUsages::COPY_DST;
+        let buffer = self.buffer(data.len() as u64, usage, what)?;
+        self.queue.write_buffer(&buffer.raw, 0, data);
+        Ok(buffer)
+    }
+
+    /// Waits until everything that was submitted has run.
+    pub(super) fn wait(&self) -> Result<()> {
+        let waited = self.raw.poll(wgpu::PollType::wait_indefinitely());
+        self.check("waiting")?;
+        waited
+            .map(|_| ())
+            .map_err(|e| Error::Backend(format!("gpu: {e}")))
+    }
+
+    /// The first bytes of a buffer, into `out`, by way of `staging`, which is at least as large.
+    pub(super) fn read_back(
+        &self,
+        staging: &wgpu::Buffer,
+        bytes: u64,
+        take: impl FnOnce(&[u8]),
+    ) -> Result<()> {
+        let slice = staging.slice(..bytes);
+        slice.map_async(wgpu::MapMode::Read, |_| {});
+        self.wait()?;
+        let view = slice.get_mapped_range();
+        let view = view.map_err(|e| Error::Backend(format!("gpu: reading back: {e}")))?;
+        take(&view);
+        drop(view);
+        staging.unmap();
+        Ok(())
+    }
+
+    /// A copy of `bytes` of a buffer from `offset`, which are multiples of four: between passes.
+    pub(super) fn download(&self, buffer: &Buffer, offset: u64, bytes: u64) -> Result<Vec<u8>> {
+        let usage = BufferUsages::MAP_READ | BufferUsages::COPY_DST;
+        let staging = self.buffer(bytes, usage, "reading back")?;
+        let mut encoder = self.raw.create_command_encoder(&Default::default());
+        encoder.copy_buffer_to_buffer(&buffer.raw, offset, &staging.raw, 0, bytes);
+        self.queue.submit([encoder.finish()]);
+        let mut out = Vec::new();
+        self.read_back(&staging.raw, bytes, |view| out.extend_from_slice(view))?;
+        Ok(out)
+    }
+}

@@ -1,0 +1,228 @@
+//! The GPU backend: compute shaders by way of wgpu, on Vulkan, Metal or DX12. The cargo feature `gpu` builds it.
+//!
+//! Operations are recorded and submitted once a pass. Those that a shader can join are held back until what follows is
+//! known: a norm waits for the product that reads it, a product for the residual that it is added to, keys for the queries
+//! of their layer. A layer is five to seven dispatches so. No tensor is ever changed: an operation makes a new one, in a
+//! buffer that no living tensor holds.
+
+pub mod device;
+mod ops;
+pub mod pipeline;
+mod record;
+mod weights;
+
+use std::cell::RefCell;
+use std::sync::{Arc, Mutex};
+
+use self::device::Buffer;
+pub use self::device::{AdapterInfo, Device, adapters};
+use self::record::Recorder;
+use self::weights::Weights;
+use super::{Attention, KvTypes, RopePairs, Step};
+use crate::cancel::Cancel;
+use crate::error::{Error, Result};
+use crate::profile::Work;
+
+/// A GPU, and what one session records for it.
+pub struct Gpu {
+    device: Arc<Device>,
+    recorder: RefCell<Recorder>,
+    /// Keys and values that wait for the queries of their layer.
+    waiting: Option<Waiting>,
+    step: Step,
+    cancel: Cancel,
+    work: Work,
+}
+
+/// Weights on the device.
+pub struct Matrix(Arc<Weights>);
+
+/// Floats on the device.
+#[derive(Clone)]
+pub struct Vector {
+    buffer: Arc<Buffer>,
+    n: usize,
+}
+
+/// Activations to be, `(n_tokens, n_cols)`.
+pub struct Tensor {
+    n_tokens: usize,
+    n_cols: usize,
+    value: RefCell<Value>,
+}
+
+/// What a tensor is made of so far.
+#[derive(Clone)]
+enum Value {
+    /// Rows in memory.
+    Rows(Rows),
+    /// The norm of whole rows.
+    Normed(Norm),
+    /// Heads, to be normed and turned.
+    Heads(Heads),
+    /// A product.
+    Product(Product),
+}
+
+/// Rows in memory, one after the other.
+#[derive(Clone)]
+struct Rows {
+    buffer: Arc<Buffer>,
+    /// The first float.
+    at: usize,
+}
+
+#[derive(Clone)]
+struct Norm {
+    x: Rows,
+    gain: Vector,
+    eps: f32,
+}
+
+#[derive(Clone)]
+struct Heads {
+    x: Rows,
+    n: usize,
+    norm: Option<(Vector, f32)>,
+    rope: Option<Turn>,
+}
+
+#[derive(Clone)]
+struct Turn {
+    pairs: RopePairs,
+    angles: Rows,
+    half: usize,
+}
+
+/// What a product reads.
+#[derive(Clone)]
+enum Input {
+    Rows(Rows),
+    Normed(Norm),
+}
+
+#[derive(Clone)]
+struct Product {
+    x: Input,
+    weights: Arc<Weights>,
+    bias: Option<Vector>,
+}
+
+/// Keys and values of one layer that are not in the cache yet.
+struct Waiting {
+    keys: Heads,
+    values: Rows,
+    n_tokens: usize,
+    start: usize,
+    cache: CacheView,
+}
+
+/// Keys and values, `(n_positions, n_kv_heads, head_dim)` each.
+pub struct KvCache {
+    kinds: KvTypes,
+    n_kv_heads: usize,
+    head_dim: usize,
+    n_positions: usize,
+    memory: Option<[Arc<Buffer>; 2]>,
+}
+
+/// A cache as one pass sees it.
+#[derive(Clone)]
+struct CacheView {
+    kinds: KvTypes,
+    n_kv_heads: usize,
+    head_dim: usize,
+    n_positions: usize,
+    keys: Arc<Buffer>,
+    values: Arc<Buffer>,
+}
+
+/// What a short convolution remembers: a ring of rows, of which some more than are read are kept, by which it can be
+/// rewound.
+pub struct ConvState {
+    memory: Arc<Buffer>,
+    n_rows: usize,
+    n_channels: usize,
+    /// Rows of the ring.
+    ring: usize,
+    /// Rows that came so far.
+    count: usize,
+    /// The newest of them that are in the ring.
+    held: usize,
+}
+
+/// Tokens that a convolution can take back.
+const REWIND: usize = 16;
+
+impl Gpu {
+    /// A session's recorder on a device.
+    ///
+    /// # Errors
+    /// If the device has no memory left.
+    pub fn new(device: Arc<Device>) -> Result<Self> {
+        Ok(Self {
+            recorder: RefCell::new(Recorder::new(Arc::clone(&device))?),
+            device,
+            waiting: None,
+            step: Step::Prefill,
+            cancel: Cancel::default(),
+            work: Work::default(),
+        })
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+}
+
+/// The device of this index, or the first, opened once a process: models share it, and a driver opens slowly.
+///
+/// # Errors
+/// If there is none, or its driver refuses.
+pub fn shared(index: Option<usize>) -> Result<Arc<Device>> {
+    type Open = Vec<(Option<usize>, std::sync::Weak<Device>)>;
+    static OPEN: Mutex<Open> = Mutex::new(Vec::new());
+    let mut open = OPEN
+        .lock()
+        .map_err(|_| Error::Backend("gpu: a driver panicked".into()))?;
+    let known = open.iter().find(|(known, _)| *known == index);
+    if let Some(device) = known.and_then(|(_, device)| device.upgrade())
+        && device.check("as it was left").is_ok()
+    {
+        return Ok(device);
+    }
+    let device = Arc::new(Device::open(index)?);
+    open.retain(|(known, _)| *known != index);
+    open.push((index, Arc::downgrade(&device)));
+    Ok(device)
+}
+
+impl CacheView {
+    fn of(kv: &KvCache) -> Self {
+        let [keys, values] = kv.memory.as_ref().expect("room was made before");
+        Self {
+            kinds: kv.kinds,
+            n_kv_heads: kv.n_kv_heads,
+            head_dim: kv.head_dim,
+            n_positions: kv.n_positions,
+            keys: Arc::clone(keys),
+            values: Arc::clone(values),
+        }
+    }
+
+    fn check(&self, attention: &Attention) {
+        let heads = (self.n_kv_heads, self.head_dim);
+        assert_eq!(heads, (attention.n_kv_heads, attention.head_dim), "heads");
+    }
+}
+
+impl Tensor {
+    fn new(n_tokens: usize, n_cols: usize, value: Value) -> Self {
+        Self {
+            n_tokens,
+            n_cols,
+            value: RefCell::new(value),
+        }
+    }
+}

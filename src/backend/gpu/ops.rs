@@ -1,0 +1,1260 @@
+//! The operations, each as the dispatches that it takes.
+
+use std::ops::Range;
+use std::panic::resume_unwind;
+use std::sync::Arc;
+
+use wgpu::BufferUsages;
+
+use super::device::{Buffer, Span};
+use super::pipeline::{Experts, GEMV_LANES, Shader, UnitsOf, is_float};
+use super::weights::{UNIT, Weights};
+use super::{
+    CacheView, ConvState, Gpu, Heads, Input, KvCache, Matrix, Norm, Product, REWIND, Rows, Tensor,
+    Turn, Value, Vector, Waiting,
+};
+use crate::backend::select::KvOptions;
+use crate::backend::{
+    Activation, Attention, Backend, GatedFfn, Gating, KV_PAGE, KvType, Linear, Lost, Moe, Rope,
+    RopePairs, Runs, Step,
+};
+use crate::cancel::Cancel;
+use crate::error::{Error, Result};
+use crate::profile::Work;
+use crate::quant::{DType, Tensor as FileTensor};
+
+/// Positions by which a cache grows at least.
+const KV_STEP: usize = 256;
+
+/// Positions of a tile of the attention of one token.
+const TILE: usize = 128;
+
+/// Tiles up to which one token's attention is not split.
+const UNSPLIT: usize = 2;
+
+/// Parts of a split attention at most.
+const MAX_SPLITS: usize = 128;
+
+/// Query heads that share loads of keys at most.
+const MAX_GROUP: usize = 8;
+
+/// Elements of a head at most.
+const MAX_HEAD: usize = 256;
+
+/// Rows whose logits are wanted below which those of a prompt take the shaders of a token.
+const FEW: usize = 4;
+
+impl Gpu {
+    /// An operation that cannot be done ends its pass.
+    fn done<T>(&self, result: Result<T>) -> T {
+        result.unwrap_or_else(|error| resume_unwind(Box::new(Lost(error))))
+    }
+
+    /// The cancel flag, or a fault that somebody has noticed, ends a pass between operations.
+    fn check(&self) {
+        self.done(self.cancel.check());
+    }
+
+    fn dispatch(&self, shader: Shader, params: &[u32], buffers: &[Option<Span>], grid: [usize; 3]) {
+        let recorded = self
+            .recorder
+            .borrow_mut()
+            .dispatch(shader, params, buffers, grid);
+        self.done(recorded);
+    }
+
+    fn take(&self, n: usize) -> Rows {
+        let buffer = self.recorder.borrow_mut().take(n);
+        Rows {
+            buffer: self.done(buffer),
+            at: 0,
+        }
+    }
+
+    /// Numbers of the host, for this pass.
+    fn upload(&self, data: &[u8]) -> Rows {
+        let buffer = self.recorder.borrow_mut().take_for_upload(data.len() / 4);
+        let buffer = self.done(buffer);
+        self.device.queue.write_buffer(&buffer.raw, 0, data);
+        Rows { buffer, at: 0 }
+    }
+
+    /// The rows of a tensor, computed now if they have not been.
+    fn rows(&self, x: &Tensor) -> Rows {
+        let value = x.value.borrow().clone();
+        let rows = match value {
+            Value::Rows(rows) => return rows,
+            Value::Normed(norm) => self.norm(&norm, x.n_tokens, x.n_cols, None),
+            Value::Heads(heads) => self.heads(&heads, x.n_tokens, x.n_cols),
+            Value::Product(product) => self.product(&product, x.n_tokens, None),
+        };
+        *x.value.borrow_mut() = Value::Rows(rows.clone());
+        rows
+    }
+
+    /// What a product reads: a norm that it can do itself, or rows.
+    fn input(&self, x: &Tensor) -> Input {
+        if self.step == Step::Decode
+            && let Value::Normed(norm) = &*x.value.borrow()
+        {
+            return Input::Normed(norm.clone());
+        }
+        Input::Rows(self.rows(x))
+    }
+
+    /// The norm of rows of `n_cols`, plus a residual.
+    fn norm(&self, norm: &Norm, n_tokens: usize, n_cols: usize, residual: Option<&Rows>) -> Rows {
+        let out = self.take(n_tokens * n_cols);
+        let n = norm.gain.n;
+        let params = [
+            n as u32,
+            norm.x.at as u32,
+            residual.map_or(0, |r| r.at as u32),
+            norm.eps.to_bits(),
+        ];
+        let residual = residual.map(Rows::span);
+        let shader = Shader::RmsNorm {
+            residual: residual.is_some(),
+        };
+        let buffers = [
+            Some(norm.x.span()),
+            Some(norm.gain.span()),
+            residual,
+            Some(out.span()),
+        ];
+        let runs = n_tokens * n_cols / n;
+        let most = self.device.limits.max_compute_workgroups_per_dimension as usize;
+        assert!(runs <= most, "runs of a norm");
+        self.dispatch(shader, &params, &buffers, [runs, 1, 1]);
+        out
+    }
+
+    /// Heads that no cache waits for.
+    fn heads(&self, heads: &Heads, n_tokens: usize, n_cols: usize) -> Rows {
+        let out = self.take(n_tokens * n_cols);
+        self.turn(Some((heads, n_cols / heads.n, &out)), None, n_tokens);
+        out
+    }
+
+    /// Norms and turns queries into `out` and keys into their cache, and puts values there.
+    fn turn(&self, q: Option<(&Heads, usize, &Rows)>, kv: Option<&Waiting>, n_tokens: usize) {
+        let first = q
+            .map(|(heads, ..)| heads)
+            .or(kv.map(|kv| &kv.keys))
+            .expect("something to turn");
+        let keys = kv.map_or(first, |kv| &kv.keys);
+        let agree = |a: &Heads, b: &Heads| {
+            let turn = |h: &Heads| h.rope.as_ref().map(|t| (t.pairs, t.half));
+            let eps = |h: &Heads| h.norm.as_ref().map(|(_, eps)| *eps);
+            a.n == b.n && turn(a) == turn(b) && eps(a) == eps(b)
+        };
+        assert!(agree(first, keys), "queries and keys are treated alike");
+        let n_heads = q.map_or(0, |(_, n_heads, _)| n_heads);
+        let n_kv_heads = kv.map_or(0, |kv| kv.cache.n_kv_heads);
+        if let Some(kv) = kv {
+            assert!(
+                kv.start + n_tokens <= kv.cache.n_positions,
+                "room was made before"
+            );
+        }
+        assert!(first.n <= MAX_HEAD, "elements of a head");
+        let kinds = kv.map_or_else(Default::default, |kv| kv.cache.kinds);
+        let shader = Shader::Heads {
+            norm: first.norm.is_some(),
+            rope: first.rope.as_ref().map(|turn| turn.pairs),
+            max_head: first.n as u32,
+            keys: kinds.keys,
+            values: kinds.values,
+        };
+        let rope = first.rope.as_ref();
+        let params = [
+            first.n as u32,
+            n_heads as u32,
+            n_kv_heads as u32,
+            rope.map_or(0, |turn| turn.half as u32),
+            kv.map_or(0, |kv| kv.start as u32),
+            q.map_or(0, |(heads, ..)| heads.x.at as u32),
+            keys.x.at as u32,
+            kv.map_or(0, |kv| kv.values.at as u32),
+            first.norm.as_ref().map_or(0, |(_, eps)| eps.to_bits()),
+            rope.map_or(0, |turn| turn.angles.at as u32),
+        ];
+        let gain = |heads: &Heads| heads.norm.as_ref().map(|(gain, _)| gain.buffer.clone());
+        let (q_gain, k_gain) = (q.and_then(|(h, ..)| gain(h)), gain(keys));
+        let buffers = [
+            q.map(|(heads, ..)| heads.x.span()),
+            kv.map(|kv| kv.keys.x.span()),
+            kv.map(|kv| kv.values.span()),
+            q_gain.as_deref().map(Buffer::all),
+            k_gain.as_deref().map(Buffer::all),
+            rope.map(|turn| turn.angles.span()),
+            q.map(|(_, _, out)| out.span()),
+            kv.map(|kv| kv.cache.keys.all()),
+            kv.map(|kv| kv.cache.values.all()),
+        ];
+        let grid = [n_heads + 2 * n_kv_heads, n_tokens, 1];
+        self.dispatch_written(shader, &params, &buffers, &[6, 7, 8], grid);
+    }
+
+    /// A dispatch some of whose writable bindings may be unused: they get a buffer each, which is thrown away.
+    fn dispatch_written(
+        &self,
+        shader: Shader,
+        params: &[u32],
+        buffers: &[Option<Span>],
+        writable: &[usize],
+        grid: [usize; 3],
+    ) {
+        let spare = [(); 3].map(|()| self.take(1));
+        let mut spare = spare.iter();
+        let mut filled = [None; 16];
+        for (i, buffer) in buffers.iter().enumerate() {
+            filled[i] = *buffer;
+            if buffer.is_none() && writable.contains(&i) {
+                filled[i] = spare.next().map(Rows::span);
+            }
+        }
+        self.dispatch(shader, params, &filled[..buffers.len()], grid);
+    }
+
+    /// `x W^T + bias + residual`.
+    fn product(&self, product: &Product, n_tokens: usize, residual: Option<&Rows>) -> Rows {
+        if self.step == Step::Decode {
+            let layer = (&*product.weights, product.bias.as_ref());
+            let [out] = self.gemv(&product.x, [layer], n_tokens, residual);
+            return out;
+        }
+        let x = match &product.x {
+            Input::Rows(rows) => rows.clone(),
+            Input::Normed(norm) => self.norm(norm, n_tokens, product.weights.n_in, None),
+        };
+        let weights = &*product.weights;
+        let out = self.take(n_tokens * weights.n_out);
+        let (tm, tn) = self.tile(weights, n_tokens);
+        let shader = Shader::Gemm {
+            dtype: weights.dtype,
+            tm,
+            tn,
+            bias: product.bias.is_some(),
+            residual: residual.is_some(),
+        };
+        for part in &weights.parts {
+            let params = [
+                (weights.n_in / UNIT) as u32,
+                vec4(x.at),
+                part.first as u32,
+                residual.map_or(0, |r| r.at as u32),
+                part.n_rows as u32,
+                weights.n_out as u32,
+                n_tokens as u32,
+            ];
+            let buffers = [
+                Some(x.span()),
+                residual.map(Rows::span),
+                Some(part.main()),
+                Some(part.aux()),
+                product.bias.as_ref().map(Vector::span),
+                Some(out.span()),
+            ];
+            let grid = [
+                part.n_rows.div_ceil(16 * tm as usize),
+                n_tokens.div_ceil(16 * tn as usize),
+                1,
+            ];
+            self.dispatch(shader, &params, &buffers, grid);
+        }
+        out
+    }
+
+    /// Rows and tokens of a lane of a GEMM: the largest tile that tokens and rows fill, and that the memory of a workgroup
+    /// holds.
+    fn tile(&self, weights: &Weights, n_tokens: usize) -> (u32, u32) {
+        let bytes = match self.device.target.f16 && weights.dtype != DType::F32 {
+            true => 8,
+            false => 16,
+        };
+        let fits = |(tm, tn): &(u32, u32)| {
+            // 16 rows and 16 tokens each, of nine vectors.
+            16 * 9 * bytes * (tm + tn) <= self.device.info.workgroup_memory
+        };
+        let wanted: &[(u32, u32)] = match (n_tokens, weights.n_out) {
+            (0..=16, _) => &[(4, 1)],
+            (17..=64, _) | (_, 0..=1024) => &[(4, 4), (4, 1)],
+            _ => &[(8, 8), (4, 4), (4, 1)],
+        };
+        let smallest = *wanted.last().expect("some tiles");
+        wanted.iter().copied().find(fits).unwrap_or(smallest)
+    }
+
+    /// Products of tokens one by one, of up to three matrices at once where they are alike.
+    fn gemv<const N: usize>(
+        &self,
+        x: &Input,
+        layers: [(&Weights, Option<&Vector>); N],
+        n_tokens: usize,
+        residual: Option<&Rows>,
+    ) -> [Rows; N] {
+        let outs = layers.map(|(weights, _)| self.take(n_tokens * weights.n_out));
+        let alike = |a: &(&Weights, Option<&Vector>), b: &(&Weights, Option<&Vector>)| {
+            let kind = |(weights, bias): &(&Weights, Option<&Vector>)| {
+                (weights.dtype, weights.n_in, bias.is_some())
+            };
+            kind(a) == kind(b) && a.0.whole().is_some() && b.0.whole().is_some()
+        };
+        let mut i = 0;
+        while i < N {
+            let same = layers[i..].iter().take_while(|l| alike(&layers[i], l));
+            let n = same.count().clamp(1, self.most_matrices());
+            let (layers, outs) = (&layers[i..i + n], &outs[i..i + n]);
+            for part in 0..layers[0].0.parts.len() {
+                let call = Gemv {
+                    x,
+                    layers,
+                    outs,
+                    part,
+                    residual,
+                    glu: None,
+                    experts: Experts::None,
+                    routes: None,
+                };
+                self.run_gemv(&call, [n_tokens, 1]);
+            }
+            i += n;
+        }
+        outs
+    }
+
+    /// Matrices whose bindings fit a shader.
+    fn most_matrices(&self) -> usize {
+        let most = self.device.limits.max_storage_buffers_per_shader_stage as usize;
+        (most.saturating_sub(4) / 4).clamp(1, 3)
+    }
+
+    fn run_gemv(&self, call: &Gemv, others: [usize; 2]) {
+        let (weights, bias) = call.layers[0];
+        let n_units = weights.n_in / UNIT;
+        let parts: Vec<_> = call
+            .layers
+            .iter()
+            .map(|(weights, _)| &weights.parts[call.part])
+            .collect();
+        let n_rows: usize = parts.iter().map(|part| part.n_rows).sum();
+        let is_float = is_float(weights.dtype);
+        // More rows of a team are more loads on their way, until they are too few teams for the device.
+        let rows = match (is_float, call.glu.is_some()) {
+            (true, _) => 2,
+            (false, true) => 2,
+            (false, false) if n_rows >= 16384 => 4,
+            (false, false) => 2,
+        };
+        let (norm, x) = match call.x {
+            Input::Rows(x) => (None, x),
+            Input::Normed(norm) => (Some(norm), &norm.x),
+        };
+        let shader = Shader::Gemv {
+            dtype: weights.dtype,
+            matrices: parts.len() as u32,
+            rows,
+            units: UnitsOf::new(n_units),
+            norm: norm.is_some(),
+            bias: bias.is_some(),
+            residual: call.residual.is_some(),
+            glu: call.glu,
+            experts: call.experts,
+        };
+        let per_group = (GEMV_LANES / self.device.target.team() * rows) as usize;
+        let of_expert = |n_rows: usize| match call.routes {
+            Some(routes) => n_rows / routes.n_experts,
+            None => n_rows,
+        };
+        let mut n_out = [0; 3];
+        let mut stride = [0; 3];
+        let mut first_wg = [0; 3];
+        let mut n_groups = 0;
+        for (i, (part, (weights, _))) in parts.iter().zip(call.layers).enumerate() {
+            n_out[i] = of_expert(part.n_rows) as u32;
+            stride[i] = of_expert(weights.n_out) as u32;
+            first_wg[i] = n_groups as u32;
+            if call.glu.is_none() || i == 0 {
+                n_groups += of_expert(part.n_rows).div_ceil(per_group);
+            }
+        }
+        let params = [
+            n_units as u32,
+            vec4(x.at),
+            parts[0].first as u32,
+            call.residual.map_or(0, |r| r.at as u32),
+            n_out[0],
+            n_out[1],
+            n_out[2],
+            call.routes.map_or(0, |routes| routes.n_used as u32),
+            stride[0],
+            stride[1],
+            stride[2],
+            norm.map_or(0, |norm| norm.eps.to_bits()),
+            first_wg[0],
+            first_wg[1],
+            first_wg[2],
+            call.routes.map_or(0, |routes| routes.rows.at as u32),
+        ];
+        let mut buffers = [None; 16];
+        buffers[0] = Some(x.span());
+        buffers[1] = norm.map(|norm| norm.gain.span());
+        buffers[2] = call.residual.map(Rows::span);
+        buffers[3] = call.routes.map(|routes| routes.rows.span());
+        // The second matrix of a gated unit has no output of its own.
+        let spare = self.take(1);
+        for (i, (part, (_, bias))) in parts.iter().zip(call.layers).enumerate() {
+            buffers[4 + 4 * i] = Some(part.main());
+            buffers[5 + 4 * i] = Some(part.aux());
+            buffers[6 + 4 * i] = bias.map(Vector::span);
+            buffers[7 + 4 * i] = Some(call.outs.get(i).unwrap_or(&spare).span());
+        }
+        let grid = [n_groups, others[0], others[1]];
+        self.dispatch(shader, &params, &buffers[..4 + 4 * parts.len()], grid);
+    }
+
+    fn count(&mut self, weights: &Weights, n_tokens: usize) {
+        self.work.weight_bytes += weights.file_bytes as u64;
+        self.work.matmul_ops += 2 * (weights.n_in * weights.n_out * n_tokens) as u64;
+    }
+
+    /// Puts keys and values into the cache for which no queries came.
+    fn settle(&mut self) {
+        if let Some(waiting) = self.waiting.take() {
+            self.turn(None, Some(&waiting), waiting.n_tokens);
+        }
+    }
+
+    fn unsupported(&self, what: &'static str, found: String, supported: &str) -> ! {
+        resume_unwind(Box::new(Lost(Error::Unsupported {
+            kind: what,
+            found,
+            supported: supported.to_owned(),
+        })))
+    }
+
+    /// Attention of the token in row `row`.
+    fn attend_one(
+        &self,
+        q: &Rows,
+        row: usize,
+        cache: &CacheView,
+        position: usize,
+        attention: &Attention,
+        out: &Rows,
+    ) {
+        let (n_heads, d) = (attention.n_heads, attention.head_dim);
+        let per_kv = n_heads / attention.n_kv_heads;
+        let group = (1..=MAX_GROUP.min(per_kv))
+            .rev()
+            .find(|n| per_kv.is_multiple_of(*n))
+            .expect("one divides everything");
+        let first = attention
+            .window
+            .map_or(0, |window| (position + 1).saturating_sub(window));
+        let end = position + 1;
+        let n_tiles = (end - first).div_ceil(TILE);
+        let tiles = match n_tiles {
+            0..=UNSPLIT => n_tiles,
+            n => n.div_ceil(MAX_SPLITS),
+        };
+        let n_splits = n_tiles.div_ceil(tiles);
+        let part = self.take(match n_splits {
+            1 => 1,
+            n => n_heads * n * (d + 2),
+        });
+        let shader = Shader::AttentionOne {
+            head_dim: d as u32,
+            group: group as u32,
+            keys: cache.kinds.keys,
+            values: cache.kinds.values,
+        };
+        let at = row * n_heads * d;
+        let params = [
+            first as u32,
+            end as u32,
+            attention.n_kv_heads as u32,
+            (per_kv / group) as u32,
+            tiles as u32,
+            n_splits as u32,
+            vec4(q.at + at),
+            vec4(out.at + at),
+            attention.scale.to_bits(),
+        ];
+        let buffers = [
+            Some(q.span()),
+            Some(cache.keys.all()),
+            Some(cache.values.all()),
+            Some(out.span()),
+            Some(part.span()),
+        ];
+        self.dispatch(shader, &params, &buffers, [n_splits, n_heads / group, 1]);
+        if n_splits > 1 {
+            let params = [d as u32, n_splits as u32, (out.at + at) as u32];
+            let buffers = [Some(part.span()), Some(out.span())];
+            self.dispatch(Shader::AttentionMerge, &params, &buffers, [n_heads, 1, 1]);
+        }
+    }
+
+    /// Attention of the rows of a prompt.
+    fn attend_many(
+        &self,
+        q: &Rows,
+        n_tokens: usize,
+        cache: &CacheView,
+        start: usize,
+        attention: &Attention,
+        out: &Rows,
+    ) {
+        let d = attention.head_dim;
+        // Queries, a tile of keys or values and weights, in what every device has.
+        let (bq, bk) = if d <= 64 { (16, 32) } else { (8, 16) };
+        let bytes = 16 * (bq + bk) * (d / 4 + 1) + 4 * bq * bk + 32 * bq;
+        if bytes > self.device.info.workgroup_memory as usize {
+            let (found, most) = (format!("heads of {d}"), self.device.info.workgroup_memory);
+            self.unsupported(
+                "attention on this GPU",
+                found,
+                &format!("what fits {most} bytes"),
+            );
+        }
+        let shader = Shader::AttentionMany {
+            head_dim: d as u32,
+            bq: bq as u32,
+            bk: bk as u32,
+            keys: cache.kinds.keys,
+            values: cache.kinds.values,
+        };
+        let params = [
+            start as u32,
+            n_tokens as u32,
+            attention.n_heads as u32,
+            attention.n_kv_heads as u32,
+            attention.window.unwrap_or(0) as u32,
+            vec4(q.at),
+            attention.scale.to_bits(),
+        ];
+        let buffers = [
+            Some(q.span()),
+            Some(cache.keys.all()),
+            Some(cache.values.all()),
+            Some(out.span()),
+        ];
+        let grid = [attention.n_heads, n_tokens.div_ceil(bq), 1];
+        self.dispatch(shader, &params, &buffers, grid);
+    }
+
+    /// Rows of a product that a token each reads through a route.
+    fn experts(&self, moe: &Moe<Self>) -> Option<(&'static str, String)> {
+        let layers = moe.layers().map(|layer| &*layer.weight.0);
+        if moe.down_by_neuron {
+            return Some(("experts on the GPU", "down by neuron".to_owned()));
+        }
+        if let Some(layer) = layers.iter().find(|weights| weights.whole().is_none()) {
+            let found = format!("{} in {} bindings", layer.name, layer.parts.len());
+            return Some(("experts on this GPU", found));
+        }
+        if layers[0].dtype != layers[1].dtype {
+            let found = format!("gate in {}, up in {}", layers[0].dtype, layers[1].dtype);
+            return Some(("experts on the GPU", found));
+        }
+        None
+    }
+
+    /// Bytes of `n` positions, one after the other.
+    fn kv_row_bytes(kv: &KvCache, which: usize) -> usize {
+        let kind = [kv.kinds.keys, kv.kinds.values][which];
+        kind.row_bytes(kv.n_kv_heads * kv.head_dim)
+    }
+}
+
+/// A dispatch of `gemv.wgsl`.
+struct Gemv<'a> {
+    x: &'a Input,
+    layers: &'a [(&'a Weights, Option<&'a Vector>)],
+    outs: &'a [Rows],
+    /// Of the matrices.
+    part: usize,
+    residual: Option<&'a Rows>,
+    glu: Option<Activation>,
+    experts: Experts,
+    routes: Option<&'a Routes>,
+}
+
+/// What a router chose, `(n_tokens, 2 * n_used)`.
+struct Routes {
+    rows: Rows,
+    n_experts: usize,
+    n_used: usize,
+}
+
+impl Rows {
+    fn span(&self) -> Span<'_> {
+        self.buffer.all()
+    }
+}
+
+impl Vector {
+    fn span(&self) -> Span<'_> {
+        self.buffer.all()
+    }
+}
+
+/// The offset of a row in vectors of four.
+fn vec4(at: usize) -> u32 {
+    assert!(at.is_multiple_of(4), "rows of whole vectors");
+    (at / 4) as u32
+}
+
+impl Backend for Gpu {
+    type Matrix = Matrix;
+    type Vector = Vector;
+    type Tensor = Tensor;
+    type Kv = KvCache;
+    type Conv = ConvState;
+
+    fn matrix(&self, tensor: &FileTensor) -> Result<Matrix> {
+        Ok(Matrix(Weights::upload(&self.device, tensor)?))
+    }
+
+    fn vector(&self, data: Vec<f32>) -> Vector {
+        let bytes = bytemuck::cast_slice(&data);
+        let buffer = self.device.buffer_of(bytes, "a vector of the model");
+        Vector {
+            buffer: Arc::new(self.done(buffer)),
+            n: data.len(),
+        }
+    }
+
+    /// Sessions see to it that nothing here selects keys.
+    fn kv(&self, attention: &Attention, options: &KvOptions) -> KvCache {
+        KvCache {
+            kinds: options.kinds,
+            n_kv_heads: attention.n_kv_heads,
+            head_dim: attention.head_dim,
+            n_positions: 0,
+            memory: None,
+        }
+    }
+
+    fn kv_reserve(&self, kv: &mut KvCache, positions: Range<usize>) -> Result<()> {
+        let n = positions.end;
+        if n <= kv.n_positions {
+            return Ok(());
+        }
+        if kv.kinds.is_quantized() || kv.head_dim > MAX_HEAD || !kv.head_dim.is_multiple_of(4) {
+            return Err(Error::Unsupported {
+                kind: "cache on the GPU",
+                found: format!("{}, heads of {}", kv.kinds, kv.head_dim),
+                supported: format!("f16, f32, heads of multiples of 4 up to {MAX_HEAD}"),
+            });
+        }
+        let n = n.max(2 * kv.n_positions).next_multiple_of(KV_STEP);
+        let grown = |which: usize| {
+            let bytes = (n * Self::kv_row_bytes(kv, which)) as u64;
+            let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST;
+            let buffer = self.device.buffer(bytes, usage, "keys and values")?;
+            if let Some(old) = &kv.memory {
+                self.copy(&old[which], &buffer);
+            }
+            Ok::<_, Error>(Arc::new(buffer))
+        };
+        kv.memory = Some([grown(0)?, grown(1)?]);
+        kv.n_positions = n;
+        self.recorder.borrow_mut().forget_groups();
+        Ok(())
+    }
+
+    fn kv_copy(&self, kv: &KvCache) -> Result<KvCache> {
+        let copy = |from: &Arc<Buffer>| {
+            let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST;
+            let buffer = self.device.buffer(from.bytes, usage, "keys and values")?;
+            self.copy(from, &buffer);
+            Ok::<_, Error>(Arc::new(buffer))
+        };
+        let memory = match &kv.memory {
+            Some([keys, values]) => Some([copy(keys)?, copy(values)?]),
+            None => None,
+        };
+        self.recorder.borrow_mut().forget_groups();
+        Ok(KvCache { memory, ..*kv })
+    }
+
+    fn kv_save(
+        &self,
+        kv: &KvCache,
+        n: usize,
+        sink: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let Some(memory) = kv.memory.as_ref().filter(|_| n > 0) else {
+            return Ok(());
+        };
+        let mut rows = Vec::new();
+        for (which, buffer) in memory.iter().enumerate() {
+            let bytes = (n * Self::kv_row_bytes(kv, which)) as u64;
+            rows.push(self.device.download(buffer, 0, bytes)?);
+        }
+        let mut span = Vec::new();
+        for first in (0..n).step_by(KV_PAGE) {
+            for (which, rows) in rows.iter().enumerate() {
+                let row = Self::kv_row_bytes(kv, which);
+                let head = row / kv.n_kv_heads;
+                for h in 0..kv.n_kv_heads {
+                    span.clear();
+                    for p in first..n.min(first + KV_PAGE) {
+                        span.extend_from_slice(&rows[p * row + h * head..][..head]);
+                    }
+                    sink(&span)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn kv_load(
+        &self,
+        kv: &mut KvCache,
+        n: usize,
+        source: &mut dyn FnMut(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        let Some(memory) = kv.memory.as_ref().filter(|_| n > 0) else {
+            return Ok(());
+        };
+        let mut rows = [0, 1].map(|which| vec![0; n * Self::kv_row_bytes(kv, which)]);
+        let mut span = Vec::new();
+        for first in (0..n).step_by(KV_PAGE) {
+            let positions = first..n.min(first + KV_PAGE);
+            for (which, rows) in rows.iter_mut().enumerate() {
+                let row = Self::kv_row_bytes(kv, which);
+                let head = row / kv.n_kv_heads;
+                for h in 0..kv.n_kv_heads {
+                    span.resize(positions.len() * head, 0);
+                    source(&mut span)?;
+                    for (p, from) in positions.clone().zip(span.chunks_exact(head)) {
+                        rows[p * row + h * head..][..head].copy_from_slice(from);
+                    }
+                }
+            }
+        }
+        for (buffer, rows) in memory.iter().zip(&rows) {
+            self.device.queue.write_buffer(&buffer.raw, 0, rows);
+        }
+        self.device.check("keys and values of a file")
+    }
+
+    fn kv_bytes(&self, kv: &KvCache) -> usize {
+        let memory = kv.memory.iter().flatten();
+        memory.map(|buffer| buffer.bytes as usize).sum()
+    }
+
+    fn conv_bytes(&self, conv: &ConvState) -> usize {
+        conv.memory.bytes as usize
+    }
+
+    fn conv(&self, n_rows: usize, n_channels: usize) -> ConvState {
+        let ring = n_rows + REWIND;
+        let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST;
+        let bytes = (ring * n_channels * size_of::<f32>()) as u64;
+        let memory = self.device.buffer(bytes, usage, "convolutions");
+        let mut conv = ConvState {
+            memory: Arc::new(self.done(memory)),
+            n_rows,
+            n_channels,
+            ring,
+            count: 0,
+            held: 0,
+        };
+        self.conv_reset(&mut conv);
+        conv
+    }
+
+    fn conv_reset(&self, conv: &mut ConvState) {
+        let rows = vec![0.0; conv.n_rows * conv.n_channels];
+        self.conv_set(conv, &rows);
+    }
+
+    fn conv_rewind(&self, conv: &mut ConvState, n: usize) -> bool {
+        let reaches = conv.held >= n + conv.n_rows;
+        if reaches {
+            conv.count -= n;
+            conv.held -= n;
+        }
+        reaches
+    }
+
+    fn conv_rows(&self, conv: &ConvState, out: &mut Vec<f32>) {
+        let n = conv.n_channels;
+        let start = out.len();
+        out.resize(start + conv.n_rows * n, 0.0);
+        let held = self.device.download(&conv.memory, 0, conv.memory.bytes);
+        // A fault shows in the next pass; zeros until then.
+        let Ok(held) = held else { return };
+        let held: &[f32] = bytemuck::cast_slice(&held);
+        let first = conv.count - conv.n_rows;
+        for (i, row) in out[start..].chunks_exact_mut(n).enumerate() {
+            row.copy_from_slice(&held[(first + i) % conv.ring * n..][..n]);
+        }
+    }
+
+    fn conv_set(&self, conv: &mut ConvState, rows: &[f32]) {
+        assert_eq!(
+            rows.len(),
+            conv.n_rows * conv.n_channels,
+            "rows of a convolution"
+        );
+        (conv.count, conv.held) = (conv.n_rows, conv.n_rows);
+        let bytes = bytemuck::cast_slice(rows);
+        self.device.queue.write_buffer(&conv.memory.raw, 0, bytes);
+    }
+
+    fn begin(&mut self, step: Step) {
+        self.step = step;
+        self.waiting = None;
+        self.recorder.get_mut().begin();
+    }
+
+    fn set_cancel(&mut self, cancel: &Cancel) {
+        self.cancel = cancel.clone();
+    }
+
+    fn embed(&mut self, table: &Matrix, tokens: &[u32], scale: f32) -> Tensor {
+        let weights = &*table.0;
+        assert!(
+            tokens.iter().all(|token| (*token as usize) < weights.n_out),
+            "a token beyond the table"
+        );
+        let ids = self.upload(bytemuck::cast_slice(tokens));
+        let out = self.take(tokens.len() * weights.n_in);
+        let n_units = weights.n_in / UNIT;
+        for part in &weights.parts {
+            let params = [
+                n_units as u32,
+                part.first as u32,
+                part.n_rows as u32,
+                scale.to_bits(),
+            ];
+            let buffers = [
+                Some(ids.span()),
+                Some(part.main()),
+                Some(part.aux()),
+                Some(out.span()),
+            ];
+            let grid = [n_units.div_ceil(64), tokens.len(), 1];
+            self.dispatch(Shader::Embed(weights.dtype), &params, &buffers, grid);
+        }
+        Tensor::new(tokens.len(), weights.n_in, Value::Rows(out))
+    }
+
+    fn rms_norm(&mut self, x: &Tensor, gain: &Vector, eps: f32) -> Tensor {
+        self.check();
+        assert!(x.n_cols.is_multiple_of(gain.n), "rows of whole groups");
+        let rows = self.rows(x);
+        let gain = gain.clone();
+        let value = match gain.n == x.n_cols {
+            true => Value::Normed(Norm { x: rows, gain, eps }),
+            false if gain.n <= MAX_HEAD => Value::Heads(Heads {
+                x: rows,
+                n: gain.n,
+                norm: Some((gain, eps)),
+                rope: None,
+            }),
+            false => {
+                let norm = Norm { x: rows, gain, eps };
+                Value::Rows(self.norm(&norm, x.n_tokens, x.n_cols, None))
+            }
+        };
+        Tensor::new(x.n_tokens, x.n_cols, value)
+    }
+
+    fn linear<const N: usize>(&mut self, x: &Tensor, layers: [&Linear<Self>; N]) -> [Tensor; N] {
+        self.check();
+        for layer in layers {
+            assert_eq!(x.n_cols, layer.weight.0.n_in, "inputs of {}", layer.name);
+            self.count(&layer.weight.0, x.n_tokens);
+        }
+        let input = self.input(x);
+        let tensor = |i: usize, value| Tensor::new(x.n_tokens, layers[i].weight.0.n_out, value);
+        if N > 1 && self.step == Step::Decode {
+            let of = layers.map(|layer| (&*layer.weight.0, layer.bias.as_ref()));
+            let outs = self.gemv(&input, of, x.n_tokens, None);
+            let mut outs = outs.into_iter();
+            return std::array::from_fn(|i| {
+                tensor(i, Value::Rows(outs.next().expect("as many as layers")))
+            });
+        }
+        std::array::from_fn(|i| {
+            let product = Product {
+                x: input.clone(),
+                weights: Arc::clone(&layers[i].weight.0),
+                bias: layers[i].bias.clone(),
+            };
+            tensor(i, Value::Product(product))
+        })
+    }
+
+    fn rope_angles(&mut self, rope: &Rope, start: usize, n: usize) -> Tensor {
+        let half = rope.inv_freq.len();
+        let mut angles = vec![0.0f32; n * 2 * half];
+        for (i, row) in angles.chunks_exact_mut(2 * half).enumerate() {
+            let (cos, sin) = row.split_at_mut(half);
+            for ((cos, sin), freq) in cos.iter_mut().zip(sin).zip(&rope.inv_freq) {
+                // As on the CPU: the product in f32, its sine in f64.
+                let angle = f64::from((start + i) as f32 * freq);
+                *cos = angle.cos() as f32;
+                *sin = angle.sin() as f32;
+            }
+        }
+        let rows = self.upload(bytemuck::cast_slice(&angles));
+        Tensor::new(n, 2 * half, Value::Rows(rows))
+    }
+
+    fn rope(&mut self, x: &mut Tensor, head_dim: usize, pairs: RopePairs, angles: &Tensor) {
+        let fits = x.n_cols.is_multiple_of(head_dim) && angles.n_cols <= head_dim;
+        assert!(fits && x.n_tokens == angles.n_tokens, "heads and positions");
+        let turn = Turn {
+            pairs,
+            angles: self.rows(angles),
+            half: angles.n_cols / 2,
+        };
+        let waits = match &*x.value.borrow() {
+            Value::Heads(heads) if heads.rope.is_none() && heads.n == head_dim => {
+                Some(heads.clone())
+            }
+            _ => None,
+        };
+        let heads = waits.unwrap_or_else(|| Heads {
+            x: self.rows(x),
+            n: head_dim,
+            norm: None,
+            rope: None,
+        });
+        *x.value.get_mut() = Value::Heads(Heads {
+            rope: Some(turn),
+            ..heads
+        });
+    }
+
+    fn kv_write(&mut self, kv: &mut KvCache, k: &Tensor, v: &Tensor, start: usize) {
+        self.settle();
+        assert_eq!(k.n_cols, kv.n_kv_heads * kv.head_dim, "a row of a cache");
+        let values = self.rows(v);
+        let waits = match &*k.value.borrow() {
+            Value::Heads(heads) if heads.n == kv.head_dim => Some(heads.clone()),
+            _ => None,
+        };
+        let keys = waits.unwrap_or_else(|| Heads {
+            x: self.rows(k),
+            n: kv.head_dim,
+            norm: None,
+            rope: None,
+        });
+        self.waiting = Some(Waiting {
+            keys,
+            values,
+            n_tokens: k.n_tokens,
+            start,
+            cache: CacheView::of(kv),
+        });
+    }
+
+    fn attention(
+        &mut self,
+        q: &Tensor,
+        kv: &KvCache,
+        start: usize,
+        attention: &Attention,
+    ) -> Tensor {
+        self.check();
+        let cache = CacheView::of(kv);
+        cache.check(attention);
+        let (n_heads, d) = (attention.n_heads, attention.head_dim);
+        assert_eq!(q.n_cols, n_heads * d, "a row of queries");
+        assert!(start + q.n_tokens <= cache.n_positions, "cached positions");
+        let waits = match &*q.value.borrow() {
+            Value::Heads(heads) if heads.n == d => Some(heads.clone()),
+            _ => None,
+        };
+        let joins = |kv: &&Waiting| {
+            let alike = |heads: &Heads| {
+                (heads.rope.is_some(), heads.norm.is_some())
+                    == (kv.keys.rope.is_some(), kv.keys.norm.is_some())
+            };
+            Arc::ptr_eq(&kv.cache.keys, &cache.keys)
+                && kv.n_tokens == q.n_tokens
+                && waits.as_ref().is_some_and(alike)
+        };
+        let rows = match (self.waiting.as_ref().filter(joins), &waits) {
+            (Some(kv), Some(heads)) => {
+                let out = self.take(q.n_tokens * q.n_cols);
+                self.turn(Some((heads, n_heads, &out)), Some(kv), q.n_tokens);
+                self.waiting = None;
+                out
+            }
+            _ => {
+                self.settle();
+                self.rows(q)
+            }
+        };
+        let out = self.take(q.n_tokens * q.n_cols);
+        self.work.attention_ops += (start..start + q.n_tokens)
+            .map(|position| {
+                let seen = attention.window.unwrap_or(usize::MAX).min(position + 1);
+                4 * (seen * n_heads * d) as u64
+            })
+            .sum::<u64>();
+        if self.step == Step::Decode {
+            // One, or a replay of some that came one by one.
+            for i in 0..q.n_tokens {
+                self.attend_one(&rows, i, &cache, start + i, attention, &out);
+            }
+        } else {
+            self.attend_many(&rows, q.n_tokens, &cache, start, attention, &out);
+        }
+        Tensor::new(q.n_tokens, q.n_cols, Value::Rows(out))
+    }
+
+    fn short_conv(&mut self, bcx: &Tensor, taps: &Vector, conv: &mut ConvState) -> Tensor {
+        self.check();
+        let (n, n_tokens) = (conv.n_channels, bcx.n_tokens);
+        assert_eq!(bcx.n_cols, 3 * n, "gates and inputs of a convolution");
+        assert_eq!(taps.n, (conv.n_rows + 1) * n, "taps of a convolution");
+        let x = self.rows(bcx);
+        let out = self.take(n_tokens * n);
+        let run = |first: usize, n_run: usize, store: bool, push: bool| {
+            let params = [
+                n as u32,
+                (conv.n_rows + 1) as u32,
+                n_tokens as u32,
+                conv.ring as u32,
+                (conv.count % conv.ring) as u32,
+                x.at as u32,
+                first as u32,
+            ];
+            let buffers = [
+                Some(x.span()),
+                Some(taps.span()),
+                Some(conv.memory.all()),
+                Some(out.span()),
+            ];
+            let grid = [n.div_ceil(64), n_run, 1];
+            self.dispatch(Shader::ShortConv { store, push }, &params, &buffers, grid);
+        };
+        let one = n_tokens == 1;
+        run(0, n_tokens, one, false);
+        if !one {
+            let kept = n_tokens.min(conv.ring);
+            run(n_tokens - kept, kept, false, true);
+        }
+        conv.count += n_tokens;
+        conv.held = (conv.held + n_tokens).min(conv.ring);
+        Tensor::new(n_tokens, n, Value::Rows(out))
+    }
+
+    fn glu(&mut self, gate: Tensor, up: &Tensor, activation: Activation) -> Tensor {
+        let (g, u) = (self.rows(&gate), self.rows(up));
+        let n = gate.n_tokens * gate.n_cols;
+        let out = self.take(n);
+        let params = [n as u32, g.at as u32, u.at as u32];
+        let buffers = [Some(g.span()), Some(u.span()), Some(out.span())];
+        let grid = flat(n);
+        self.dispatch(Shader::Glu(activation), &params, &buffers, grid);
+        Tensor::new(gate.n_tokens, gate.n_cols, Value::Rows(out))
+    }
+
+    fn gated_ffn(&mut self, x: &Tensor, ffn: &GatedFfn<Self>) -> Tensor {
+        self.check();
+        let [gate, up] = [&ffn.gate, &ffn.up].map(|layer| &*layer.weight.0);
+        let joins = self.step == Step::Decode
+            && self.most_matrices() >= 2
+            && gate.dtype == up.dtype
+            && gate.whole().is_some()
+            && up.whole().is_some()
+            && ffn.gate.bias.is_none()
+            && ffn.up.bias.is_none();
+        let h = if joins {
+            self.count(gate, x.n_tokens);
+            self.count(up, x.n_tokens);
+            let input = self.input(x);
+            let out = self.take(x.n_tokens * gate.n_out);
+            let call = Gemv {
+                x: &input,
+                layers: &[(gate, None), (up, None)],
+                outs: std::slice::from_ref(&out),
+                part: 0,
+                residual: None,
+                glu: Some(ffn.activation),
+                experts: Experts::None,
+                routes: None,
+            };
+            self.run_gemv(&call, [x.n_tokens, 1]);
+            Tensor::new(x.n_tokens, gate.n_out, Value::Rows(out))
+        } else {
+            let [gate, up] = self.linear(x, [&ffn.gate, &ffn.up]);
+            self.glu(gate, &up, ffn.activation)
+        };
+        let [out] = self.linear(&h, [&ffn.down]);
+        out
+    }
+
+    fn route(&mut self, x: &Tensor, from: usize, moe: &Moe<Self>) -> Tensor {
+        self.check();
+        let rows = self.rows(x);
+        let n_tokens = x.n_tokens - from;
+        let at = rows.at + from * x.n_cols;
+        let x = Tensor::new(n_tokens, x.n_cols, Value::Rows(Rows { at, ..rows }));
+        let [logits] = self.linear(&x, [&moe.router]);
+        let logits = self.rows(&logits);
+        let routing = &moe.routing;
+        let out = self.take(n_tokens * 2 * routing.n_used);
+        let params = [
+            routing.n_experts as u32,
+            routing.n_used as u32,
+            routing.sum_eps.to_bits(),
+        ];
+        let shader = Shader::Route {
+            bias: moe.selection_bias.is_some(),
+            sigmoid: routing.gating == Gating::Sigmoid,
+        };
+        let buffers = [
+            Some(logits.span()),
+            moe.selection_bias.as_ref().map(Vector::span),
+            Some(out.span()),
+        ];
+        self.dispatch(shader, &params, &buffers, [n_tokens, 1, 1]);
+        Tensor::new(n_tokens, 2 * routing.n_used, Value::Rows(out))
+    }
+
+    fn moe(&mut self, x: &Tensor, routes: Tensor, moe: &Moe<Self>) -> Tensor {
+        self.check();
+        if let Some((what, found)) = self.experts(moe) {
+            self.unsupported(what, found, "whole matrices, gate and up in one format");
+        }
+        let [gate, up, down] = moe.layers().map(|layer| &*layer.weight.0);
+        let k = moe.routing.n_used;
+        let routes = Routes {
+            rows: self.rows(&routes),
+            n_experts: moe.routing.n_experts,
+            n_used: k,
+        };
+        let input = match &*x.value.borrow() {
+            Value::Normed(norm) => Input::Normed(norm.clone()),
+            _ => Input::Rows(self.rows(x)),
+        };
+        for weights in [gate, up, down] {
+            self.work.matmul_ops +=
+                2 * (weights.n_in * weights.n_out / routes.n_experts * k * x.n_tokens) as u64;
+            self.work.weight_bytes += (weights.file_bytes / routes.n_experts * k) as u64;
+        }
+        let h = self.take(x.n_tokens * k * moe.n_ffn);
+        let call = Gemv {
+            x: &input,
+            layers: &[(gate, None), (up, None)],
+            outs: std::slice::from_ref(&h),
+            part: 0,
+            residual: None,
+            glu: Some(moe.activation),
+            experts: Experts::Each,
+            routes: Some(&routes),
+        };
+        self.run_gemv(&call, [k, x.n_tokens]);
+        let n_out = down.n_out / routes.n_experts;
+        let out = self.take(x.n_tokens * n_out);
+        let call = Gemv {
+            x: &Input::Rows(h.clone()),
+            layers: &[(down, None)],
+            outs: std::slice::from_ref(&out),
+            glu: None,
+            experts: Experts::Sum,
+            ..call
+        };
+        self.run_gemv(&call, [x.n_tokens, 1]);
+        Tensor::new(x.n_tokens, n_out, Value::Rows(out))
+    }
+
+    fn add(&mut self, x: &mut Tensor, y: &Tensor) {
+        assert_eq!(
+            (x.n_tokens, x.n_cols),
+            (y.n_tokens, y.n_cols),
+            "rows of a sum"
+        );
+        let residual = self.rows(x);
+        let value = y.value.borrow().clone();
+        let sum = match value {
+            Value::Product(product) => self.product(&product, x.n_tokens, Some(&residual)),
+            Value::Normed(norm) => self.norm(&norm, x.n_tokens, x.n_cols, Some(&residual)),
+            _ => {
+                let y = self.rows(y);
+                let n = x.n_tokens * x.n_cols;
+                let out = self.take(n);
+                let params = [n as u32, residual.at as u32, y.at as u32];
+                let buffers = [Some(residual.span()), Some(y.span()), Some(out.span())];
+                self.dispatch(Shader::Add, &params, &buffers, flat(n));
+                out
+            }
+        };
+        *x.value.get_mut() = Value::Rows(sum);
+    }
+
+    fn rows_from(&mut self, x: Tensor, from: usize) -> Tensor {
+        let n_tokens = x.n_tokens - from;
+        let rows = self.rows(&x);
+        // What follows leaves no trace in the caches.
+        if n_tokens < FEW {
+            self.step = Step::Decode;
+        }
+        let at = rows.at + from * x.n_cols;
+        Tensor::new(n_tokens, x.n_cols, Value::Rows(Rows { at, ..rows }))
+    }
+
+    fn read(&mut self, x: &Tensor, out: &mut Vec<f32>) -> Result<()> {
+        self.settle();
+        let rows = self.rows(x);
+        let n = x.n_tokens * x.n_cols;
+        out.clear();
+        out.try_reserve_exact(n).map_err(|_| Error::OutOfMemory {
+            what: "logits".into(),
+            bytes: n * size_of::<f32>(),
+        })?;
+        let take = |bytes: &[u8]| out.extend_from_slice(bytemuck::cast_slice(bytes));
+        self.recorder.get_mut().read(&rows.buffer, rows.at, n, take)
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        self.settle();
+        self.recorder.get_mut().submit()?;
+        self.device.wait()
+    }
+
+    fn scratch_bytes(&self) -> usize {
+        self.recorder.borrow().bytes()
+    }
+
+    fn work(&self) -> Work {
+        self.work
+    }
+
+    fn kernel(&self, of: Runs<Self>) -> &'static str {
+        match of {
+            Runs::GatedFfn(_) => "gpu",
+            _ => "",
+        }
+    }
+}
+
+/// Workgroups of 256 for `n` elements, in rows of 65535.
+fn flat(n: usize) -> [usize; 3] {
+    let groups = n.div_ceil(256);
+    [groups.min(65_535), groups.div_ceil(65_535), 1]
+}
+
+impl Gpu {
+    fn copy(&self, from: &Buffer, to: &Buffer) {
+        let bytes = from.bytes.min(to.bytes);
+        let mut encoder = self.device.raw.create_command_encoder(&Default::default());
+        encoder.copy_buffer_to_buffer(&from.raw, 0, &to.raw, 0, bytes);
+        self.device.queue.submit([encoder.finish()]);
+    }
+}
+
+const _: () = assert!(KvType::ALL.len() == 4, "a new cache type needs shaders");

@@ -1,0 +1,660 @@
+//! Shaders put together from their files, and pipelines made of them once.
+//!
+//! A shader is some constants, the fragment of a weight format, what its target has, and the file of the operation. Sizes
+//! that shape loops and arrays are constants in front of the text, not `override`s: WGSL has no arrays of overridable
+//! length in functions, and the text that is tested for every target is the text that runs.
+
+#![allow(unsafe_code, reason = "shaders without run-time bounds checks")]
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::fmt::Write;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::device::Device;
+use crate::backend::{Activation, KvType, RopePairs};
+use crate::error::Result;
+use crate::quant::{DType, KVALUES_IQ4NL, KVALUES_MXFP4};
+
+/// What a device has that shaders are written for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Target {
+    /// Half floats.
+    pub f16: bool,
+    /// Lanes of every subgroup.
+    pub subgroup: Option<u32>,
+}
+
+/// How a GEMV takes experts.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Experts {
+    /// There are none.
+    None,
+    /// Each slot of a route has outputs.
+    Each,
+    /// The outputs of all slots are weighted and summed.
+    Sum,
+}
+
+/// Units of a row, rounded up to a power of two: what shapes the loops over them.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct UnitsOf(u32);
+
+impl UnitsOf {
+    /// Of rows of `n`.
+    pub fn new(n: usize) -> Self {
+        Self((n as u32).next_power_of_two())
+    }
+
+    /// Units that a workgroup prepares at once, and loads that a lane has ahead.
+    fn loops(self, team: u32, is_float: bool) -> (u32, u32) {
+        // Of floats 128 bytes each, of packed ones 48.
+        let most = if is_float { 64 } else { 256 };
+        let depth = if self.0 > team { 2 } else { 1 };
+        (self.0.min(most.max(depth * team)), depth)
+    }
+}
+
+/// A shader: an operation, and what it is specialized for.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Shader {
+    /// Products of one token.
+    Gemv {
+        /// Of the matrices.
+        dtype: DType,
+        /// How many.
+        matrices: u32,
+        /// Of a team.
+        rows: u32,
+        /// Units of a row.
+        units: UnitsOf,
+        /// Whether the input is normed.
+        norm: bool,
+        /// Whether there is one.
+        bias: bool,
+        /// Whether there is one.
+        residual: bool,
+        /// Gate and up become one.
+        glu: Option<Activation>,
+        /// Whose rows.
+        experts: Experts,
+    },
+    /// Products of many tokens.
+    Gemm {
+        /// Of the matrix.
+        dtype: DType,
+        /// Rows of a lane.
+        tm: u32,
+        /// Tokens of a lane.
+        tn: u32,
+        /// Whether there is one.
+        bias: bool,
+        /// Whether there is one.
+        residual: bool,
+    },
+    /// Rows of a table.
+    Embed(DType),
+    /// A norm of whole rows.
+    RmsNorm {
+        /// Whether there is one.
+        residual: bool,
+    },
+    /// Queries, keys and values before attention.
+    Heads {
+        /// Whether queries and keys are normed.
+        norm: bool,
+        /// Whether they are turned.
+        rope: Option<RopePairs>,
+        /// Elements of a head at most.
+        max_head: u32,
+        /// Of the cache.
+        keys: KvType,
+        /// Of the cache.
+        values: KvType,
+    },
+    /// Attention of one token.
+    AttentionOne {
+        /// Elements of a head.
+        head_dim: u32,
+        /// Query heads of a workgroup.
+        group: u32,
+        /// Of the cache.
+        keys: KvType,
+        /// Of the cache.
+        values: KvType,
+    },
+    /// The parts of a split attention.
+    AttentionMerge,
+    /// Attention of many tokens.
+    AttentionMany {
+        /// Elements of a head.
+        head_dim: u32,
+        /// Queries of a workgroup.
+        bq: u32,
+        /// Keys of a tile.
+        bk: u32,
+        /// Of the cache.
+        keys: KvType,
+        /// Of the cache.
+        values: KvType,
+    },
+    /// A short convolution.
+    ShortConv {
+        /// Whether it remembers what it reads.
+        store: bool,
+        /// Whether it does nothing else.
+        push: bool,
+    },
+    /// A gated unit.
+    Glu(Activation),
+    /// A sum.
+    Add,
+    /// The choice of a router.
+    Route {
+        /// Whether there is one.
+        bias: bool,
+        /// Of the scores.
+        sigmoid: bool,
+    },
+    /// The best token.
+    Argmax,
+}
+
+macro_rules! file {
+    ($name:literal) => {
+        include_str!(concat!("../../../shaders/", $name))
+    };
+}
+
+/// Lanes of a workgroup of a GEMV.
+pub(super) const GEMV_LANES: u32 = 128;
+
+impl Target {
+    /// Lanes of a team of a GEMV.
+    pub(super) fn team(&self) -> u32 {
+        self.subgroup.unwrap_or(32)
+    }
+}
+
+/// The files that read a format: those that are shared, and its own.
+fn format(dtype: DType) -> (&'static [&'static str], &'static str) {
+    const NIBBLES: &str = file!("quant/nibbles.wgsl");
+    const PAIRS: &str = file!("quant/pairs.wgsl");
+    const BITS: &str = file!("quant/bits.wgsl");
+    const TABLE: &str = file!("quant/table.wgsl");
+    match dtype {
+        DType::F32 => (&[], file!("quant/f32.wgsl")),
+        DType::F16 => (&[], file!("quant/f16.wgsl")),
+        DType::BF16 => (&[], file!("quant/bf16.wgsl")),
+        DType::Q8_0 => (&[], file!("quant/q8_0.wgsl")),
+        DType::Q4_0 => (&[NIBBLES], file!("quant/q4_0.wgsl")),
+        DType::Q4_1 => (&[NIBBLES], file!("quant/q4_1.wgsl")),
+        DType::Q5_0 => (&[NIBBLES, BITS], file!("quant/q5_0.wgsl")),
+        DType::Q5_1 => (&[NIBBLES, BITS], file!("quant/q5_1.wgsl")),
+        DType::Q4_K => (&[NIBBLES], file!("quant/q4_k.wgsl")),
+        DType::Q5_K => (&[NIBBLES, BITS], file!("quant/q5_k.wgsl")),
+        DType::Q6_K => (&[NIBBLES, PAIRS], file!("quant/q6_k.wgsl")),
+        DType::Q2_K => (&[PAIRS], file!("quant/q2_k.wgsl")),
+        DType::Q3_K => (&[PAIRS, BITS], file!("quant/q3_k.wgsl")),
+        DType::IQ4_NL => (&[TABLE], file!("quant/iq4_nl.wgsl")),
+        DType::IQ4_XS => (&[TABLE], file!("quant/iq4_xs.wgsl")),
+        DType::MXFP4 => (&[TABLE], file!("quant/mxfp4.wgsl")),
+        DType::TQ1_0 | DType::TQ2_0 => (&[PAIRS], file!("quant/tq2_0.wgsl")),
+    }
+}
+
+/// Whether weights are floats, which are multiplied as such.
+pub(super) fn is_float(dtype: DType) -> bool {
+    matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
+}
+
+/// What is written before a text.
+struct Text(String);
+
+impl Text {
+    fn constant(&mut self, name: &str, kind: &str, value: impl std::fmt::Display) {
+        writeln!(self.0, "const {name}: {kind} = {value};").expect("a string has room");
+    }
+
+    fn uint(&mut self, name: &str, value: u32) {
+        self.constant(name, "u32", format_args!("{value}u"));
+    }
+
+    fn flag(&mut self, name: &str, value: bool) {
+        self.constant(name, "bool", value);
+    }
+
+    fn file(&mut self, text: &str) {
+        self.0.push('\n');
+        self.0.push_str(text);
+    }
+
+    fn activation(&mut self, activation: Option<Activation>) {
+        let number = match activation {
+            None | Some(Activation::Silu) => 0,
+            Some(Activation::GeluTanh) => 1,
+            Some(Activation::Relu) => 2,
+        };
+        self.uint("ACTIVATION", number);
+        self.file(file!("activation.wgsl"));
+    }
+
+    /// How units of a format are read; `load_0` for the first matrix.
+    fn format(&mut self, dtype: DType) {
+        let (shared, own) = format(dtype);
+        let table = match dtype {
+            DType::IQ4_NL | DType::IQ4_XS => Some(KVALUES_IQ4NL),
+            DType::MXFP4 => Some(KVALUES_MXFP4),
+            _ => None,
+        };
+        if let Some(table) = table {
+            let words: [u32; 4] = bytemuck::cast(table.map(|x| x as u8));
+            let [a, b, c, d] = words.map(u32::to_le);
+            let value = format_args!("vec4<u32>({a}u, {b}u, {c}u, {d}u)").to_string();
+            self.constant("TABLE", "vec4<u32>", value);
+        }
+        shared.iter().for_each(|text| self.file(text));
+        self.file(own);
+        if !is_float(dtype) {
+            self.file(file!("quant/affine.wgsl"));
+        }
+    }
+
+    fn cache(&mut self, keys: KvType, values: KvType) {
+        self.file(match keys {
+            KvType::F32 => file!("kv/keys_f32.wgsl"),
+            _ => file!("kv/keys_f16.wgsl"),
+        });
+        self.file(match values {
+            KvType::F32 => file!("kv/values_f32.wgsl"),
+            _ => file!("kv/values_f16.wgsl"),
+        });
+    }
+}
+
+impl Shader {
+    /// The text for a target.
+    pub fn source(&self, target: &Target) -> String {
+        let mut text = Text(String::new());
+        match *self {
+            Shader::Gemv {
+                dtype,
+                matrices,
+                rows,
+                units,
+                norm,
+                bias,
+                residual,
+                glu,
+                experts,
+            } => {
+                text.uint("WG", GEMV_LANES);
+                text.uint("TEAM", target.team());
+                text.uint("TEAMS", GEMV_LANES / target.team());
+                text.uint("ROWS", rows);
+                let (seg, depth) = units.loops(target.team(), is_float(dtype));
+                text.uint("SEG", seg);
+                text.uint("DEPTH", depth);
+                text.uint("MATRICES", matrices);
+                text.flag("NORM", norm);
+                text.flag("BIAS", bias);
+                text.flag("RESIDUAL", residual);
+                text.flag("GLU", glu.is_some());
+                text.uint("EXPERTS", experts as u32);
+                text.activation(glu);
+                text.format(dtype);
+                let (_, own) = format(dtype);
+                let load = own.find("fn load_0").expect("every format loads units");
+                let load_end = load + own[load..].find("\n}\n").expect("a function ends") + 3;
+                for m in 0..matrices {
+                    let mut part = file!("gemv_matrix.wgsl").to_owned();
+                    for i in 0..4 {
+                        let binding = (5 + 4 * m + i).to_string();
+                        part = part.replace(&format!("BINDING_{i})"), &format!("{binding})"));
+                    }
+                    part = part.replace("M_0", &format!("{m}u"));
+                    if m > 0 {
+                        part.push_str(&own[load..load_end]);
+                    }
+                    text.file(&part.replace("_0", &format!("_{m}")));
+                }
+                text.0
+                    .push_str("\nfn tile(m: u32, before: u32, row: u32, unit: u32) -> array<Unit, ROWS> {\n    switch m {\n");
+                for m in (1..matrices).rev() {
+                    writeln!(
+                        text.0,
+                        "        case {m}u: {{ return tile_{m}(before, row, unit); }}"
+                    )
+                    .expect("a string has room");
+                }
+                text.0.push_str("        default: { return tile_0(before, row, unit); }\n    }\n}\n\nfn put(m: u32, at: u32, token: u32, row: u32, y: f32) {\n    switch m {\n");
+                for m in (1..matrices).rev() {
+                    writeln!(
+                        text.0,
+                        "        case {m}u: {{ put_{m}(at, token, row, y); }}"
+                    )
+                    .expect("a string has room");
+                }
+                text.0
+                    .push_str("        default: { put_0(at, token, row, y); }\n    }\n}\n");
+                text.file(match is_float(dtype) {
+                    true => file!("x_float.wgsl"),
+                    false => file!("x_packed.wgsl"),
+                });
+                text.file(file!("gemv.wgsl"));
+                text.file(match target.subgroup {
+                    Some(_) => file!("team_subgroup.wgsl"),
+                    None => file!("team_plain.wgsl"),
+                });
+            }
+            Shader::Gemm {
+                dtype,
+                tm,
+                tn,
+                bias,
+                residual,
+            } => {
+                // Weights that are floats already lose nothing.
+                let half = target.f16 && dtype != DType::F32;
+                if half {
+                    text.0.push_str("enable f16;\n");
+                }
+                text.uint("TM", tm);
+                text.uint("TN", tn);
+                text.flag("BIAS", bias);
+                text.flag("RESIDUAL", residual);
+                text.file(match half {
+                    true => file!("tile_f16.wgsl"),
+                    false => file!("tile_f32.wgsl"),
+                });
+                text.format(dtype);
+                text.file(file!("gemm.wgsl"));
+            }
+            Shader::Embed(dtype) => {
+                text.format(dtype);
+                text.file(file!("embed.wgsl"));
+            }
+            Shader::RmsNorm { residual } => {
+                text.flag("RESIDUAL", residual);
+                text.file(file!("rms_norm.wgsl"));
+            }
+            Shader::Heads {
+                norm,
+                rope,
+                max_head,
+                keys,
+                values,
+            } => {
+                text.uint("MAX_HEAD", max_head);
+                text.flag("NORM", norm);
+                text.uint(
+                    "ROPE",
+                    match rope {
+                        None => 0,
+                        Some(RopePairs::Halves) => 1,
+                        Some(RopePairs::Neighbours) => 2,
+                    },
+                );
+                text.flag("KEYS_F16", keys == KvType::F16);
+                text.flag("VALUES_F16", values == KvType::F16);
+                text.file(file!("heads.wgsl"));
+            }
+            Shader::AttentionOne {
+                head_dim,
+                group,
+                keys,
+                values,
+            } => {
+                text.uint("D", head_dim);
+                text.uint("GROUP", group);
+                text.cache(keys, values);
+                text.file(file!("attention_one.wgsl"));
+            }
+            Shader::AttentionMerge => text.file(file!("attention_merge.wgsl")),
+            Shader::AttentionMany {
+                head_dim,
+                bq,
+                bk,
+                keys,
+                values,
+            } => {
+                text.uint("D", head_dim);
+                text.uint("BQ", bq);
+                text.uint("BK", bk);
+                text.cache(keys, values);
+                text.file(file!("attention_many.wgsl"));
+            }
+            Shader::ShortConv { store, push } => {
+                text.flag("STORE", store);
+                text.flag("PUSH", push);
+                text.file(file!("short_conv.wgsl"));
+            }
+            Shader::Glu(activation) => {
+                text.activation(Some(activation));
+                text.file(file!("glu.wgsl"));
+            }
+            Shader::Add => text.file(file!("add.wgsl")),
+            Shader::Route { bias, sigmoid } => {
+                text.flag("BIAS", bias);
+                text.flag("SIGMOID", sigmoid);
+                text.file(file!("route.wgsl"));
+            }
+            Shader::Argmax => text.file(file!("argmax.wgsl")),
+        }
+        text.0
+    }
+
+    /// One of every operation in every way that it is specialized, for tests.
+    pub fn all() -> Vec<Shader> {
+        let mut all = Vec::new();
+        let (halves, floats) = (KvType::F16, KvType::F32);
+        for &dtype in DType::ALL {
+            let units = UnitsOf::new(64);
+            let plain = |matrices, rows, flags: [bool; 3]| Shader::Gemv {
+                dtype,
+                matrices,
+                rows,
+                units,
+                norm: flags[0],
+                bias: flags[1],
+                residual: flags[2],
+                glu: None,
+                experts: Experts::None,
+            };
+            all.push(plain(1, 4, [false, false, true]));
+            all.push(plain(2, 2, [true, false, false]));
+            all.push(plain(3, 2, [true, true, false]));
+            for (glu, experts, norm) in [
+                (Some(Activation::Silu), Experts::None, true),
+                (Some(Activation::GeluTanh), Experts::None, false),
+                (Some(Activation::Relu), Experts::Each, true),
+                (None, Experts::Sum, false),
+            ] {
+                all.push(Shader::Gemv {
+                    dtype,
+                    matrices: if glu.is_some() { 2 } else { 1 },
+                    rows: 2,
+                    units: UnitsOf::new(if norm { 8 } else { 1024 }),
+                    norm,
+                    bias: false,
+                    residual: false,
+                    glu,
+                    experts,
+                });
+            }
+            for (tm, tn, bias, residual) in [
+                (8, 8, false, true),
+                (4, 4, true, false),
+                (4, 1, false, false),
+            ] {
+                all.push(Shader::Gemm {
+                    dtype,
+                    tm,
+                    tn,
+                    bias,
+                    residual,
+                });
+            }
+            all.push(Shader::Embed(dtype));
+        }
+        for residual in [false, true] {
+            all.push(Shader::RmsNorm { residual });
+        }
+        for (keys, values) in [(halves, halves), (floats, floats), (halves, floats)] {
+            let ropes = [None, Some(RopePairs::Halves), Some(RopePairs::Neighbours)];
+            for rope in ropes {
+                for norm in [false, true] {
+                    all.push(Shader::Heads {
+                        norm,
+                        rope,
+                        max_head: 128,
+                        keys,
+                        values,
+                    });
+                }
+            }
+            for (head_dim, group, bq, bk) in [(16, 2, 16, 32), (64, 4, 16, 32), (256, 8, 8, 16)] {
+                all.push(Shader::AttentionOne {
+                    head_dim,
+                    group,
+                    keys,
+                    values,
+                });
+                all.push(Shader::AttentionMany {
+                    head_dim,
+                    bq,
+                    bk,
+                    keys,
+                    values,
+                });
+            }
+        }
+        all.push(Shader::AttentionMerge);
+        for (store, push) in [(true, false), (false, false), (false, true)] {
+            all.push(Shader::ShortConv { store, push });
+        }
+        for activation in [Activation::Silu, Activation::GeluTanh, Activation::Relu] {
+            all.push(Shader::Glu(activation));
+        }
+        all.push(Shader::Add);
+        for bias in [false, true] {
+            for sigmoid in [false, true] {
+                all.push(Shader::Route { bias, sigmoid });
+            }
+        }
+        all.push(Shader::Argmax);
+        all
+    }
+}
+
+/// A shader on a device.
+pub(super) struct Pipeline {
+    /// Unlike any other's of the device.
+    pub(super) id: u64,
+    pub(super) raw: wgpu::ComputePipeline,
+    pub(super) layout: wgpu::BindGroupLayout,
+    /// After the first, which is for parameters.
+    pub(super) bindings: Vec<u32>,
+}
+
+/// The pipelines of a device that were asked for so far.
+#[derive(Default)]
+pub(super) struct Pipelines(Mutex<HashMap<Shader, Arc<Pipeline>>>);
+
+impl Device {
+    /// The pipeline of a shader, made if this is the first time.
+    pub(super) fn pipeline(&self, shader: Shader) -> Result<Arc<Pipeline>> {
+        let mut known = self
+            .pipelines
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(pipeline) = known.get(&shader) {
+            return Ok(Arc::clone(pipeline));
+        }
+        let pipeline = Arc::new(self.make(shader, known.len() as u64)?);
+        known.insert(shader, Arc::clone(&pipeline));
+        Ok(pipeline)
+    }
+
+    fn make(&self, shader: Shader, id: u64) -> Result<Pipeline> {
+        let source = shader.source(&self.target);
+        let entries = bindings(&source);
+        let label = format!("{shader:?}");
+        let layout = self
+            .raw
+            .create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
+                label: None,
+                entries: &entries,
+            });
+        let descriptor = wgpu::ShaderModuleDescriptor {
+            label: Some(&label),
+            source: wgpu::ShaderSource::Wgsl(Cow::Borrowed(&source)),
+        };
+        let module = if std::env::var_os("KINGLET_GPU_CHECKS").is_some() {
+            self.raw.create_shader_module(descriptor)
+        } else {
+            let checks = wgpu::ShaderRuntimeChecks::unchecked();
+            // SAFETY: no shader indexes beyond its bindings: whoever dispatches one asserts the sizes that it is told,
+            // tokens and experts are numbers that host or router have bounded, and all loops end.
+            unsafe { self.raw.create_shader_module_trusted(descriptor, checks) }
+        };
+        let pipeline_layout = self
+            .raw
+            .create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+                label: None,
+                bind_group_layouts: &[Some(&layout)],
+                immediate_size: 0,
+            });
+        let raw = self
+            .raw
+            .create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+                label: Some(&label),
+                layout: Some(&pipeline_layout),
+                module: &module,
+                entry_point: Some("main"),
+                compilation_options: wgpu::PipelineCompilationOptions {
+                    zero_initialize_workgroup_memory: false,
+                    ..Default::default()
+                },
+                cache: None,
+            });
+        self.check(&label)?;
+        Ok(Pipeline {
+            id,
+            raw,
+            layout,
+            bindings: entries.iter().skip(1).map(|entry| entry.binding).collect(),
+        })
+    }
+}
+
+/// What a text binds, in the order of its numbers.
+fn bindings(source: &str) -> Vec<wgpu::BindGroupLayoutEntry> {
+    let mut entries = Vec::new();
+    for (at, mark) in source.match_indices("@binding(") {
+        let rest = &source[at + mark.len()..];
+        let (number, rest) = rest.split_once(')').expect("a binding has a number");
+        let (kind, _) = rest
+            .split_once('>')
+            .expect("a binding has an address space");
+        let is_uniform = kind.contains("uniform");
+        entries.push(wgpu::BindGroupLayoutEntry {
+            binding: number.parse().expect("a number"),
+            visibility: wgpu::ShaderStages::COMPUTE,
+            ty: wgpu::BindingType::Buffer {
+                ty: match is_uniform {
+                    true => wgpu::BufferBindingType::Uniform,
+                    false => wgpu::BufferBindingType::Storage {
+                        read_only: !kind.contains("read_write"),
+                    },
+                },
+                has_dynamic_offset: is_uniform,
+                min_binding_size: None,
+            },
+            count: None,
+        });
+    }
+    entries.sort_by_key(|entry| entry.binding);
+    entries
+}

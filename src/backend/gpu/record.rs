@@ -1,0 +1,270 @@
+//! What a pass will do: dispatches with their parameters, in order; buffers for activations; and the submission.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use wgpu::BufferUsages;
+
+use super::device::{Buffer, Device, Span};
+use super::pipeline::{Pipeline, Shader};
+use crate::error::{Error, Result};
+
+/// Bindings of a shader at most, with the one for parameters.
+const MAX_BINDINGS: usize = 18;
+
+/// What a bind group is made of: the pipeline, then buffers.
+type Key = [u64; MAX_BINDINGS];
+
+/// Bind groups that are kept. Those of a decode step recur; a prompt of another length brings new ones.
+const MAX_GROUPS: usize = 4096;
+
+/// Bytes of a slot of parameters: the alignment of dynamic offsets that every device has.
+const SLOT: usize = 256;
+
+/// Slots of a submission; a longer pass takes some.
+const SLOTS: usize = 1024;
+
+/// Buffers of activations are the next power of two, from this.
+const LEAST: u64 = 4096;
+
+struct Command {
+    pipeline: Arc<Pipeline>,
+    group: wgpu::BindGroup,
+    grid: [u32; 3],
+}
+
+/// Records the passes of one session.
+pub(super) struct Recorder {
+    device: Arc<Device>,
+    pipelines: HashMap<Shader, Arc<Pipeline>>,
+    groups: HashMap<Key, wgpu::BindGroup>,
+    commands: Vec<Command>,
+    params: Vec<u8>,
+    uniforms: Buffer,
+    pool: Vec<Arc<Buffer>>,
+    staging: Option<Buffer>,
+    /// Passes so far.
+    pass: u64,
+    /// What went wrong in this pass.
+    failed: Option<Error>,
+}
+
+impl Recorder {
+    pub(super) fn new(device: Arc<Device>) -> Result<Self> {
+        let usage = BufferUsages::UNIFORM | BufferUsages::COPY_DST;
+        let uniforms = device.buffer((SLOTS * SLOT) as u64, usage, "parameters")?;
+        Ok(Self {
+            pipelines: HashMap::new(),
+            groups: HashMap::new(),
+            commands: Vec::with_capacity(SLOTS),
+            params: Vec::with_capacity(SLOTS * SLOT),
+            uniforms,
+            pool: Vec::new(),
+            staging: None,
+            pass: 0,
+            failed: None,
+            device,
+        })
+    }
+
+    /// Forgets what was recorded and not submitted.
+    pub(super) fn begin(&mut self) {
+        self.commands.clear();
+        self.params.clear();
+        self.failed = None;
+        self.pass += 1;
+    }
+
+    /// Bytes of activations.
+    pub(super) fn bytes(&self) -> usize {
+        self.pool.iter().map(|buffer| buffer.bytes as usize).sum()
+    }
+
+    /// Bind groups keep their buffers alive: those of buffers that were replaced must go.
+    pub(super) fn forget_groups(&mut self) {
+        self.groups.clear();
+    }
+
+    /// A buffer for `n` floats that nobody holds. Its contents are anything.
+    pub(super) fn take(&mut self, n: usize) -> Result<Arc<Buffer>> {
+        self.find(n, true)
+    }
+
+    /// The same, which no dispatch of this pass has used: the host may write to it.
+    pub(super) fn take_for_upload(&mut self, n: usize) -> Result<Arc<Buffer>> {
+        self.find(n, false)
+    }
+
+    fn find(&mut self, n: usize, used: bool) -> Result<Arc<Buffer>> {
+        let bytes = (4 * n as u64).max(LEAST).next_power_of_two();
+        let bytes = bytes.min((4 * n as u64).max(self.device.info.max_binding));
+        let pass = self.pass;
+        let is_free = |buffer: &&Arc<Buffer>| {
+            buffer.bytes == bytes
+                && Arc::strong_count(buffer) == 1
+                && (used || buffer.pass.load(Ordering::Relaxed) != pass)
+        };
+        let found = self.pool.iter().find(is_free);
+        let buffer = match found {
+            Some(buffer) => Arc::clone(buffer),
+            None => {
+                let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST;
+                let buffer = Arc::new(self.device.buffer(bytes, usage, "activations")?);
+                self.pool.push(Arc::clone(&buffer));
+                buffer
+            }
+        };
+        buffer.pass.store(pass, Ordering::Relaxed);
+        Ok(buffer)
+    }
+
+    /// Records a dispatch of `shader` with its parameters and buffers, in the order of its bindings; `None`: not used.
+    pub(super) fn dispatch(
+        &mut self,
+        shader: Shader,
+        params: &[u32],
+        buffers: &[Option<Span>],
+        grid: [usize; 3],
+    ) -> Result<()> {
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        let most = self.device.limits.max_compute_workgroups_per_dimension as usize;
+        if grid.iter().any(|n| *n > most) {
+            return Err(Error::Unsupported {
+                kind: "size on this GPU",
+                found: format!("{grid:?} workgroups of {shader:?}"),
+                supported: format!("{most} each way"),
+            });
+        }
+        if self.commands.len() == SLOTS {
+            self.submit()?;
+        }
+        let pipeline = match self.pipelines.get(&shader) {
+            Some(pipeline) => Arc::clone(pipeline),
+            None => {
+                let pipeline = self.device.pipeline(shader)?;
+                self.pipelines.insert(shader, Arc::clone(&pipeline));
+                pipeline
+            }
+        };
+        assert_eq!(buffers.len(), pipeline.bindings.len(), "{shader:?}");
+        assert!(4 * params.len() <= SLOT, "parameters fit a slot");
+        let mut key = [u64::MAX; MAX_BINDINGS];
+        key[0] = pipeline.id;
+        for (key, buffer) in key[1..].iter_mut().zip(buffers) {
+            *key = buffer.map_or(0, |span| span.buffer.id << 24 | span.offset / 256);
+        }
+        let group = match self.groups.get(&key) {
+            Some(group) => group.clone(),
+            None => {
+                let group = self.group(&pipeline, buffers);
+                if self.groups.len() == MAX_GROUPS {
+                    self.groups.clear();
+                }
+                self.groups.insert(key, group.clone());
+                group
+            }
+        };
+        let start = self.params.len();
+        self.params.extend_from_slice(bytemuck::cast_slice(params));
+        self.params.resize(start + SLOT, 0);
+        self.commands.push(Command {
+            pipeline,
+            group,
+            grid: grid.map(|n| n as u32),
+        });
+        Ok(())
+    }
+
+    fn group(&self, pipeline: &Pipeline, buffers: &[Option<Span>]) -> wgpu::BindGroup {
+        let nothing = self.device.nothing.all();
+        let uniforms = Span {
+            bytes: SLOT as u64,
+            ..self.uniforms.all()
+        };
+        let bindings = std::iter::once((0, uniforms)).chain(
+            pipeline
+                .bindings
+                .iter()
+                .zip(buffers)
+                .map(|(binding, buffer)| (*binding, buffer.unwrap_or(nothing))),
+        );
+        let entries: Vec<_> = bindings
+            .map(|(binding, span)| wgpu::BindGroupEntry {
+                binding,
+                resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                    buffer: &span.buffer.raw,
+                    offset: span.offset,
+                    size: std::num::NonZeroU64::new(span.bytes),
+                }),
+            })
+            .collect();
+        self.device
+            .raw
+            .create_bind_group(&wgpu::BindGroupDescriptor {
+                label: None,
+                layout: &pipeline.layout,
+                entries: &entries,
+            })
+    }
+
+    fn encode(&mut self) -> wgpu::CommandEncoder {
+        let queue = &self.device.queue;
+        if !self.params.is_empty() {
+            queue.write_buffer(&self.uniforms.raw, 0, &self.params);
+        }
+        let mut encoder = self.device.raw.create_command_encoder(&Default::default());
+        {
+            let mut pass = encoder.begin_compute_pass(&Default::default());
+            let mut last = u64::MAX;
+            for (i, command) in self.commands.iter().enumerate() {
+                if command.pipeline.id != last {
+                    pass.set_pipeline(&command.pipeline.raw);
+                    last = command.pipeline.id;
+                }
+                pass.set_bind_group(0, &command.group, &[(i * SLOT) as u32]);
+                let [x, y, z] = command.grid;
+                pass.dispatch_workgroups(x, y, z);
+            }
+        }
+        self.commands.clear();
+        self.params.clear();
+        encoder
+    }
+
+    /// Hands what was recorded to the device.
+    pub(super) fn submit(&mut self) -> Result<()> {
+        if !self.commands.is_empty() {
+            let encoder = self.encode();
+            self.device.queue.submit([encoder.finish()]);
+        }
+        self.device.check("submitting")
+    }
+
+    /// Runs everything and takes `n` floats of a buffer from float `at`.
+    pub(super) fn read(
+        &mut self,
+        buffer: &Buffer,
+        at: usize,
+        n: usize,
+        take: impl FnOnce(&[u8]),
+    ) -> Result<()> {
+        let bytes = 4 * n as u64;
+        let staging = match self.staging.take().filter(|staging| staging.bytes >= bytes) {
+            Some(staging) => staging,
+            None => {
+                let usage = BufferUsages::MAP_READ | BufferUsages::COPY_DST;
+                self.device.buffer(bytes, usage, "reading back")?
+            }
+        };
+        let mut encoder = self.encode();
+        encoder.copy_buffer_to_buffer(&buffer.raw, 4 * at as u64, &staging.raw, 0, bytes);
+        self.device.queue.submit([encoder.finish()]);
+        self.device.check("submitting")?;
+        self.device.read_back(&staging.raw, bytes, take)?;
+        self.staging = Some(staging);
+        Ok(())
+    }
+}
