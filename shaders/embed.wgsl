@@ -6,6 +6,7 @@ struct Params {
     first_row: u32,
     n_rows: u32,
     scale: f32,
+    row: u32, // vec4 of a row of out
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
@@ -23,6 +24,8 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) t
     }
     var v = unpack(load_0(row * p.n_units + unit));
     for (var i = 0u; i < 8u; i++) {
-        out[(wg.y * p.n_units + unit) * 8u + i] = v[i] * p.scale;
+        if unit * 8u + i < p.row {
+            out[wg.y * p.row + unit * 8u + i] = v[i] * p.scale;
+        }
     }
 }

@@ -12,6 +12,7 @@ struct Params {
     n_out: u32, // rows of the part
     stride: u32, // outputs of a token
     n_tokens: u32,
+    x_row: u32, // vec4 of a row of x: whole units but for floats
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
@@ -50,7 +51,11 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) t
         } else {
             for (var i = tid - BM; i < 8u * BN; i += 256u - BM) {
                 let token = min(token0 + i / 8u, p.n_tokens - 1u);
-                let v = x[p.x_at + (token * p.n_units + unit) * 8u + i % 8u];
+                let at = unit * 8u + i % 8u;
+                var v = vec4(0.0);
+                if at < p.x_row {
+                    v = x[p.x_at + token * p.x_row + at];
+                }
                 x_tile[i / 8u * STEP + i % 8u] = to_tile(v);
             }
         }

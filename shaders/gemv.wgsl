@@ -23,6 +23,7 @@ struct Params {
     eps: f32,
     first_wg: vec3<u32>,
     routes_at: u32,
+    x_row: u32, // vec4 of a row of x: whole units but for floats
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
@@ -60,13 +61,13 @@ fn run(wg: vec3<u32>, tid: u32, team: u32, lane: u32) {
         // The rows before this expert's, and its weight.
         var before = 0u;
         var share = 1.0;
-        var x_at = p.x_at + token * p.n_units * 8u;
+        var x_at = p.x_at + token * p.x_row;
         if EXPERTS != 0u {
             let at = p.routes_at + token * 2u * p.n_slots + slot + j;
             before = u32(routes[at]) * n_out;
             if EXPERTS == 2u {
                 share = routes[at + p.n_slots];
-                x_at = p.x_at + (token * p.n_slots + j) * p.n_units * 8u;
+                x_at = p.x_at + (token * p.n_slots + j) * p.x_row;
             }
         }
         var unit = lane;
@@ -132,7 +133,7 @@ fn run(wg: vec3<u32>, tid: u32, team: u32, lane: u32) {
     }
     var scale = 1.0;
     if NORM {
-        let mean = group_sum(squares, tid, team, lane) / f32(p.n_units * 32u);
+        let mean = group_sum(squares, tid, team, lane) / f32(p.x_row * 4u);
         scale = 1.0 / sqrt(mean + p.eps);
     }
     var at = p.out_at + token * p.stride[which];

@@ -19,10 +19,13 @@ fn x_of(u: u32) -> X {
 fn prepare(x_at: u32, from_unit: u32, end: u32, tid: u32) -> f32 {
     var squares = 0.0;
     for (var at = from_unit * 8u + tid; at < end * 8u; at += WG) {
-        var v = x[x_at + at];
+        var v = vec4(0.0);
+        if at < p.x_row {
+            v = x[x_at + at];
+        }
         if NORM {
             squares += dot(v, v);
-            v *= gain[at];
+            v *= gain[min(at, p.x_row - 1u)];
         }
         x_units[(at % 8u) * SEG + at / 8u - from_unit] = v;
     }

@@ -221,7 +221,7 @@ const EMPTY: Span = Span {
 };
 
 /// `blk.3.attn_q` and its like to the layer and the short name: `q`.
-fn short_name(name: &str) -> (Option<u16>, &str) {
+pub(super) fn short_name(name: &str) -> (Option<u16>, &str) {
     let in_layer = name
         .strip_prefix("blk.")
         .and_then(|rest| rest.split_once('.'))

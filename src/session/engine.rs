@@ -129,7 +129,11 @@ pub(super) fn load(
         #[cfg(feature = "gpu")]
         BackendKind::Gpu => {
             let device = gpu::shared(options.device)?;
-            placed(gguf, options, move || Gpu::new(Arc::clone(&device)))
+            // It times its own work: by the host it would be seen recording.
+            match options.trace {
+                true => on_backend(gguf, move || Gpu::timing(Arc::clone(&device))),
+                false => on_backend(gguf, move || Gpu::new(Arc::clone(&device))),
+            }
         }
     }
 }

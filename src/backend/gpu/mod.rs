@@ -9,9 +9,10 @@ pub mod device;
 mod ops;
 pub mod pipeline;
 mod record;
+mod times;
 mod weights;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::sync::{Arc, Mutex};
 
 use self::device::Buffer;
@@ -31,7 +32,7 @@ pub struct Gpu {
     waiting: Option<Waiting>,
     step: Step,
     cancel: Cancel,
-    work: Work,
+    work: Cell<Work>,
 }
 
 /// Weights on the device.
@@ -166,8 +167,18 @@ impl Gpu {
             waiting: None,
             step: Step::Prefill,
             cancel: Cancel::default(),
-            work: Work::default(),
+            work: Cell::default(),
         })
+    }
+
+    /// The same, which times what it does, where the device can.
+    ///
+    /// # Errors
+    /// As [`Gpu::new`].
+    pub fn timing(device: Arc<Device>) -> Result<Self> {
+        let gpu = Self::new(device)?;
+        gpu.recorder.borrow_mut().time()?;
+        Ok(gpu)
     }
 
     /// The device.

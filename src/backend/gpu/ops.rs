@@ -8,6 +8,7 @@ use wgpu::BufferUsages;
 
 use super::device::{Buffer, Span};
 use super::pipeline::{Experts, GEMV_LANES, Shader, UnitsOf, is_float};
+use super::times::Times;
 use super::weights::{UNIT, Weights};
 use super::{
     CacheView, ConvState, Gpu, Heads, Input, KvCache, Matrix, Norm, Product, REWIND, Rows, Tensor,
@@ -20,7 +21,7 @@ use crate::backend::{
 };
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
-use crate::profile::Work;
+use crate::profile::{PassKind, Trace, Work};
 use crate::quant::{DType, Tensor as FileTensor};
 
 /// Positions by which a cache grows at least.
@@ -56,11 +57,21 @@ impl Gpu {
     }
 
     fn dispatch(&self, shader: Shader, params: &[u32], buffers: &[Option<Span>], grid: [usize; 3]) {
-        let recorded = self
-            .recorder
-            .borrow_mut()
-            .dispatch(shader, params, buffers, grid);
-        self.done(recorded);
+        self.dispatch_of("", shader, params, buffers, grid);
+    }
+
+    /// A dispatch that reads the matrix `name`.
+    fn dispatch_of(
+        &self,
+        name: &str,
+        shader: Shader,
+        params: &[u32],
+        buffers: &[Option<Span>],
+        grid: [usize; 3],
+    ) {
+        let of = (name, self.work.get());
+        let mut recorder = self.recorder.borrow_mut();
+        self.done(recorder.dispatch(of, shader, params, buffers, grid));
     }
 
     fn take(&self, n: usize) -> Rows {
@@ -229,6 +240,7 @@ impl Gpu {
             Input::Normed(norm) => self.norm(norm, n_tokens, product.weights.n_in, None),
         };
         let weights = &*product.weights;
+        self.count(weights, n_tokens, (1, 1));
         let out = self.take(n_tokens * weights.n_out);
         let (tm, tn) = self.tile(weights, n_tokens);
         let shader = Shader::Gemm {
@@ -240,13 +252,14 @@ impl Gpu {
         };
         for part in &weights.parts {
             let params = [
-                (weights.n_in / UNIT) as u32,
+                weights.n_in.div_ceil(UNIT) as u32,
                 vec4(x.at),
                 part.first as u32,
                 residual.map_or(0, |r| r.at as u32),
                 part.n_rows as u32,
                 weights.n_out as u32,
                 n_tokens as u32,
+                vec4(weights.n_in),
             ];
             let buffers = [
                 Some(x.span()),
@@ -261,7 +274,7 @@ impl Gpu {
                 n_tokens.div_ceil(16 * tn as usize),
                 1,
             ];
-            self.dispatch(shader, &params, &buffers, grid);
+            self.dispatch_of(&weights.name, shader, &params, &buffers, grid);
         }
         out
     }
@@ -332,7 +345,7 @@ impl Gpu {
 
     fn run_gemv(&self, call: &Gemv, others: [usize; 2]) {
         let (weights, bias) = call.layers[0];
-        let n_units = weights.n_in / UNIT;
+        let n_units = weights.n_in.div_ceil(UNIT);
         let parts: Vec<_> = call
             .layers
             .iter()
@@ -396,6 +409,7 @@ impl Gpu {
             first_wg[1],
             first_wg[2],
             call.routes.map_or(0, |routes| routes.rows.at as u32),
+            vec4(weights.n_in),
         ];
         let mut buffers = [None; 16];
         buffers[0] = Some(x.span());
@@ -411,12 +425,28 @@ impl Gpu {
             buffers[7 + 4 * i] = Some(call.outs.get(i).unwrap_or(&spare).span());
         }
         let grid = [n_groups, others[0], others[1]];
-        self.dispatch(shader, &params, &buffers[..4 + 4 * parts.len()], grid);
+        for (weights, _) in call.layers.iter().filter(|_| call.part == 0) {
+            let (n_tokens, share) = match call.experts {
+                Experts::None => (others[0], (1, 1)),
+                Experts::Each => (others[1], (others[0], routes_experts(call))),
+                Experts::Sum => (
+                    others[0],
+                    (call.routes.map_or(1, |r| r.n_used), routes_experts(call)),
+                ),
+            };
+            self.count(weights, n_tokens, share);
+        }
+        let buffers = &buffers[..4 + 4 * parts.len()];
+        self.dispatch_of(&weights.name, shader, &params, buffers, grid);
     }
 
-    fn count(&mut self, weights: &Weights, n_tokens: usize) {
-        self.work.weight_bytes += weights.file_bytes as u64;
-        self.work.matmul_ops += 2 * (weights.n_in * weights.n_out * n_tokens) as u64;
+    /// `n_experts` of those of the matrix, all without a route, are read for `n_tokens`.
+    fn count(&self, weights: &Weights, n_tokens: usize, share: (usize, usize)) {
+        let mut work = self.work.get();
+        let of = |n: usize| (n / share.1 * share.0) as u64;
+        work.weight_bytes += of(weights.file_bytes);
+        work.matmul_ops += 2 * of(weights.n_in * weights.n_out) * n_tokens as u64;
+        self.work.set(work);
     }
 
     /// Puts keys and values into the cache for which no queries came.
@@ -580,6 +610,10 @@ struct Gemv<'a> {
     glu: Option<Activation>,
     experts: Experts,
     routes: Option<&'a Routes>,
+}
+
+fn routes_experts(call: &Gemv) -> usize {
+    call.routes.map_or(1, |routes| routes.n_experts)
 }
 
 /// What a router chose, `(n_tokens, 2 * n_used)`.
@@ -811,7 +845,14 @@ impl Backend for Gpu {
     fn begin(&mut self, step: Step) {
         self.step = step;
         self.waiting = None;
-        self.recorder.get_mut().begin();
+        let recorder = self.recorder.get_mut();
+        recorder.begin();
+        if let Some(times) = recorder.times() {
+            times.begin(match step {
+                Step::Prefill => PassKind::Prefill,
+                Step::Decode => PassKind::Decode,
+            });
+        }
     }
 
     fn set_cancel(&mut self, cancel: &Cancel) {
@@ -824,15 +865,19 @@ impl Backend for Gpu {
             tokens.iter().all(|token| (*token as usize) < weights.n_out),
             "a token beyond the table"
         );
+        if let Some(times) = self.recorder.get_mut().times() {
+            times.tokens(tokens.len());
+        }
         let ids = self.upload(bytemuck::cast_slice(tokens));
         let out = self.take(tokens.len() * weights.n_in);
-        let n_units = weights.n_in / UNIT;
+        let n_units = weights.n_in.div_ceil(UNIT);
         for part in &weights.parts {
             let params = [
                 n_units as u32,
                 part.first as u32,
                 part.n_rows as u32,
                 scale.to_bits(),
+                vec4(weights.n_in),
             ];
             let buffers = [
                 Some(ids.span()),
@@ -871,7 +916,6 @@ impl Backend for Gpu {
         self.check();
         for layer in layers {
             assert_eq!(x.n_cols, layer.weight.0.n_in, "inputs of {}", layer.name);
-            self.count(&layer.weight.0, x.n_tokens);
         }
         let input = self.input(x);
         let tensor = |i: usize, value| Tensor::new(x.n_tokens, layers[i].weight.0.n_out, value);
@@ -997,12 +1041,15 @@ impl Backend for Gpu {
             }
         };
         let out = self.take(q.n_tokens * q.n_cols);
-        self.work.attention_ops += (start..start + q.n_tokens)
-            .map(|position| {
-                let seen = attention.window.unwrap_or(usize::MAX).min(position + 1);
-                4 * (seen * n_heads * d) as u64
-            })
-            .sum::<u64>();
+        let mut work = self.work.get();
+        for position in start..start + q.n_tokens {
+            let seen = attention.window.unwrap_or(usize::MAX).min(position + 1);
+            work.attention_ops += 4 * (seen * n_heads * d) as u64;
+            if self.step == Step::Decode || position + 1 == start + q.n_tokens {
+                work.kv_bytes += (seen * cache.kinds.row_bytes(cache.n_kv_heads * d)) as u64;
+            }
+        }
+        self.work.set(work);
         if self.step == Step::Decode {
             // One, or a replay of some that came one by one.
             for i in 0..q.n_tokens {
@@ -1073,8 +1120,6 @@ impl Backend for Gpu {
             && ffn.gate.bias.is_none()
             && ffn.up.bias.is_none();
         let h = if joins {
-            self.count(gate, x.n_tokens);
-            self.count(up, x.n_tokens);
             let input = self.input(x);
             let out = self.take(x.n_tokens * gate.n_out);
             let call = Gemv {
@@ -1141,11 +1186,6 @@ impl Backend for Gpu {
             Value::Normed(norm) => Input::Normed(norm.clone()),
             _ => Input::Rows(self.rows(x)),
         };
-        for weights in [gate, up, down] {
-            self.work.matmul_ops +=
-                2 * (weights.n_in * weights.n_out / routes.n_experts * k * x.n_tokens) as u64;
-            self.work.weight_bytes += (weights.file_bytes / routes.n_experts * k) as u64;
-        }
         let h = self.take(x.n_tokens * k * moe.n_ffn);
         let call = Gemv {
             x: &input,
@@ -1222,7 +1262,11 @@ impl Backend for Gpu {
 
     fn flush(&mut self) -> Result<()> {
         self.settle();
-        self.recorder.get_mut().submit()?;
+        let recorder = self.recorder.get_mut();
+        recorder.submit()?;
+        if let Some(times) = recorder.times() {
+            times.end();
+        }
         self.device.wait()
     }
 
@@ -1231,7 +1275,11 @@ impl Backend for Gpu {
     }
 
     fn work(&self) -> Work {
-        self.work
+        self.work.get()
+    }
+
+    fn take_trace(&mut self) -> Option<Trace> {
+        self.recorder.get_mut().times().map(Times::take)
     }
 
     fn kernel(&self, of: Runs<Self>) -> &'static str {

@@ -6,9 +6,11 @@ use std::sync::atomic::Ordering;
 
 use wgpu::BufferUsages;
 
-use super::device::{Buffer, Device, Span};
+use super::device::{self, Buffer, Device};
 use super::pipeline::{Pipeline, Shader};
+use super::times::Times;
 use crate::error::{Error, Result};
+use crate::profile::{Span, Work};
 
 /// Bindings of a shader at most, with the one for parameters.
 const MAX_BINDINGS: usize = 18;
@@ -32,6 +34,8 @@ struct Command {
     pipeline: Arc<Pipeline>,
     group: wgpu::BindGroup,
     grid: [u32; 3],
+    /// Where it is traced.
+    span: Option<Span>,
 }
 
 /// Records the passes of one session.
@@ -46,8 +50,10 @@ pub(super) struct Recorder {
     staging: Option<Buffer>,
     /// Passes so far.
     pass: u64,
-    /// What went wrong in this pass.
-    failed: Option<Error>,
+    /// Dispatches of a submission at most.
+    chunk: usize,
+    /// Where operations are timed.
+    times: Option<Times>,
 }
 
 impl Recorder {
@@ -63,16 +69,32 @@ impl Recorder {
             pool: Vec::new(),
             staging: None,
             pass: 0,
-            failed: None,
+            chunk: std::env::var("KINGLET_GPU_CHUNK")
+                .ok()
+                .and_then(|n| n.parse().ok())
+                .map_or(SLOTS, |n: usize| n.clamp(1, SLOTS)),
+            times: None,
             device,
         })
+    }
+
+    /// From now on times every dispatch, if the device can.
+    pub(super) fn time(&mut self) -> Result<()> {
+        if self.device.info.timestamps {
+            self.times = Some(Times::new(&self.device, SLOTS)?);
+        }
+        Ok(())
+    }
+
+    /// The times of the dispatches.
+    pub(super) fn times(&mut self) -> Option<&mut Times> {
+        self.times.as_mut()
     }
 
     /// Forgets what was recorded and not submitted.
     pub(super) fn begin(&mut self) {
         self.commands.clear();
         self.params.clear();
-        self.failed = None;
         self.pass += 1;
     }
 
@@ -120,11 +142,13 @@ impl Recorder {
     }
 
     /// Records a dispatch of `shader` with its parameters and buffers, in the order of its bindings; `None`: not used.
+    /// `name` is that of its matrix, `work` what was done when it is.
     pub(super) fn dispatch(
         &mut self,
+        (name, work): (&str, Work),
         shader: Shader,
         params: &[u32],
-        buffers: &[Option<Span>],
+        buffers: &[Option<device::Span>],
         grid: [usize; 3],
     ) -> Result<()> {
         if grid.contains(&0) {
@@ -137,9 +161,6 @@ impl Recorder {
                 found: format!("{grid:?} workgroups of {shader:?}"),
                 supported: format!("{most} each way"),
             });
-        }
-        if self.commands.len() == SLOTS {
-            self.submit()?;
         }
         let pipeline = match self.pipelines.get(&shader) {
             Some(pipeline) => Arc::clone(pipeline),
@@ -167,6 +188,7 @@ impl Recorder {
                 group
             }
         };
+        let span = self.times.as_mut().map(|t| t.span(shader, name, work));
         let start = self.params.len();
         self.params.extend_from_slice(bytemuck::cast_slice(params));
         self.params.resize(start + SLOT, 0);
@@ -174,13 +196,17 @@ impl Recorder {
             pipeline,
             group,
             grid: grid.map(|n| n as u32),
+            span,
         });
+        if self.commands.len() == self.chunk {
+            self.submit()?;
+        }
         Ok(())
     }
 
-    fn group(&self, pipeline: &Pipeline, buffers: &[Option<Span>]) -> wgpu::BindGroup {
+    fn group(&self, pipeline: &Pipeline, buffers: &[Option<device::Span>]) -> wgpu::BindGroup {
         let nothing = self.device.nothing.all();
-        let uniforms = Span {
+        let uniforms = device::Span {
             bytes: SLOT as u64,
             ..self.uniforms.all()
         };
@@ -219,6 +245,9 @@ impl Recorder {
         {
             let mut pass = encoder.begin_compute_pass(&Default::default());
             let mut last = u64::MAX;
+            if let Some(times) = &self.times {
+                pass.write_timestamp(times.queries(), 0);
+            }
             for (i, command) in self.commands.iter().enumerate() {
                 if command.pipeline.id != last {
                     pass.set_pipeline(&command.pipeline.raw);
@@ -227,7 +256,14 @@ impl Recorder {
                 pass.set_bind_group(0, &command.group, &[(i * SLOT) as u32]);
                 let [x, y, z] = command.grid;
                 pass.dispatch_workgroups(x, y, z);
+                if let Some(times) = &self.times {
+                    pass.write_timestamp(times.queries(), i as u32 + 1);
+                }
             }
+        }
+        if let Some(times) = &mut self.times {
+            let spans = self.commands.iter().filter_map(|command| command.span);
+            times.resolve(&mut encoder, spans);
         }
         self.commands.clear();
         self.params.clear();
@@ -239,6 +275,9 @@ impl Recorder {
         if !self.commands.is_empty() {
             let encoder = self.encode();
             self.device.queue.submit([encoder.finish()]);
+            if let Some(times) = &mut self.times {
+                times.collect(&self.device)?;
+            }
         }
         self.device.check("submitting")
     }
@@ -265,6 +304,9 @@ impl Recorder {
         self.device.check("submitting")?;
         self.device.read_back(&staging.raw, bytes, take)?;
         self.staging = Some(staging);
+        if let Some(times) = &mut self.times {
+            times.collect(&self.device)?;
+        }
         Ok(())
     }
 }

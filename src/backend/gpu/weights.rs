@@ -93,11 +93,11 @@ impl Weights {
                 tensor.data.len()
             ))
         })?;
-        if !n_in.is_multiple_of(UNIT) {
+        if !n_in.is_multiple_of(4) {
             return Err(Error::Unsupported {
                 kind: "row length on the GPU",
                 found: format!("{n_in} of {}", tensor.name),
-                supported: format!("multiples of {UNIT}"),
+                supported: "multiples of 4".to_owned(),
             });
         }
         let place = (tensor.data.as_ptr().addr(), tensor.data.len());
@@ -107,7 +107,7 @@ impl Weights {
         {
             return Ok(there);
         }
-        let n_units = n_in / UNIT;
+        let n_units = n_in.div_ceil(UNIT);
         let (main_bytes, aux_words) = sizes(dtype);
         let row_most = n_units * main_bytes.max(aux_words.div_ceil(GROUP) * 4);
         // Eight rows are whole groups of units.
@@ -124,6 +124,10 @@ impl Weights {
         for first in (0..n_out).step_by(part_rows) {
             let n_rows = part_rows.min(n_out - first);
             let bytes = &tensor.data[first * row_bytes..(first + n_rows) * row_bytes];
+            // Rows of floats may end inside a unit.
+            let padded =
+                (!n_in.is_multiple_of(UNIT)).then(|| pad(bytes, row_bytes, n_units, dtype));
+            let bytes = padded.as_deref().unwrap_or(bytes);
             let part = send(device, dtype, n_units, n_rows, bytes, &tensor.name)?;
             parts.push(Part { first, ..part });
         }
@@ -148,6 +152,17 @@ impl Weights {
             _ => None,
         }
     }
+}
+
+/// Rows of floats, with zeros up to whole units.
+fn pad(bytes: &[u8], row_bytes: usize, n_units: usize, dtype: DType) -> Vec<u8> {
+    let (unit_bytes, _) = sizes(dtype);
+    let mut padded = Vec::with_capacity(bytes.len() / row_bytes * n_units * unit_bytes);
+    for row in bytes.chunks_exact(row_bytes) {
+        padded.extend_from_slice(row);
+        padded.resize(padded.len().next_multiple_of(n_units * unit_bytes), 0);
+    }
+    padded
 }
 
 fn send(
