@@ -257,6 +257,13 @@ impl Device {
         &self.info
     }
 
+    /// Ends the device, as a driver does that hangs or is replaced: to see what becomes of its users.
+    pub fn lose(&self) {
+        self.raw.destroy();
+        let why = "it was ended".to_owned();
+        self.faults.put(Fault::Lost(why));
+    }
+
     /// Bytes of buffers that were made so far.
     pub fn allocated(&self) -> u64 {
         self.allocated.load(Ordering::Relaxed)
