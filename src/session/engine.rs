@@ -131,8 +131,10 @@ pub(super) fn load(
             let device = gpu::shared(options.device)?;
             // It times its own work: by the host it would be seen recording.
             match options.trace {
-                true => on_backend(gguf, move || Gpu::timing(Arc::clone(&device))),
-                false => on_backend(gguf, move || Gpu::new(Arc::clone(&device))),
+                true => on_backend(gguf, &options.cancel, move || {
+                    Gpu::timing(Arc::clone(&device))
+                }),
+                false => on_backend(gguf, &options.cancel, move || Gpu::new(Arc::clone(&device))),
             }
         }
     }
