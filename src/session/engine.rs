@@ -55,7 +55,7 @@ pub(super) trait Engine: Send {
     fn rewind_convs(&mut self, n: usize) -> bool;
 
     /// What all convolutions remember.
-    fn conv_rows(&self) -> Vec<f32>;
+    fn conv_rows(&self) -> Result<Vec<f32>>;
 
     /// Makes all convolutions remember `rows`, which are as many as [`Engine::conv_rows`] gives.
     fn set_conv_rows(&mut self, rows: &[f32]);
@@ -254,8 +254,8 @@ impl<B: Backend + Send + 'static> Engine for Runner<B> {
         self.state.rewind_convs(&self.backend, n)
     }
 
-    fn conv_rows(&self) -> Vec<f32> {
-        self.state.conv_rows(&self.backend)
+    fn conv_rows(&self) -> Result<Vec<f32>> {
+        caught(|| Ok(self.state.conv_rows(&self.backend)))
     }
 
     fn set_conv_rows(&mut self, rows: &[f32]) {
@@ -263,15 +263,17 @@ impl<B: Backend + Send + 'static> Engine for Runner<B> {
     }
 
     fn memory(&self) -> Result<Memory> {
-        let mut copy = caught(|| Ok(self.network.state(&self.backend, &self.kv)))?;
-        copy.copy_from(&self.backend, &self.state)?;
-        Ok(Memory(Box::new(copy)))
+        caught(|| {
+            let mut copy = self.network.state(&self.backend, &self.kv);
+            copy.copy_from(&self.backend, &self.state)?;
+            Ok(Memory(Box::new(copy)))
+        })
     }
 
     fn set_memory(&mut self, memory: &Memory) -> Result<()> {
         let state: Option<&State<B>> = memory.0.downcast_ref();
         let state = state.expect("of an engine of the same model");
-        self.state.copy_from(&self.backend, state)
+        caught(|| self.state.copy_from(&self.backend, state))
     }
 
     fn save(&self, n: usize, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {

@@ -365,7 +365,7 @@ impl StateFile {
         }
         let heads: usize = config.n_kv_heads.iter().sum();
         let position_bytes = heads * options.kv.row_bytes(config.head_dim);
-        let conv_bytes = size_of_val(&*session.engine.conv_rows());
+        let conv_bytes = size_of_val(&*session.engine.conv_rows()?);
         self.expect(TOKENS, &[n * size_of::<u32>()])?;
         self.expect(STEPS, &[n])?;
         self.expect(KV, &[n * position_bytes])?;
@@ -548,7 +548,7 @@ impl Session {
             .collect();
         let floats = |x: &[f32]| x.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
         let convs = match line.exact_from {
-            Some(_) => floats(&self.engine.conv_rows()),
+            Some(_) => floats(&self.engine.conv_rows()?),
             None => Vec::new(),
         };
         let logits = floats(&line.logits);

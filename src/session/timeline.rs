@@ -148,7 +148,7 @@ impl Session {
         }
         self.line.marks.push_back(Mark {
             position,
-            convs: self.engine.conv_rows().into(),
+            convs: self.engine.conv_rows()?.into(),
             logits: self.line.logits.as_slice().into(),
         });
         Ok(())

@@ -179,7 +179,6 @@ pub struct Device {
     next_id: AtomicU64,
     /// Weights by the place of their bytes, which they hold: tables that are heads too are uploaded once.
     pub(super) weights: Mutex<HashMap<(usize, usize), Weak<Weights>>>,
-    allocated: AtomicU64,
 }
 
 impl Device {
@@ -248,7 +247,6 @@ impl Device {
             faults,
             next_id: AtomicU64::new(1),
             weights: Mutex::default(),
-            allocated: AtomicU64::new(0),
         })
     }
 
@@ -262,11 +260,6 @@ impl Device {
         self.raw.destroy();
         let why = "it was ended".to_owned();
         self.faults.put(Fault::Lost(why));
-    }
-
-    /// Bytes of buffers that were made so far.
-    pub fn allocated(&self) -> u64 {
-        self.allocated.load(Ordering::Relaxed)
     }
 
     /// What the device has come to, if it is no good.
@@ -310,7 +303,6 @@ impl Device {
             }
             None => {}
         }
-        self.allocated.fetch_add(bytes, Ordering::Relaxed);
         Ok(Buffer {
             id: self.next_id.fetch_add(1, Ordering::Relaxed),
             raw,

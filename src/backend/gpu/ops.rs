@@ -822,8 +822,7 @@ impl Backend for Gpu {
         let start = out.len();
         out.resize(start + conv.n_rows * n, 0.0);
         let held = self.device.download(&conv.memory, 0, conv.memory.bytes);
-        // A fault shows in the next pass; zeros until then.
-        let Ok(held) = held else { return };
+        let held = self.done(held);
         let held: &[f32] = bytemuck::cast_slice(&held);
         let first = conv.count - conv.n_rows;
         for (i, row) in out[start..].chunks_exact_mut(n).enumerate() {
