@@ -9,7 +9,7 @@
 //
 // A team of lanes has ROWS rows: lane i reads the units i, i + TEAM, ... of each, a unit being 32 weights, DEPTH of them
 // ahead: the first are on their way while the workgroup prepares x in its memory, SEG units at a time, which are a
-// multiple of DEPTH * TEAM where they are not all. Grid: (rows, tokens), with EXPERTS 1
+// multiple of DEPTH * TEAM where they are not all. It has n_blocks of rows one after the other. Grid: (rows, tokens), with EXPERTS 1
 // (rows, slots, tokens).
 
 struct Params {
@@ -24,6 +24,7 @@ struct Params {
     first_wg: vec3<u32>,
     routes_at: u32,
     x_row: u32, // vec4 of a row of x: whole units but for floats
+    n_blocks: u32, // of rows that a workgroup has one after the other
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
@@ -48,106 +49,112 @@ fn run(wg: vec3<u32>, tid: u32, team: u32, lane: u32) {
     } else if MATRICES >= 2u && wg.x >= p.first_wg.y {
         which = 1u;
     }
-    let row = ((wg.x - p.first_wg[which]) * TEAMS + team) * ROWS;
     let n_out = p.n_out[which];
-    var total: array<f32, ROWS>;
-    var total_up: array<f32, ROWS>;
     var squares = 0.0;
+    var scale = 1.0;
     var n_loops = 1u;
     if EXPERTS == 2u {
         n_loops = p.n_slots;
     }
-    for (var j = 0u; j < n_loops; j++) {
-        // The rows before this expert's, and its weight.
-        var before = 0u;
-        var share = 1.0;
-        var x_at = p.x_at + token * p.x_row;
-        if EXPERTS != 0u {
-            let at = p.routes_at + token * 2u * p.n_slots + slot + j;
-            before = u32(routes[at]) * n_out;
-            if EXPERTS == 2u {
-                share = routes[at + p.n_slots];
-                x_at = p.x_at + (token * p.n_slots + j) * p.x_row;
-            }
-        }
-        var unit = lane;
-        var w: array<Unit, DEPTH * ROWS>;
-        var w_up: array<Unit, DEPTH * ROWS>;
-        for (var d = 0u; d < DEPTH; d++) {
-            var first = tile(which, before, row, unit + d * TEAM);
-            for (var r = 0u; r < ROWS; r++) {
-                w[d * ROWS + r] = first[r];
-            }
-            if GLU {
-                var first_up = tile(1u, before, row, unit + d * TEAM);
-                for (var r = 0u; r < ROWS; r++) {
-                    w_up[d * ROWS + r] = first_up[r];
+    for (var b = 0u; b < p.n_blocks; b++) {
+        let row = (((wg.x - p.first_wg[which]) * p.n_blocks + b) * TEAMS + team) * ROWS;
+        var total = array<f32, ROWS>();
+        var total_up = array<f32, ROWS>();
+        for (var j = 0u; j < n_loops; j++) {
+            // The rows before this expert's, and its weight.
+            var before = 0u;
+            var share = 1.0;
+            var x_at = p.x_at + token * p.x_row;
+            if EXPERTS != 0u {
+                let at = p.routes_at + token * 2u * p.n_slots + slot + j;
+                before = u32(routes[at]) * n_out;
+                if EXPERTS == 2u {
+                    share = routes[at + p.n_slots];
+                    x_at = p.x_at + (token * p.n_slots + j) * p.x_row;
                 }
             }
-        }
-        // Zeros that are written: what a loop declares is not always made anew.
-        var acc = array<f32, ROWS>();
-        var acc_up = array<f32, ROWS>();
-        for (var seg_at = 0u; seg_at < p.n_units; seg_at += SEG) {
-            let end = min(seg_at + SEG, p.n_units);
-            if j + seg_at > 0u {
-                workgroupBarrier();
-            }
-            squares += prepare(x_at, seg_at, end, tid);
-            workgroupBarrier();
-            for (; unit < end; unit += DEPTH * TEAM) {
-                for (var d = 0u; d < DEPTH; d++) {
-                    let u = unit + d * TEAM;
-                    if u >= end {
-                        break;
-                    }
-                    let xs = x_of(u - seg_at);
+            var unit = lane;
+            var w: array<Unit, DEPTH * ROWS>;
+            var w_up: array<Unit, DEPTH * ROWS>;
+            for (var d = 0u; d < DEPTH; d++) {
+                var first = tile(which, before, row, unit + d * TEAM);
+                for (var r = 0u; r < ROWS; r++) {
+                    w[d * ROWS + r] = first[r];
+                }
+                if GLU {
+                    var first_up = tile(1u, before, row, unit + d * TEAM);
                     for (var r = 0u; r < ROWS; r++) {
-                        acc[r] += dot_unit(w[d * ROWS + r], xs);
+                        w_up[d * ROWS + r] = first_up[r];
                     }
-                    if GLU {
-                        for (var r = 0u; r < ROWS; r++) {
-                            acc_up[r] += dot_unit(w_up[d * ROWS + r], xs);
+                }
+            }
+            // Zeros that are written: what a loop declares is not always made anew.
+            var acc = array<f32, ROWS>();
+            var acc_up = array<f32, ROWS>();
+            for (var seg_at = 0u; seg_at < p.n_units; seg_at += SEG) {
+                let end = min(seg_at + SEG, p.n_units);
+                // Once for all blocks of rows, where one segment holds it.
+                if b == 0u || EXPERTS == 2u || p.n_units > SEG {
+                    if b + j + seg_at > 0u {
+                        workgroupBarrier();
+                    }
+                    let more = prepare(x_at, seg_at, end, tid);
+                    squares += select(0.0, more, b == 0u);
+                    workgroupBarrier();
+                }
+                for (; unit < end; unit += DEPTH * TEAM) {
+                    for (var d = 0u; d < DEPTH; d++) {
+                        let u = unit + d * TEAM;
+                        if u >= end {
+                            break;
                         }
-                    }
-                    let next = u + DEPTH * TEAM;
-                    if next < p.n_units {
-                        var more = tile(which, before, row, next);
+                        let xs = x_of(u - seg_at);
                         for (var r = 0u; r < ROWS; r++) {
-                            w[d * ROWS + r] = more[r];
+                            acc[r] += dot_unit(w[d * ROWS + r], xs);
                         }
                         if GLU {
-                            var more_up = tile(1u, before, row, next);
                             for (var r = 0u; r < ROWS; r++) {
-                                w_up[d * ROWS + r] = more_up[r];
+                                acc_up[r] += dot_unit(w_up[d * ROWS + r], xs);
+                            }
+                        }
+                        let next = u + DEPTH * TEAM;
+                        if next < p.n_units {
+                            var more = tile(which, before, row, next);
+                            for (var r = 0u; r < ROWS; r++) {
+                                w[d * ROWS + r] = more[r];
+                            }
+                            if GLU {
+                                var more_up = tile(1u, before, row, next);
+                                for (var r = 0u; r < ROWS; r++) {
+                                    w_up[d * ROWS + r] = more_up[r];
+                                }
                             }
                         }
                     }
                 }
             }
+            for (var r = 0u; r < ROWS; r++) {
+                total[r] += share * acc[r];
+                total_up[r] += share * acc_up[r];
+            }
+        }
+        if NORM && b == 0u {
+            let mean = group_sum(squares, tid, team, lane) / f32(p.x_row * 4u);
+            scale = 1.0 / sqrt(mean + p.eps);
+        }
+        var at = p.out_at + token * p.stride[which];
+        if EXPERTS == 1u {
+            at = p.out_at + (token * p.n_slots + slot) * p.stride[which];
         }
         for (var r = 0u; r < ROWS; r++) {
-            total[r] += share * acc[r];
-            total_up[r] += share * acc_up[r];
-        }
-    }
-    var scale = 1.0;
-    if NORM {
-        let mean = group_sum(squares, tid, team, lane) / f32(p.x_row * 4u);
-        scale = 1.0 / sqrt(mean + p.eps);
-    }
-    var at = p.out_at + token * p.stride[which];
-    if EXPERTS == 1u {
-        at = p.out_at + (token * p.n_slots + slot) * p.stride[which];
-    }
-    for (var r = 0u; r < ROWS; r++) {
-        var y = team_sum(total[r], tid) * scale;
-        if GLU {
-            let up = team_sum(total_up[r], tid) * scale;
-            y = activation(y) * up;
-        }
-        if lane == 0u && row + r < n_out {
-            put(which, at, token, row + r, y);
+            var y = team_sum(total[r], tid) * scale;
+            if GLU {
+                let up = team_sum(total_up[r], tid) * scale;
+                y = activation(y) * up;
+            }
+            if lane == 0u && row + r < n_out {
+                put(which, at, token, row + r, y);
+            }
         }
     }
 }

@@ -6,7 +6,7 @@
 //! - [`quant`]: the weight formats, their layout, dequantize, quantize;
 //! - [`tokenizer`]: text to tokens and back, chat templates;
 //! - [`model`]: an architecture per file, written over [`backend::Backend`];
-//! - [`backend`]: the operations of a forward pass, and the CPU that runs them;
+//! - [`backend`]: the operations of a forward pass, and the CPU or GPU that runs them;
 //! - [`experts`]: which experts are in memory, and the reads that bring them;
 //! - [`sparsity`]: which keys attention may leave out;
 //! - [`grammar`]: what a reply may be;

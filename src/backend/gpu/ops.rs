@@ -24,6 +24,9 @@ use crate::error::{Error, Result};
 use crate::profile::{PassKind, Trace, Work};
 use crate::quant::{DType, Tensor as FileTensor};
 
+/// Workgroups of a GEMV that fill every device.
+const MANY_GROUPS: usize = 512;
+
 /// Positions by which a cache grows at least.
 const KV_STEP: usize = 256;
 
@@ -380,6 +383,9 @@ impl Gpu {
             Some(routes) => n_rows / routes.n_experts,
             None => n_rows,
         };
+        // What is prepared for some rows serves more where there are plenty: the head, wide layers.
+        let n_blocks = (of_expert(n_rows) / per_group / MANY_GROUPS).clamp(1, 8);
+        let per_group = per_group * n_blocks;
         let mut n_out = [0; 3];
         let mut stride = [0; 3];
         let mut first_wg = [0; 3];
@@ -410,6 +416,7 @@ impl Gpu {
             first_wg[2],
             call.routes.map_or(0, |routes| routes.rows.at as u32),
             vec4(weights.n_in),
+            n_blocks as u32,
         ];
         let mut buffers = [None; 16];
         buffers[0] = Some(x.span());

@@ -1001,7 +1001,7 @@ pub struct BenchArgs {
     /// Format of the results
     #[arg(short, long, value_name = "FORMAT", default_value = "md")]
     pub output: Format,
-    /// The same by other backends too, in turns with ours: ggml, ggml-repack, where the feature `ggml` has built them
+    /// The same by other backends too, in turns with ours: gpu; ggml, ggml-repack, where the feature `ggml` has built them
     #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = other_backend, conflicts_with_all = ["first_token", "kernel"])]
     pub vs: Vec<BackendKind>,
     /// Time the first run too
