@@ -242,7 +242,7 @@ pub(super) fn short_name(name: &str) -> (Option<u16>, &str) {
 }
 
 /// `a+b` of names, each once.
-fn joined<'a>(names: impl Iterator<Item = &'a str>) -> String {
+pub(super) fn joined<'a>(names: impl Iterator<Item = &'a str>) -> String {
     let mut distinct: Vec<&str> = Vec::new();
     for name in names {
         if !distinct.contains(&name) {

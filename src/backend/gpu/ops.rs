@@ -60,19 +60,19 @@ impl Gpu {
     }
 
     fn dispatch(&self, shader: Shader, params: &[u32], buffers: &[Option<Span>], grid: [usize; 3]) {
-        self.dispatch_of("", shader, params, buffers, grid);
+        self.dispatch_of(&[], shader, params, buffers, grid);
     }
 
-    /// A dispatch that reads the matrix `name`.
+    /// A dispatch that reads the matrices `names`.
     fn dispatch_of(
         &self,
-        name: &str,
+        names: &[&str],
         shader: Shader,
         params: &[u32],
         buffers: &[Option<Span>],
         grid: [usize; 3],
     ) {
-        let of = (name, self.work.get());
+        let of = (names, self.work.get());
         let mut recorder = self.recorder.borrow_mut();
         self.done(recorder.dispatch(of, shader, params, buffers, grid));
     }
@@ -277,7 +277,7 @@ impl Gpu {
                 n_tokens.div_ceil(16 * tn as usize),
                 1,
             ];
-            self.dispatch_of(&weights.name, shader, &params, &buffers, grid);
+            self.dispatch_of(&[&weights.name], shader, &params, &buffers, grid);
         }
         out
     }
@@ -444,7 +444,12 @@ impl Gpu {
             self.count(weights, n_tokens, share);
         }
         let buffers = &buffers[..4 + 4 * parts.len()];
-        self.dispatch_of(&weights.name, shader, &params, buffers, grid);
+        let mut names = [""; 3];
+        for (name, (weights, _)) in names.iter_mut().zip(call.layers) {
+            *name = &weights.name;
+        }
+        let names = &names[..parts.len()];
+        self.dispatch_of(names, shader, &params, buffers, grid);
     }
 
     /// `n_experts` of those of the matrix, all without a route, are read for `n_tokens`.

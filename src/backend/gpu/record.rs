@@ -142,10 +142,10 @@ impl Recorder {
     }
 
     /// Records a dispatch of `shader` with its parameters and buffers, in the order of its bindings; `None`: not used.
-    /// `name` is that of its matrix, `work` what was done when it is.
+    /// `names` are those of its matrices, `work` what was done when it is.
     pub(super) fn dispatch(
         &mut self,
-        (name, work): (&str, Work),
+        (names, work): (&[&str], Work),
         shader: Shader,
         params: &[u32],
         buffers: &[Option<device::Span>],
@@ -188,7 +188,7 @@ impl Recorder {
                 group
             }
         };
-        let span = self.times.as_mut().map(|t| t.span(shader, name, work));
+        let span = self.times.as_mut().map(|t| t.span(shader, names, work));
         let start = self.params.len();
         self.params.extend_from_slice(bytemuck::cast_slice(params));
         self.params.resize(start + SLOT, 0);

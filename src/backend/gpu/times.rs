@@ -5,7 +5,7 @@ use wgpu::BufferUsages;
 
 use super::device::{Buffer, Device};
 use super::pipeline::{Experts, Shader};
-use crate::backend::tracer::short_name;
+use crate::backend::tracer::{joined, short_name};
 use crate::error::Result;
 use crate::profile::span::now;
 use crate::profile::{Label, Operation, PassKind, PassRecord, Span, Trace, Work};
@@ -96,7 +96,7 @@ impl Times {
     }
 
     /// The span of a dispatch that will run, before which `work` had been done.
-    pub(super) fn span(&mut self, shader: Shader, name: &str, work: Work) -> Span {
+    pub(super) fn span(&mut self, shader: Shader, names: &[&str], work: Work) -> Span {
         let operation = match shader {
             Shader::Gemv { experts, .. } if experts != Experts::None => Operation::Moe,
             Shader::Gemv { glu: Some(_), .. } => Operation::GatedFfn,
@@ -113,9 +113,11 @@ impl Times {
             Shader::Route { .. } => Operation::Route,
             Shader::Argmax => Operation::Read,
         };
-        let (layer, short) = match name {
-            "" => (None, operation.name()),
-            name => short_name(name),
+        let names = names.iter().map(|name| name.trim_end_matches(".weight"));
+        let layer = names.clone().next().and_then(|name| short_name(name).0);
+        let name = match names.len() > 0 {
+            true => joined(names.map(|name| short_name(name).1)),
+            false => operation.name().to_owned(),
         };
         let kernel = match shader {
             Shader::Gemv { dtype, .. } => format!("gemv_{dtype}_gpu").to_lowercase(),
@@ -125,7 +127,7 @@ impl Times {
         };
         let done = work.since(&self.work);
         self.work = work;
-        let label = Label::new(operation, short, &kernel);
+        let label = Label::new(operation, &name, &kernel);
         self.span_of(&label, layer, done)
     }
 
