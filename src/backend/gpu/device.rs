@@ -103,7 +103,7 @@ fn subgroup(info: &wgpu::AdapterInfo, features: Features) -> Option<u32> {
 
 /// Offsets of planes in a buffer are 32-bit numbers of words; a gibibyte is large enough not to matter.
 fn max_binding(limits: &wgpu::Limits) -> u64 {
-    let most = u64::from(limits.max_storage_buffer_binding_size);
+    let most = limits.max_storage_buffer_binding_size;
     most.min(limits.max_buffer_size).min(1 << 30)
 }
 

@@ -175,7 +175,7 @@ impl Recorder {
         let mut key = [u64::MAX; MAX_BINDINGS];
         key[0] = pipeline.id;
         for (key, buffer) in key[1..].iter_mut().zip(buffers) {
-            *key = buffer.map_or(0, |span| span.buffer.id << 24 | span.offset / 256);
+            *key = buffer.map_or(0, |span| (span.buffer.id << 24) | (span.offset / 256));
         }
         let group = match self.groups.get(&key) {
             Some(group) => group.clone(),
