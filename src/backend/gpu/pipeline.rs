@@ -156,8 +156,6 @@ pub enum Shader {
         /// Of the scores.
         sigmoid: bool,
     },
-    /// The best token.
-    Argmax,
 }
 
 macro_rules! file {
@@ -439,7 +437,6 @@ impl Shader {
                 text.flag("SIGMOID", sigmoid);
                 text.file(file!("route.wgsl"));
             }
-            Shader::Argmax => text.file(file!("argmax.wgsl")),
         }
         text.0
     }
@@ -542,7 +539,6 @@ impl Shader {
                 all.push(Shader::Route { bias, sigmoid });
             }
         }
-        all.push(Shader::Argmax);
         all
     }
 }

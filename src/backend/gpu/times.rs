@@ -111,7 +111,6 @@ impl Times {
             Shader::Glu(_) => Operation::Glu,
             Shader::Add => Operation::Add,
             Shader::Route { .. } => Operation::Route,
-            Shader::Argmax => Operation::Read,
         };
         let names = names.iter().map(|name| name.trim_end_matches(".weight"));
         let layer = names.clone().next().and_then(|name| short_name(name).0);
