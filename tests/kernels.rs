@@ -8,6 +8,8 @@ mod blocks;
 mod common;
 #[path = "kernels/elementwise.rs"]
 mod elementwise;
+#[path = "kernels/lanes.rs"]
+mod lanes;
 #[path = "kernels/matmul.rs"]
 mod matmul;
 #[path = "kernels/roofline.rs"]
@@ -31,6 +33,7 @@ fn all_rows() -> Vec<(&'static str, &'static str)> {
         .chain(names(table::GATED))
         .chain(names(table::PACK_BF16))
         .chain(names(table::ATTEND_TILES))
+        .chain(names(table::ATTEND_LANES))
         .chain(names(table::QUANTIZE))
         .chain(names(table::RMS_NORM))
         .chain(names(table::ROPE_HALVES))

@@ -105,6 +105,7 @@ fn several_threads_hold_what_is_planned() {
             kv: KvType::F32.into(),
             batch: 64,
             sparsity,
+            ..SessionOptions::default()
         };
         let model = Model::load(&root(TINY), &load(threads)).unwrap();
         let outline = Model::outline(&root(TINY), &load(threads)).unwrap();

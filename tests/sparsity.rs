@@ -9,11 +9,12 @@ use std::sync::{Arc, Mutex};
 
 use kinglet::backend::cpu::Cpu;
 use kinglet::backend::cpu::pool::Pool;
+use kinglet::backend::delta::{Delta, Exact, Factors};
 use kinglet::backend::select::{Ask, Chunking, KvOptions, Plan, Select};
 use kinglet::backend::{Backend, KvType, Step};
 use kinglet::gguf::Gguf;
 use kinglet::model::{self, Pass};
-use kinglet::session::{Extra, Plan as MemoryPlan};
+use kinglet::session::{Extra, Plan as MemoryPlan, calibration};
 use kinglet::sparsity::{Heads, Policy, Sparsity};
 use kinglet::{Error, LoadOptions, Model, Session, SessionOptions};
 
@@ -296,12 +297,44 @@ fn tiny() -> Model {
     Model::load(&at("tests/data/lfm2-tiny-random.gguf"), &options).expect("a model")
 }
 
+/// Heads of 64, which kernels with vectors take.
+fn small() -> Model {
+    let model = Model::load(&at("models/lfm2-smol-Q4_0.gguf"), &LoadOptions::default());
+    model.expect("a model of this repository")
+}
+
+/// Each policy with a budget of 256, and differences of keys, which are summed although that does not pay.
+fn kinds_of_attention() -> Vec<SessionOptions> {
+    let sparse = policies(256).into_iter().map(|sparsity| SessionOptions {
+        sparsity,
+        ..SessionOptions::default()
+    });
+    let delta = |exact, frame| SessionOptions {
+        delta: Some(Arc::new(Delta {
+            exact,
+            frame,
+            always: true,
+            ..Delta::new(0.5)
+        })),
+        ..SessionOptions::default()
+    };
+    let deltas = [delta(Exact::Last(70), 32), delta(Exact::Block(100), 64)];
+    sparse.chain(deltas).collect()
+}
+
 fn session(model: &Model, sparsity: Sparsity, batch: usize) -> Session {
     let options = SessionOptions {
-        n_ctx: 700,
         sparsity,
-        batch,
         ..SessionOptions::default()
+    };
+    session_of(model, &options, batch)
+}
+
+fn session_of(model: &Model, options: &SessionOptions, batch: usize) -> Session {
+    let options = SessionOptions {
+        n_ctx: 700,
+        batch,
+        ..options.clone()
     };
     Session::new(model, &options).expect("a session")
 }
@@ -350,22 +383,26 @@ fn a_budget_as_long_as_the_text_is_dense_to_the_bit() {
 
 #[test]
 fn sessions_with_a_policy_are_exact() {
-    let model = tiny();
+    let (tiny, small) = (tiny(), small());
     let tokens = tokens(600);
     let folder = std::env::temp_dir().join(format!("kinglet-sparsity-{}", std::process::id()));
     std::fs::create_dir_all(&folder).expect("a folder");
-    for sparsity in policies(256) {
+    let all = kinds_of_attention();
+    let deltas = all.iter().filter(|options| options.delta.is_some());
+    let runs = all.iter().map(|options| (options, &tiny));
+    for (options, model) in runs.chain(deltas.map(|options| (options, &small))) {
+        let attention = options.attention();
         // 500 read, 20 decoded, 40 read: what any way there must give.
-        let mut straight = session(&model, sparsity, 512);
+        let mut straight = session_of(model, options, 512);
         prefill(&mut straight, &tokens[..500]);
         decode(&mut straight, &tokens[500..520]);
         prefill(&mut straight, &tokens[520..560]);
         let expected = straight.logits().to_vec();
 
         let same = |session: &Session, what: &str| {
-            assert!(session.logits() == expected, "{sparsity}: {what}");
+            assert!(session.logits() == expected, "{attention}: {what}");
         };
-        let mut other = session(&model, sparsity, 37);
+        let mut other = session_of(model, options, 37);
         prefill(&mut other, &tokens[..500]);
         decode(&mut other, &tokens[500..520]);
         prefill(&mut other, &tokens[520..560]);
@@ -386,7 +423,7 @@ fn sessions_with_a_policy_are_exact() {
         }
 
         // Apart: the other side writes other tokens, and neither sees what the other does.
-        let mut base = session(&model, sparsity, 100);
+        let mut base = session_of(model, options, 100);
         prefill(&mut base, &tokens[..500]);
         let mut fork = base.fork().expect("a fork");
         prefill(&mut fork, &tokens[..100]);
@@ -399,32 +436,32 @@ fn sessions_with_a_policy_are_exact() {
         }
 
         // To disk and back; as another policy's it is refused.
-        let mut saved = session(&model, sparsity, 100);
+        let mut saved = session_of(model, options, 100);
         prefill(&mut saved, &tokens[..500]);
         decode(&mut saved, &tokens[500..509]);
         let path = folder.join("it.state");
         saved.save(&path, &Extra::default()).expect("saved");
-        let mut loaded = Session::load(&model, &path, &saved.options()).expect("loaded");
+        let mut loaded = Session::load(model, &path, &saved.options()).expect("loaded");
         decode(&mut loaded, &tokens[509..520]);
         prefill(&mut loaded, &tokens[520..560]);
         same(&loaded, "saved and loaded");
-        for other in [
-            Sparsity::default(),
-            Sparsity {
-                budget: 257,
-                ..sparsity
-            },
+        let other = Sparsity::new(Policy::Window, 257);
+        for (sparsity, delta) in [
+            (Sparsity::default(), None),
+            (other, options.delta.clone()),
+            (options.sparsity, Some(Arc::new(Delta::new(0.25)))),
         ] {
             let options = SessionOptions {
-                sparsity: other,
+                sparsity,
+                delta,
                 ..saved.options()
             };
-            let error = Session::load(&model, &path, &options)
+            let error = Session::load(model, &path, &options)
                 .err()
                 .expect("refused");
             assert!(matches!(error, Error::Mismatch { .. }), "{error}");
-            assert!(error.to_string().contains(&other.to_string()), "{error}");
-            let other = Session::new(&model, &options)
+            assert!(error.to_string().contains(&options.attention()), "{error}");
+            let other = Session::new(model, &options)
                 .expect("a session")
                 .restore(&saved.snapshot().expect("a snapshot"));
             assert!(matches!(other, Err(Error::Invalid(_))));
@@ -433,10 +470,171 @@ fn sessions_with_a_policy_are_exact() {
     std::fs::remove_dir_all(&folder).expect("the folder");
 }
 
+/// Differences above nothing are all of it; where everything is near, nothing is left out; and with a threshold something
+/// is, of which there is an account.
+#[test]
+fn differences_above_nothing_are_dense_attention() {
+    let model = small();
+    let tokens = tokens(450);
+    let run = |delta: Option<Delta>| {
+        let options = SessionOptions {
+            delta: delta.map(Arc::new),
+            ..SessionOptions::default()
+        };
+        let mut session = session_of(&model, &options, 128);
+        prefill(&mut session, &tokens[..400]);
+        decode(&mut session, &tokens[400..]);
+        (session.logits().to_vec(), session.work().delta)
+    };
+    let with = |rate, exact, always| Delta {
+        exact,
+        always,
+        ..Delta::new(rate)
+    };
+    let (dense, none) = run(None);
+    assert_eq!(none.sparsity(), None);
+    let (zero, _) = run(Some(Delta::new(0.0)));
+    assert!(zero == dense);
+    let (near, work) = run(Some(with(1.0, Exact::Last(500), false)));
+    assert!(near == dense && work.far == 0 && work.done == work.dense);
+    let (summed, work) = run(Some(with(0.0, Exact::Last(64), true)));
+    assert!(work.far > 0 && work.elements > 0);
+    let off = summed.iter().zip(&dense).map(|(a, b)| (a - b).abs());
+    let off = off.fold(0.0, f32::max);
+    // Sums in another order, rounded to 8 bits between layers.
+    assert!(off < 0.5, "{off}");
+    let (saved, work) = run(Some(with(1.0, Exact::Last(64), true)));
+    assert!(saved != dense);
+    let saved = work.sparsity().expect("something was compared");
+    assert!(saved.unchanged > saved.published && saved.published > 0.0);
+    assert!(saved.products > 0.0 && saved.attention == saved.products / 2.0);
+    assert!(work.done < work.dense && work.far < work.dense && work.changes < work.elements);
+}
+
+#[test]
+fn deltas_out_of_range_are_refused() {
+    let model = tiny();
+    let good = Delta::new(1.0);
+    let factors = |model, n| {
+        Some(Arc::new(Factors {
+            model,
+            layers: vec![vec![1.0; n]; 3],
+            hash: 0,
+        }))
+    };
+    for (bad, what) in [
+        (
+            Delta {
+                rate: f32::NAN,
+                ..good.clone()
+            },
+            "threshold",
+        ),
+        (
+            Delta {
+                rate: -1.0,
+                ..good.clone()
+            },
+            "threshold",
+        ),
+        (
+            Delta {
+                frame: 48,
+                ..good.clone()
+            },
+            "frame",
+        ),
+        (
+            Delta {
+                exact: Exact::Last(0),
+                ..good.clone()
+            },
+            "exact keys",
+        ),
+        (
+            Delta {
+                exact: Exact::Block(0),
+                ..good.clone()
+            },
+            "exact keys",
+        ),
+        (
+            Delta {
+                factors: factors(7, 8),
+                ..good.clone()
+            },
+            "another",
+        ),
+    ] {
+        let options = SessionOptions {
+            delta: Some(Arc::new(bad)),
+            ..SessionOptions::default()
+        };
+        let error = Session::new(&model, &options).err().expect("refused");
+        assert!(matches!(error, Error::Invalid(_)), "{error}");
+        assert!(error.to_string().contains(what), "{error}");
+    }
+}
+
+/// Thresholds of a text: written, read, taken by their model and by no other.
+#[test]
+fn calibrated_thresholds_belong_to_their_model() {
+    let model = small();
+    let tokens = tokens(300);
+    let go = &mut |_, _| ControlFlow::Continue(());
+    let made = calibration::calibrate(&model, &tokens, go).expect("thresholds");
+    let config = &model.info().config;
+    for (i, layer) in made.layers.iter().enumerate() {
+        assert_eq!(layer.len(), config.n_kv_heads[i] * config.head_dim);
+        assert!(
+            layer
+                .iter()
+                .all(|factor| factor.is_finite() && *factor >= 0.0)
+        );
+    }
+    let path = std::env::temp_dir().join(format!("kinglet-delta-{}.json", std::process::id()));
+    calibration::write(&made, &path).expect("written");
+    let read = calibration::read(&path).expect("read");
+    assert_eq!((read.model, &read.layers), (made.model, &made.layers));
+    let options = SessionOptions {
+        delta: Some(Arc::new(Delta {
+            factors: Some(Arc::new(read)),
+            always: true,
+            ..Delta::new(1.0)
+        })),
+        ..SessionOptions::default()
+    };
+    let mut session = session_of(&model, &options, 128);
+    prefill(&mut session, &tokens);
+    let saved = session.work().delta.sparsity().expect("something");
+    // On the same text, but for first keys of frames.
+    let expected = calibration::UNCHANGED;
+    assert!(
+        (saved.unchanged - expected).abs() < 0.03,
+        "{}",
+        saved.unchanged
+    );
+    let error = Session::new(&tiny(), &options).err().expect("refused");
+    assert!(error.to_string().contains("another"), "{error}");
+    for bad in [
+        "",
+        "{}",
+        r#"{"kinglet":"delta thresholds 1","model":"x","layers":[]}"#,
+        r#"{"kinglet":"delta thresholds 1","model":"1","layers":[[-1.0]]}"#,
+        r#"{"kinglet":"else","model":"1","layers":[[1.0]]}"#,
+    ] {
+        std::fs::write(&path, bad).expect("written");
+        assert!(
+            matches!(calibration::read(&path), Err(Error::BadFile { .. })),
+            "{bad}"
+        );
+    }
+    std::fs::remove_file(&path).expect("the file");
+}
+
 #[test]
 fn cache_types_do_not_matter_to_who_chooses() {
-    let model = Model::load(&at("models/lfm2-smol-Q4_0.gguf"), &LoadOptions::default());
-    let model = model.expect("a model of this repository");
+    let model = small();
     let tokens = tokens(420);
     for kv in [KvType::F32, KvType::Q8_0, KvType::Q4_0] {
         for policy in [Policy::Blocks, dhsa(Chunking::Shift(16), Heads::Each)] {
@@ -449,6 +647,7 @@ fn cache_types_do_not_matter_to_who_chooses() {
                         ..Sparsity::new(policy, 256)
                     },
                     batch,
+                    ..SessionOptions::default()
                 };
                 let mut session = Session::new(&model, &options).expect("a session");
                 prefill(&mut session, &tokens[..400]);

@@ -8,7 +8,9 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use kinglet::backend::select::Chunking;
 use kinglet::sampler::{Sampler, Settings, Source};
+use kinglet::sparsity::{Heads, Policy, Sparsity};
 use kinglet::{KvType, LoadOptions, Model, Session, SessionOptions};
 
 struct Counting;
@@ -63,7 +65,18 @@ fn steady_decode_allocates_nothing() {
         settings.set(name, value, Source::Flag).expect("a setting");
     }
     // Past one page of keys, and past several, whose sums are merged.
-    for (depth, kv) in [(130, KvType::F16), (1100, KvType::F16), (600, KvType::F32)] {
+    let dhsa = Policy::Dhsa {
+        chunking: Chunking::Shift(16),
+        heads: Heads::Vote,
+    };
+    for (depth, kv, policy) in [
+        (130, KvType::F16, Policy::Dense),
+        (1100, KvType::F16, Policy::Dense),
+        (600, KvType::F32, Policy::Dense),
+        (1100, KvType::F16, Policy::Window),
+        (1100, KvType::F16, Policy::Blocks),
+        (1100, KvType::Q8_0, dhsa),
+    ] {
         for threads in [1, 2] {
             let options = LoadOptions {
                 threads,
@@ -74,6 +87,7 @@ fn steady_decode_allocates_nothing() {
             let options = SessionOptions {
                 n_ctx: 2048,
                 kv: kv.into(),
+                sparsity: Sparsity::new(policy, 512),
                 ..SessionOptions::default()
             };
             let mut session = Session::new(&model, &options).expect("a session");
@@ -87,7 +101,7 @@ fn steady_decode_allocates_nothing() {
             let steady = allocations(&mut session, &mut sampler, 100);
             assert_eq!(
                 steady, 0,
-                "{depth} tokens before, {threads} threads, {kv:?}"
+                "{depth} tokens before, {threads} threads, {kv:?}, {policy}"
             );
         }
     }

@@ -189,6 +189,7 @@ fn kernels_are_rows_of_the_table() {
         .chain(names(table::TO_F16))
         .chain(names(table::ATTEND))
         .chain(names(table::ATTEND_TILES))
+        .chain(names(table::ATTEND_LANES))
         .chain(names(table::SHORT_CONV))
         .chain(names(table::GLU))
         .chain(names(table::ADD))

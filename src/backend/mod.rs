@@ -7,6 +7,7 @@
 //! Activations are row-major `(n_tokens, n)` matrices of `f32`. Weights keep the format of the file.
 
 pub mod cpu;
+pub mod delta;
 #[cfg(feature = "ggml")]
 pub mod ggml;
 #[cfg(feature = "gpu")]

@@ -395,7 +395,7 @@ impl Backend for Planner {
         let (operations, options) = (&self.operations, &kv.options);
         let runs =
             attention_selected::scratch(operations, shape, options, step, positions, n_threads);
-        runs.iter().for_each(|lens| self.scratch.reserve(lens));
+        runs.into_iter().for_each(|lens| self.scratch.reserve(lens));
         out
     }
 

@@ -10,6 +10,7 @@ use std::fmt::Debug;
 use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
 
+use super::delta::Delta;
 use super::{Attention, KvTypes};
 use crate::error::{Error, Result};
 
@@ -20,6 +21,20 @@ pub struct KvOptions {
     pub kinds: KvTypes,
     /// Chooses keys; `None`: all of them.
     pub select: Option<Arc<dyn Select>>,
+    /// How scores with all keys are computed; `None`: as whole products.
+    pub delta: Option<Arc<Delta>>,
+    /// The layer of the cache.
+    pub layer: usize,
+}
+
+impl KvOptions {
+    /// For another layer.
+    pub fn of_layer(&self, layer: usize) -> Self {
+        Self {
+            layer,
+            ..self.clone()
+        }
+    }
 }
 
 impl From<KvTypes> for KvOptions {
@@ -27,7 +42,7 @@ impl From<KvTypes> for KvOptions {
     fn from(kinds: KvTypes) -> Self {
         Self {
             kinds,
-            select: None,
+            ..Self::default()
         }
     }
 }
@@ -53,7 +68,9 @@ pub struct Ask<'a> {
     pub position: usize,
     /// Keys that causality and the model's window let it see.
     pub seen: Range<usize>,
-    /// The shape of the layer.
+    /// The layer.
+    pub layer: usize,
+    /// Its shape.
     pub attention: &'a Attention,
     /// The head of keys that is read.
     pub kv_head: usize,
@@ -78,6 +95,18 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// Makes room to choose among `n_chunks` for queries of `head_dim`.
+    pub(in crate::backend) fn reserve(&mut self, n_chunks: usize, head_dim: usize) {
+        fn to<T>(list: &mut Vec<T>, n: usize) {
+            list.reserve_exact(n.saturating_sub(list.len()));
+        }
+        // The first keys, the last, and a chunk that is cut.
+        to(&mut self.spans, n_chunks + 3);
+        to(&mut self.scores, n_chunks + 1);
+        to(&mut self.weights, (n_chunks + 1).max(head_dim));
+        to(&mut self.order, n_chunks + 1);
+    }
+
     /// Appends a range; one that touches the last becomes a part of it.
     pub fn push(&mut self, span: Range<usize>) {
         match self.spans.last_mut() {
@@ -131,6 +160,11 @@ impl Chunking {
             Chunking::Fixed(n) => n,
             Chunking::Shift(_) => self.most() + SHIFT_WINDOW,
         }
+    }
+
+    /// Chunks of `positions`, at most.
+    pub(in crate::backend) fn most_chunks(self, positions: usize) -> usize {
+        positions / self.least()
     }
 
     /// Bytes of the sums of `positions`, at most.

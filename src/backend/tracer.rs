@@ -13,7 +13,9 @@ use super::{Activation, Attention, Backend, GatedFfn, Linear, Moe, Rope, RopePai
 use crate::cancel::Cancel;
 use crate::error::Result;
 use crate::profile::span::now;
-use crate::profile::{ExpertWork, Label, Operation, PassKind, PassRecord, Span, Trace, Work};
+use crate::profile::{
+    DeltaWork, ExpertWork, Label, Operation, PassKind, PassRecord, Span, Trace, Work,
+};
 use crate::quant::Tensor;
 
 /// Spans between two calls of [`Backend::take_trace`]; what comes later is counted and lost. A pass has some hundreds.
@@ -205,6 +207,13 @@ const EMPTY: Span = Span {
         pairs: 0,
         pairs_read: 0,
         decide_ns: 0,
+        delta: DeltaWork {
+            dense: 0,
+            far: 0,
+            done: 0,
+            elements: 0,
+            changes: 0,
+        },
         experts: ExpertWork {
             used: 0,
             hits: 0,

@@ -133,12 +133,18 @@ impl<B: Backend> Network<B> for Lfm2<B> {
     }
 
     fn state(&self, backend: &B, kv: &KvOptions) -> State<B> {
-        let layers = self.layers.iter().map(|layer| match &layer.mixer {
-            Mixer::Attention(attention) => LayerState::Kv(backend.kv(&attention.shape, kv)),
-            Mixer::ShortConv(_) => {
-                LayerState::Conv(backend.conv(self.n_taps - 1, self.config.hidden))
-            }
-        });
+        let layers = self
+            .layers
+            .iter()
+            .enumerate()
+            .map(|(i, layer)| match &layer.mixer {
+                Mixer::Attention(attention) => {
+                    LayerState::Kv(backend.kv(&attention.shape, &kv.of_layer(i)))
+                }
+                Mixer::ShortConv(_) => {
+                    LayerState::Conv(backend.conv(self.n_taps - 1, self.config.hidden))
+                }
+            });
         State {
             layers: layers.collect(),
         }

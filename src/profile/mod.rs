@@ -80,6 +80,70 @@ impl std::ops::AddAssign for ExpertWork {
     }
 }
 
+/// Products of queries with keys where scores came from differences of keys (DeltaLLM).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct DeltaWork {
+    /// Products of elements that dense attention makes for the same scores.
+    pub dense: u64,
+    /// Of these, those for keys outside of what is always exact.
+    pub far: u64,
+    /// Products that were made.
+    pub done: u64,
+    /// Elements of keys that were compared with what was held, each time that was done.
+    pub elements: u64,
+    /// Of these, those that had changed.
+    pub changes: u64,
+}
+
+impl DeltaWork {
+    /// What was done since `before`.
+    pub fn since(&self, before: &DeltaWork) -> DeltaWork {
+        DeltaWork {
+            dense: self.dense - before.dense,
+            far: self.far - before.far,
+            done: self.done - before.done,
+            elements: self.elements - before.elements,
+            changes: self.changes - before.changes,
+        }
+    }
+
+    /// The four sparsities, of which none should be told alone; `None` where there was nothing to do.
+    pub fn sparsity(&self) -> Option<DeltaSparsity> {
+        let share = |part: u64, whole: u64| part as f64 / whole.max(1) as f64;
+        let unchanged = 1.0 - share(self.changes, self.elements);
+        let products = 1.0 - share(self.done, self.dense);
+        (self.elements > 0).then(|| DeltaSparsity {
+            unchanged,
+            published: unchanged * share(self.far, self.dense),
+            products,
+            attention: products / 2.0,
+        })
+    }
+}
+
+impl std::ops::AddAssign for DeltaWork {
+    fn add_assign(&mut self, other: DeltaWork) {
+        self.dense += other.dense;
+        self.far += other.far;
+        self.done += other.done;
+        self.elements += other.elements;
+        self.changes += other.changes;
+    }
+}
+
+/// What differences of keys save, each 0 to 1.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize)]
+pub struct DeltaSparsity {
+    /// Elements of keys that did not change.
+    pub unchanged: f64,
+    /// The same times the share of pairs that are not always exact: what the paper calls sparsity.
+    pub published: f64,
+    /// Products of queries and keys that were not made.
+    pub products: f64,
+    /// The same of all products of attention: those with values are always made.
+    pub attention: f64,
+}
+
 /// What a backend has done since it was made, counted where it is done.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Work {
@@ -106,6 +170,9 @@ pub struct Work {
     /// Nanoseconds in which was decided which, of all threads together.
     #[serde(default)]
     pub decide_ns: u64,
+    /// Where scores came from differences of keys.
+    #[serde(default)]
+    pub delta: DeltaWork,
     /// Experts that were read when they were used; nothing where all are in memory.
     #[serde(default)]
     pub experts: ExpertWork,
@@ -126,6 +193,7 @@ impl Work {
             pairs: self.pairs - before.pairs,
             pairs_read: self.pairs_read - before.pairs_read,
             decide_ns: self.decide_ns - before.decide_ns,
+            delta: self.delta.since(&before.delta),
             experts: self.experts.since(&before.experts),
             // Backends count them modulo 2^32.
             regions: u64::from(self.regions.wrapping_sub(before.regions) as u32),
@@ -159,6 +227,7 @@ impl std::ops::AddAssign for Work {
         self.pairs += other.pairs;
         self.pairs_read += other.pairs_read;
         self.decide_ns += other.decide_ns;
+        self.delta += other.delta;
         self.experts += other.experts;
         self.regions += other.regions;
     }

@@ -37,7 +37,6 @@ use super::{Model, Session, SessionOptions};
 use crate::backend::{KV_PAGE, KvType, KvTypes, Step};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
-use crate::sparsity::Sparsity;
 
 const MAGIC: &[u8; 8] = b"\x8fKSTATE\n";
 const VERSION: u32 = 1;
@@ -99,7 +98,7 @@ pub(super) fn header_hash(gguf: &Gguf) -> u64 {
 /// What tells models apart.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Hashes {
-    model: u128,
+    pub(super) model: u128,
     tokenizer: u128,
 }
 
@@ -291,7 +290,7 @@ impl StateFile {
     /// # Errors
     /// [`Error::Mismatch`], which tells why not.
     pub fn fits(&self, model: &Model, options: &SessionOptions) -> Result<()> {
-        let SessionOptions { kv, sparsity, .. } = *options;
+        let kv = options.kv;
         let hashes = model.hashes()?;
         let other = |what: String| {
             Err(Error::Mismatch {
@@ -321,12 +320,13 @@ impl StateFile {
                 name(values)
             ));
         }
-        if self.header.sparsity != sparsity_hash(&sparsity) {
+        if self.header.sparsity != attention_hash(options) {
             let found = match self.header.sparsity {
                 0 => "dense",
                 _ => "another policy, or another budget",
             };
-            return other(format!("attention: expected {sparsity}, found {found}"));
+            let expected = options.attention();
+            return other(format!("attention: expected {expected}, found {found}"));
         }
         Ok(())
     }
@@ -503,11 +503,11 @@ fn codes(kv: KvTypes) -> [u8; 2] {
 
 /// 0 for dense attention. What is read with some keys left out is no beginning for a session that reads them all, nor the
 /// other way round: the first would tell as exact what is not.
-fn sparsity_hash(sparsity: &Sparsity) -> u16 {
-    if sparsity.is_dense() {
+fn attention_hash(options: &SessionOptions) -> u16 {
+    if options.sparsity.is_dense() && options.delta.is_none() {
         return 0;
     }
-    (hash_of(sparsity.to_string().as_bytes()) as u16).max(1)
+    (hash_of(options.attention().as_bytes()) as u16).max(1)
 }
 
 impl Session {
@@ -573,7 +573,7 @@ impl Session {
         let header = Header {
             hashes: *self.model.hashes()?,
             kv: codes(self.kv),
-            sparsity: sparsity_hash(&self.sparsity),
+            sparsity: attention_hash(&self.options()),
             n_tokens: n as u32,
             n_ctx: self.n_ctx as u64,
             sections,

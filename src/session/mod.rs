@@ -3,6 +3,7 @@
 //! The one place where file, tokenizer, network and backend are put together.
 
 mod budget;
+pub mod calibration;
 mod chat;
 mod embed;
 mod engine;
@@ -33,6 +34,7 @@ use self::file::Hashes;
 use self::timeline::Timeline;
 use crate::backend::cpu::residency::Residency;
 use crate::backend::cpu::stored::StoredExperts;
+use crate::backend::delta::Delta;
 use crate::backend::planner::Tally;
 use crate::backend::select::KvOptions;
 use crate::backend::{BackendKind, KvTypes, Step};
@@ -95,8 +97,31 @@ pub struct SessionOptions {
     pub kv: KvTypes,
     /// Which keys queries attend to.
     pub sparsity: Sparsity,
+    /// How scores with all keys are computed, where not as whole products.
+    pub delta: Option<Arc<Delta>>,
     /// Tokens of a prefill step; 0: 512.
     pub batch: usize,
+}
+
+impl SessionOptions {
+    /// How attention is not dense and exact: `dense` if it is.
+    pub fn attention(&self) -> String {
+        match (&self.delta, self.sparsity.is_dense()) {
+            (None, _) => self.sparsity.to_string(),
+            (Some(delta), true) => delta.to_string(),
+            (Some(delta), false) => format!("{}; {delta}", self.sparsity),
+        }
+    }
+
+    /// How caches are made.
+    fn kv_options(&self) -> Result<KvOptions> {
+        Ok(KvOptions {
+            kinds: self.kv,
+            select: self.sparsity.selector()?,
+            delta: self.delta.clone(),
+            ..KvOptions::default()
+        })
+    }
 }
 
 /// A model, ready to run. Clones share it.
@@ -408,6 +433,30 @@ impl Model {
         ledger.set_memory(memory)
     }
 
+    /// That its caches can do what `delta` says.
+    fn check_delta(&self, delta: &Delta) -> Result<()> {
+        delta.check()?;
+        let Some(factors) = &delta.factors else {
+            return Ok(());
+        };
+        if factors.model != self.hashes()?.model {
+            return Err(Error::Invalid(
+                "thresholds: expected some that were calibrated for this model, found those of another".into(),
+            ));
+        }
+        let config = &self.0.info.config;
+        let of_layer = |i: usize| config.n_kv_heads[i] * config.head_dim;
+        let expected = (0..config.n_layers).map(of_layer);
+        let found = factors.layers.iter().map(Vec::len);
+        if !found.eq(expected) {
+            return Err(Error::Invalid(
+                "thresholds: expected one for each channel of this model's keys, found others"
+                    .into(),
+            ));
+        }
+        Ok(())
+    }
+
     fn hashes(&self) -> Result<&Hashes> {
         if let Some(hashes) = self.0.hashes.get() {
             return Ok(hashes);
@@ -483,18 +532,11 @@ pub struct Session {
     batch: usize,
     kv: KvTypes,
     sparsity: Sparsity,
+    delta: Option<Arc<Delta>>,
     n_replayed: usize,
     cancel: Cancel,
     /// Its part of the model's budget.
     claim: Option<Claim>,
-}
-
-/// How caches are made.
-fn kv_options(kinds: KvTypes, sparsity: &Sparsity) -> Result<KvOptions> {
-    Ok(KvOptions {
-        kinds,
-        select: sparsity.selector()?,
-    })
 }
 
 impl Session {
@@ -546,24 +588,26 @@ impl Session {
                 });
             }
         }
-        if !options.sparsity.is_dense() && model.backend() != BackendKind::Cpu {
+        let is_dense = options.sparsity.is_dense() && options.delta.is_none();
+        if !is_dense && model.backend() != BackendKind::Cpu {
             return Err(Error::Unsupported {
                 kind: "sparse attention of this backend",
-                found: options.sparsity.to_string(),
+                found: options.attention(),
                 supported: "dense".into(),
             });
         }
+        if let Some(delta) = &options.delta {
+            model.check_delta(delta)?;
+        }
         Ok(Self {
             model: model.clone(),
-            engine: model
-                .0
-                .network
-                .engine(&kv_options(options.kv, &options.sparsity)?)?,
+            engine: model.0.network.engine(&options.kv_options()?)?,
             line: Timeline::default(),
             n_ctx,
             batch,
             kv: options.kv,
             sparsity: options.sparsity,
+            delta: options.delta.clone(),
             n_replayed: 0,
             cancel: Cancel::default(),
             claim,
@@ -593,6 +637,7 @@ impl Session {
             n_ctx: self.n_ctx,
             kv: self.kv,
             sparsity: self.sparsity,
+            delta: self.delta.clone(),
             batch: self.batch,
         }
     }

@@ -158,7 +158,7 @@ impl Plan {
         let options = SessionOptions {
             n_ctx: full.n_ctx,
             batch: full.batch,
-            ..*options
+            ..options.clone()
         };
         // A step without logits, one with them, and the last token: what takes most is among them.
         full.count_prefill((full.n_ctx - 1).min(2 * full.batch))?;

@@ -12,7 +12,8 @@ use std::sync::Arc;
 
 use super::budget::Claim;
 use super::engine::Memory;
-use super::{Model, Session, kv_options};
+use super::{Model, Session};
+use crate::backend::delta::Delta;
 use crate::backend::{KvTypes, Step};
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
@@ -88,6 +89,7 @@ pub struct Snapshot {
     model: Model,
     kv: KvTypes,
     sparsity: Sparsity,
+    delta: Option<Arc<Delta>>,
     memory: Memory,
     line: Timeline,
     _claim: Option<Claim>,
@@ -161,15 +163,12 @@ impl Session {
     pub fn fork(&self) -> Result<Self> {
         let mut fork = Self {
             model: self.model.clone(),
-            engine: self
-                .model
-                .0
-                .network
-                .engine(&kv_options(self.kv, &self.sparsity)?)?,
+            engine: self.model.0.network.engine(&self.options().kv_options()?)?,
             line: Timeline::default(),
             n_replayed: 0,
             cancel: Cancel::default(),
             claim: self.claim.as_ref().map(Claim::again).transpose()?,
+            delta: self.delta.clone(),
             ..*self
         };
         // What the fork has of its own it has claimed.
@@ -193,6 +192,7 @@ impl Session {
             model: self.model.clone(),
             kv: self.kv,
             sparsity: self.sparsity,
+            delta: self.delta.clone(),
             memory: self.engine.memory()?,
             line: self.line.clone(),
             _claim: claim,
@@ -208,6 +208,7 @@ impl Session {
         if !Arc::ptr_eq(&self.model.0, &snapshot.model.0)
             || self.kv != snapshot.kv
             || self.sparsity != snapshot.sparsity
+            || self.delta != snapshot.delta
         {
             return Err(Error::Invalid(
                 "snapshot: expected one of this model, cache type and sparsity, found another"

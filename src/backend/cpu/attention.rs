@@ -6,9 +6,11 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::attention_lanes::Lanes;
 use super::pool::{Output, Pool};
 use super::scratch::Scratch;
 use super::table::{AttendBatch, AttendSpan, AttendTokens, Operations, Ready, Rows, ToF16};
+use crate::backend::delta::Delta;
 use crate::backend::select::{Chunking, Chunks, KvOptions, Select};
 use crate::backend::{Attention, KV_PAGE, KvType, KvTypes, Step};
 use crate::error::{Error, Result};
@@ -41,6 +43,11 @@ pub struct KvCache {
     select: Option<Arc<dyn Select>>,
     /// Sums of keys, where `select` wants some.
     chunks: Arc<Chunks>,
+    /// Of the network.
+    layer: usize,
+    delta: Option<Arc<Delta>>,
+    /// What each channel may be off by, `(n_kv_heads, head_dim)`, where there is a `delta`.
+    thresholds: Arc<[f32]>,
 }
 
 type Page = Vec<u8>;
@@ -61,6 +68,37 @@ impl KvCache {
             head_dim,
             select: options.select.clone(),
             chunks: Arc::default(),
+            layer: options.layer,
+            thresholds: match &options.delta {
+                Some(delta) => delta
+                    .thresholds(options.layer, n_kv_heads * head_dim)
+                    .into(),
+                None => Arc::default(),
+            },
+            delta: options.delta.clone(),
+        }
+    }
+
+    /// Positions for which there is room.
+    pub(super) fn n_positions(&self) -> usize {
+        self.keys.len() * PAGE
+    }
+
+    /// Which layer's it is.
+    pub(super) fn layer(&self) -> usize {
+        self.layer
+    }
+
+    /// How scores are computed with keys far back, if not as others.
+    pub(super) fn delta(&self) -> Option<&Delta> {
+        self.delta.as_deref()
+    }
+
+    /// What each channel of a head of keys may be off by there; nothing without it.
+    pub(super) fn thresholds(&self, kv_head: usize) -> &[f32] {
+        match self.delta {
+            Some(_) => &self.thresholds[kv_head * self.head_dim..][..self.head_dim],
+            None => &[],
         }
     }
 
@@ -83,19 +121,17 @@ impl KvCache {
         let Some(chunking) = self.chunking() else {
             return;
         };
-        // Taken out so that the keys can be read meanwhile.
-        let mut chunks = std::mem::take(&mut self.chunks);
-        let own = Arc::get_mut(&mut chunks).expect("the cache's own since room was made there");
+        let Self { keys, chunks, .. } = self;
+        let own = Arc::get_mut(chunks).expect("the cache's own since room was made there");
         let (n, kind) = (self.head_dim, self.kinds.keys);
         let row = kind.row_bytes(n);
         own.update(chunking, n, positions, &|position, out| {
-            let page = &self.keys[position / PAGE];
+            let page = &keys[position / PAGE];
             for (head, out) in out.chunks_exact_mut(n).enumerate() {
                 let at = (head * PAGE + position % PAGE) * row;
                 quant::dequantize(kind.dtype(), &page[at..at + row], out);
             }
         });
-        self.chunks = chunks;
     }
 
     /// Makes room to write at `positions`.
@@ -265,8 +301,11 @@ fn seen_from(shape: &Attention, position: usize) -> Range<usize> {
 
 /// The kernel that attends to `cache`.
 pub(super) fn kernel(cache: &KvCache, step: Step, operations: &Operations) -> &'static str {
-    match tiles(operations, cache.head_dim, cache.kinds, step) {
-        Some(tiles) => tiles.name(),
+    if let Some(tiles) = tiles(operations, cache.head_dim, cache.kinds, step) {
+        return tiles.name();
+    }
+    match Lanes::new(operations, cache.head_dim, cache.kinds, step, cache.delta()) {
+        Some(_) => operations.attend_lanes.name(),
         None => operations.attend.name(),
     }
 }
@@ -333,12 +372,12 @@ fn pages(shape: &Attention, positions: Range<usize>) -> Range<usize> {
 }
 
 /// Tokens of a task of `many_in_tiles`.
-fn tile_tokens(group: usize) -> usize {
+pub(super) fn tile_tokens(group: usize) -> usize {
     (TILE_QUERIES / group).next_multiple_of(TILE_TOKENS)
 }
 
 /// Tokens of a task of `many`.
-fn task_tokens(group: usize) -> usize {
+pub(super) fn task_tokens(group: usize) -> usize {
     (MAX_QUERIES / group).max(1)
 }
 
@@ -378,7 +417,7 @@ pub(in crate::backend) fn scratch(
 
 /// The kernel that works in tiles, if there is one for this step and this cache: it rounds keys and values, which who
 /// asks for floats does not want.
-fn tiles(
+pub(super) fn tiles(
     operations: &Operations,
     head_dim: usize,
     kinds: KvTypes,
@@ -400,7 +439,7 @@ impl Attend<'_> {
     }
 
     /// Pages that the queries at `positions` see.
-    fn pages(&self, positions: Range<usize>) -> Range<usize> {
+    pub(super) fn pages(&self, positions: Range<usize>) -> Range<usize> {
         pages(self.shape, positions)
     }
 

@@ -4,12 +4,13 @@
 //! A token's own choice costs what tokens that share keys would save, and buys that no token's result depends on those
 //! computed with it.
 
-use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, MutexGuard};
 
 use super::Cpu;
 use super::attention::{self, Attend, KvCache, PAGE, Sums, work};
+use super::attention_lanes;
 use super::pool::Output;
 use super::table::{AttendSpan, Operations};
 use crate::backend::select::{Ask, KvOptions, Plan, Select};
@@ -23,16 +24,46 @@ const TASK_TOKENS: usize = 8;
 /// Query heads that a kernel is given at once.
 const MAX_GROUP: usize = 64;
 
-thread_local! {
-    /// Of the thread, kept so that steady work allocates nothing.
-    static PLAN: RefCell<Plan> = RefCell::default();
+/// Plans that no task has, kept so that steady work allocates nothing. They have room for what the cache has room for:
+/// which thread takes which does not matter, and none grows in the middle of a region.
+#[derive(Default)]
+pub(super) struct Plans(Mutex<Vec<Plan>>);
+
+impl Plans {
+    fn list(&self) -> MutexGuard<'_, Vec<Plan>> {
+        self.0
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn reserve(&self, n_threads: usize, n_chunks: usize, head_dim: usize) {
+        let mut plans = self.list();
+        let n = n_threads.max(plans.len());
+        plans.resize_with(n, Plan::default);
+        plans
+            .iter_mut()
+            .for_each(|plan| plan.reserve(n_chunks, head_dim));
+    }
+
+    fn with<T>(&self, work: impl FnOnce(&mut Plan) -> T) -> T {
+        // One that a cancelled pass took with it is missing.
+        let mut plan = self.list().pop().unwrap_or_default();
+        let done = work(&mut plan);
+        self.list().push(plan);
+        done
+    }
 }
 
 /// The floats of the buffers that `n_tokens`, none of which sees everything, take on `n_threads` together.
-fn run_scratch(shape: &Attention, n_tokens: usize, n_threads: usize) -> Vec<usize> {
+fn run_scratch(
+    shape: &Attention,
+    n_tokens: usize,
+    n_threads: usize,
+) -> impl Iterator<Item = usize> + use<> {
     let (n, group) = (shape.head_dim, shape.n_heads / shape.n_kv_heads);
     let n_tasks = n_tokens.div_ceil(TASK_TOKENS) * shape.n_kv_heads;
-    [group * n, Sums::floats(group, n)].repeat(n_tasks.min(n_threads))
+    let task = [group * n, Sums::floats(group, n)];
+    std::iter::repeat_n(task, n_tasks.min(n_threads)).flatten()
 }
 
 /// As [`attention::scratch`], with the keys that `options` choose.
@@ -44,13 +75,13 @@ pub(in crate::backend) fn scratch(
     positions: Range<usize>,
     n_threads: usize,
 ) -> Vec<Vec<usize>> {
-    let dense = |run| attention::scratch(operations, shape, options.kinds, step, run, n_threads);
+    let dense = |run| attention_lanes::scratch(operations, shape, options, step, run, n_threads);
     let Some(select) = &options.select else {
         return dense(positions);
     };
     let of_run = |(is_dense, run): (bool, Range<usize>)| match is_dense {
         true => dense(run),
-        false => vec![run_scratch(shape, run.len(), n_threads)],
+        false => vec![run_scratch(shape, run.len(), n_threads).collect()],
     };
     attention::runs(shape, select.as_ref(), positions)
         .flat_map(of_run)
@@ -78,7 +109,10 @@ impl Cpu {
         let (n, n_cols) = (shape.head_dim, shape.n_heads * shape.head_dim);
         let n_tokens = q.len() / n_cols;
         self.scratch
-            .reserve(&run_scratch(shape, n_tokens, self.pool.n_threads()));
+            .reserve(run_scratch(shape, n_tokens, self.pool.n_threads()));
+        let n_positions = cache.n_positions();
+        let n_chunks = select.chunking().map_or(0, |c| c.most_chunks(n_positions));
+        self.plans.reserve(self.pool.n_threads(), n_chunks, n);
         let attend = Attend {
             cache,
             shape,
@@ -87,13 +121,13 @@ impl Cpu {
             operations: &self.operations,
             scratch: &self.scratch,
         };
-        let group = attend.group();
+        let (group, plans) = (attend.group(), &self.plans);
         let done = Done::default();
         let mut outputs = [Output::new(out, n_cols)];
         self.pool
             .run_tiles(&mut outputs, (TASK_TOKENS, group * n), &|mut tile| {
                 let kv_head = tile.first_col / (group * n);
-                PLAN.with_borrow_mut(|plan| {
+                plans.with(|plan| {
                     for t in 0..tile.out.n_tokens() {
                         let token = tile.first_row + t;
                         let q = &q[token * n_cols..][..n_cols];
@@ -139,6 +173,7 @@ impl Attend<'_> {
         let ask = Ask {
             position,
             seen: seen.clone(),
+            layer: self.cache.layer(),
             attention: self.shape,
             kv_head,
             q,
@@ -293,6 +328,7 @@ mod tests {
         let options = KvOptions {
             kinds,
             select: dense_below.map(|dense_below| Arc::new(Chance { dense_below }) as _),
+            ..KvOptions::default()
         };
         let mut kv = cpu.kv(shape, &options);
         cpu.kv_reserve(&mut kv, 0..N).unwrap();

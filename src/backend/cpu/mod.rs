@@ -4,6 +4,7 @@ pub mod acts;
 #[cfg(target_arch = "x86_64")]
 mod amx;
 pub(super) mod attention;
+pub(super) mod attention_lanes;
 pub(super) mod attention_selected;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -35,6 +36,8 @@ use std::time::Duration;
 
 use self::acts::{Acts, BF16_LEN, BF16_TOKENS, Q8Row, Q8RowMut, Tile, bf16_floats, q8_floats};
 use self::attention::KvCache;
+use self::attention_lanes::Lanes;
+use self::attention_selected::Plans;
 use self::isa::Isa;
 use self::pool::{Output, Pool};
 use self::residency::{Place, Residency};
@@ -62,6 +65,7 @@ pub struct Cpu {
     /// The experts of the layer that was routed last.
     named: Option<(usize, Named)>,
     operations: Operations,
+    plans: Plans,
     scratch: Scratch,
     cancel: Cancel,
     work: Work,
@@ -140,6 +144,16 @@ impl Cpu {
     ) {
         let n_cols = attention.n_heads * attention.head_dim;
         let (kinds, positions) = (kv.kinds(), start..start + q.len() / n_cols);
+        let lanes = Lanes::new(
+            &self.operations,
+            attention.head_dim,
+            kinds,
+            self.step,
+            kv.delta(),
+        );
+        if let Some(lanes) = lanes {
+            return self.attend_lanes(kv, attention, (lanes, start), q, out);
+        }
         self.work += attention::work(attention, kinds, positions.clone());
         // Tasks of one token take nothing.
         if self.step == Step::Prefill {
@@ -147,7 +161,7 @@ impl Cpu {
             let runs = attention::scratch(
                 operations, attention, kinds, self.step, positions, n_threads,
             );
-            runs.iter().for_each(|lens| self.scratch.reserve(lens));
+            runs.into_iter().for_each(|lens| self.scratch.reserve(lens));
         }
         let attend = attention::Attend {
             cache: kv,
@@ -194,6 +208,7 @@ impl Cpu {
             named: None,
             operations: Operations::best(),
             scratch: Scratch::default(),
+            plans: Plans::default(),
             cancel: Cancel::default(),
             work: Work::default(),
             step: Step::Prefill,

@@ -117,9 +117,16 @@ impl<L: Lines> Scratch<L> {
 
     /// Makes what buffers of `lens`, held together, take: then they are there whichever thread is faster, and a worker
     /// never meets missing memory.
-    pub(crate) fn reserve(&self, lens: &[usize]) {
-        let taken = lens.iter().map(|len| self.take(*len));
-        drop(taken.collect::<Vec<_>>());
+    pub(crate) fn reserve(&self, lens: impl IntoIterator<Item = usize>) {
+        self.hold(&mut lens.into_iter());
+    }
+
+    /// Takes them one inside of the other: a list of those held would be allocated.
+    fn hold(&self, lens: &mut dyn Iterator<Item = usize>) {
+        if let Some(len) = lens.next() {
+            let _held = self.take(len);
+            self.hold(lens);
+        }
     }
 
     /// Bytes of all buffers, in use or not.

@@ -16,7 +16,9 @@ use super::scalar;
 use super::{amx, avx2, avx512vbmi, avx512vnni};
 #[cfg(target_arch = "aarch64")]
 use super::{neon, neon_dotprod};
+use crate::backend::delta::Exact;
 use crate::backend::{Activation, KvType};
+use crate::profile::DeltaWork;
 use crate::quant::{self, BlockQ4_0, BlockQ8_0, DType};
 
 /// What all rows of all tables have.
@@ -322,6 +324,10 @@ operation! {
     AttendTokens(batch: &mut AttendBatch)
 }
 operation! {
+    /// Attends from some tokens of a batch, scores from differences of keys where asked, see [`LanesBatch`].
+    AttendLanes(batch: &mut LanesBatch)
+}
+operation! {
     /// Reads all of `x`: adds the exclusive or of its 64-bit words to `sum` by exclusive or.
     Read(x: &[Line], sum: &mut u64)
 }
@@ -486,6 +492,36 @@ pub struct AttendBatch<'a> {
     pub out: OutCols<'a>,
 }
 
+/// The same; where asked, with scores from the differences of adjacent keys, as [`Delta`](crate::backend::delta::Delta)
+/// says.
+pub struct LanesBatch<'a> {
+    /// What attends to what; heads of any length.
+    pub attend: AttendBatch<'a>,
+    /// Keys of a frame, a multiple of 32 of which a page is a multiple.
+    pub frame: usize,
+    /// Frames that begin before this position are exact.
+    pub sink: usize,
+    /// Which others are.
+    pub exact: Exact,
+    /// Of each channel, `(head_dim)`.
+    pub thresholds: &'a [f32],
+    /// Changes of a frame beyond which it is exact; 0: every frame is, and no thresholds are needed.
+    pub most: usize,
+    /// At least [`LanesBatch::room`] floats.
+    pub room: &'a mut [f32],
+    /// What was done is added here.
+    pub done: DeltaWork,
+}
+
+impl LanesBatch<'_> {
+    /// Floats for `n_queries`.
+    pub fn room(n_queries: usize, head_dim: usize, frame: usize) -> usize {
+        let tiles = n_queries.next_multiple_of(64) * (2 * head_dim + 2);
+        // Keys, values, changes, their channels; where those of a key end.
+        tiles + frame * (3 * head_dim + head_dim / 4 + 1) + 4 * 16 + head_dim
+    }
+}
+
 /// The kernels of the operations that have no weight format, chosen once for a backend.
 #[derive(Clone, Copy)]
 pub struct Operations {
@@ -511,6 +547,8 @@ pub struct Operations {
     pub attend: Ready<Attend>,
     /// Attention of a batch on a matrix unit.
     pub attend_tiles: Option<Ready<AttendTokens>>,
+    /// Attention of a batch with queries in the lanes.
+    pub attend_lanes: Ready<AttendLanes>,
 }
 
 impl Operations {
@@ -531,6 +569,7 @@ impl Operations {
             short_conv: best(SHORT_CONV),
             attend: best(ATTEND),
             attend_tiles: Ready::best(ATTEND_TILES.iter()),
+            attend_lanes: best(ATTEND_LANES),
         }
     }
 }
@@ -1055,6 +1094,16 @@ rows! {
     ATTEND_TILES: AttendTokens {
         #[cfg(target_arch = "x86_64")]
         "attend_bf16_amx", Amx, amx::attend::attend;
+    }
+}
+rows! {
+    /// Attention of a batch with queries in the lanes.
+    ATTEND_LANES: AttendLanes {
+        #[cfg(target_arch = "x86_64")]
+        "attend_lanes_avx512vnni", Avx512Vnni, avx512vnni::attend_lanes::attend;
+        #[cfg(target_arch = "x86_64")]
+        "attend_lanes_avx2", Avx2, avx2::attend_lanes::attend;
+        "attend_lanes_scalar", Scalar, scalar::attend_lanes::attend;
     }
 }
 rows! {

@@ -2,14 +2,17 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use kinglet::backend::delta::{Delta, Exact, Factors};
 use kinglet::backend::select::Chunking;
 use kinglet::experts::{IoMode, PolicyKind, Prefetch};
 use kinglet::grammar::ReplyFormat;
 use kinglet::sampler::{Settings, Source};
+use kinglet::session::calibration;
 use kinglet::session::{ExpertOptions, GenerateOptions, OnExceed, Pooling};
 use kinglet::sparsity::{Heads, Policy, Sparsity};
 use kinglet::{BackendKind, KvType, KvTypes, Model, Session, SessionOptions};
@@ -53,6 +56,8 @@ pub enum Command {
     Quantize(QuantizeArgs),
     /// Measure how well a model predicts a text.
     Eval(EvalArgs),
+    /// Find what a lossy option needs to know of a model.
+    Calibrate(CalibrateArgs),
     /// Measure how fast models run.
     Bench(BenchArgs),
     /// Keep a core busy until stdin ends: the other processes of `bench --busy`.
@@ -311,6 +316,21 @@ pub struct AttentionArgs {
     /// Each token reads the first keys and the last, N in all
     #[arg(long, value_name = "N", value_parser = positive)]
     window_sink: Option<usize>,
+    /// DeltaLLM: scores with keys far back from what changes from key to key by more than this in a channel; 0: all
+    #[arg(long, value_name = "RATE", value_parser = rate, conflicts_with_all = ["dhsa", "block_topk", "window_sink"])]
+    delta: Option<f32>,
+    /// Thresholds from `calibrate delta`, times RATE
+    #[arg(long, value_name = "FILE", value_parser = factors, requires = "delta")]
+    delta_file: Option<Arc<Factors>>,
+    /// Keys up to a token that it scores exactly, or `block:N`: those of its own block of N
+    #[arg(long, value_name = "N", default_value = "64", value_parser = exact)]
+    delta_exact: Exact,
+    /// Keys from one that is kept whole to the next: 32, 64, 128 or 256
+    #[arg(long, value_name = "N", default_value_t = Delta::DEFAULT_FRAME, value_parser = positive)]
+    delta_frame: usize,
+    /// Also where that is slower than dense attention: to measure what it costs
+    #[arg(long)]
+    delta_always: bool,
     /// First keys that are always read
     #[arg(long, value_name = "N", default_value_t = Sparsity::DEFAULT_SINK)]
     sink: usize,
@@ -330,6 +350,26 @@ enum DhsaHeads {
     Each,
     Shared,
     Vote,
+}
+
+fn rate(text: &str) -> Result<f32, String> {
+    match text.parse() {
+        Ok(x) if x >= 0.0 && f32::is_finite(x) => Ok(x),
+        _ => Err("expected a number from 0".into()),
+    }
+}
+
+fn factors(path: &str) -> Result<Arc<Factors>, String> {
+    let factors = calibration::read(Path::new(path)).map_err(|e| e.to_string())?;
+    Ok(Arc::new(factors))
+}
+
+/// `64` or `block:64`.
+fn exact(text: &str) -> Result<Exact, String> {
+    match text.strip_prefix("block:") {
+        Some(n) => Ok(Exact::Block(positive(n)?)),
+        None => Ok(Exact::Last(positive(text)?)),
+    }
 }
 
 /// `16` or `shift:16`.
@@ -361,6 +401,18 @@ impl AttentionArgs {
             local: self.local,
             ..Sparsity::new(policy, budget)
         }
+    }
+
+    pub fn delta(&self) -> Option<Arc<Delta>> {
+        let delta = self.delta.map(|rate| Delta {
+            factors: self.delta_file.clone(),
+            exact: self.delta_exact,
+            sink: 0,
+            frame: self.delta_frame,
+            always: self.delta_always,
+            ..Delta::new(rate)
+        });
+        delta.map(Arc::new)
     }
 }
 
@@ -415,6 +467,7 @@ impl SessionArgs {
             n_ctx: self.ctx.unwrap_or(0),
             kv: self.cache.types(),
             sparsity: self.attention.sparsity(),
+            delta: self.attention.delta(),
             batch: self.batch,
         }
     }
@@ -715,6 +768,36 @@ pub struct QuantizeArgs {
 }
 
 #[derive(Args)]
+pub struct CalibrateArgs {
+    #[command(subcommand)]
+    pub what: CalibrateCommand,
+}
+
+#[derive(Subcommand)]
+pub enum CalibrateCommand {
+    /// Thresholds of `--delta` for each channel of a model's keys, so that scores are off by as much in all layers.
+    Delta(DeltaArgs),
+}
+
+#[derive(Args)]
+pub struct DeltaArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// A text
+    #[arg(short = 'f', long = "file", value_name = "FILE")]
+    pub text: PathBuf,
+    /// Where thresholds are written
+    #[arg(short, long, value_name = "FILE")]
+    pub output: PathBuf,
+    /// Tokens of the text at most
+    #[arg(short = 'n', long, value_name = "N", default_value = "2048", value_parser = positive)]
+    pub tokens: usize,
+    /// One JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
 pub struct EvalArgs {
     #[command(subcommand)]
     pub what: EvalCommand,
@@ -754,6 +837,7 @@ impl ScoringArgs {
             n_ctx,
             kv: self.cache.types(),
             sparsity: self.attention.sparsity(),
+            delta: self.attention.delta(),
             batch: self.batch,
         }
     }

@@ -4,6 +4,7 @@
 
 mod args;
 mod bench;
+mod calibrate;
 mod chat;
 mod completions;
 mod device;
@@ -63,6 +64,7 @@ fn dispatch(command: Command) -> Outcome {
         Command::Tokenize(args) => tokenize::run(&args),
         Command::Quantize(args) => quantize::run(&args),
         Command::Eval(args) => eval::run(&args),
+        Command::Calibrate(args) => calibrate::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Spin => bench::spin(),
         Command::Profile(args) => profile::run(&args),

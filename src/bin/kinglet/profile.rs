@@ -325,6 +325,7 @@ fn system(phase: &Phase, energy_source: Option<&str>) -> String {
             phase.work.decide_ns as f64 / 1e6
         ));
     }
+    parts.extend(ui::delta_line(&phase.work.delta));
     if let Some(line) = ui::expert_line(&phase.work.experts, phase.tokens) {
         parts.push(format!("experts {line}"));
     }

@@ -179,6 +179,7 @@ fn print_json(reply: &Reply, sampler: &Sampler) -> Outcome {
             "decode_tokens_per_second": stats.decode_rate(),
             "pairs": stats.work.pairs,
             "pairs_read": stats.work.pairs_read,
+            "delta": stats.work.delta.sparsity(),
             "decide_ms": stats.work.decide_ns as f64 / 1e6,
         },
     });

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use kinglet::Error;
-use kinglet::profile::ExpertWork;
+use kinglet::profile::{DeltaWork, ExpertWork};
 use kinglet::session::{Event, Stats};
 
 use crate::failure::{Failure, Outcome};
@@ -246,6 +246,10 @@ pub fn stats_line(stats: &Stats) -> String {
     if let Some(share) = stats.work.share_read().filter(|share| *share < 1.0) {
         line += &format!(" · {:.1} % of keys read", 100.0 * share);
     }
+    if let Some(saved) = stats.work.delta.sparsity() {
+        let saved = 100.0 * saved.products;
+        line += &format!(" · {saved:.1} % of scores' products saved");
+    }
     line
 }
 
@@ -328,4 +332,17 @@ fn as_text(bytes: Vec<u8>, name: &str) -> Outcome<String> {
             "{name}: expected UTF-8 text, found other bytes at offset {at}"
         ))
     })
+}
+
+/// What differences of keys saved.
+pub fn delta_line(delta: &DeltaWork) -> Option<String> {
+    let saved = delta.sparsity()?;
+    Some(format!(
+        "{:.1} % of keys' elements unchanged, {:.1} % of them far back (as published); saved {:.1} % of products of \
+         queries and keys, {:.1} % of all of attention",
+        100.0 * saved.unchanged,
+        100.0 * saved.published,
+        100.0 * saved.products,
+        100.0 * saved.attention
+    ))
 }

@@ -74,7 +74,8 @@ impl<B: Backend> Network<B> for Decoder<B> {
         let layers = self
             .layers
             .iter()
-            .map(|l| LayerState::Kv(backend.kv(&l.attention.shape, kv)));
+            .enumerate()
+            .map(|(i, l)| LayerState::Kv(backend.kv(&l.attention.shape, &kv.of_layer(i))));
         State {
             layers: layers.collect(),
         }

@@ -44,6 +44,24 @@ crate::backend::cpu::x86::floats::operations! { "avx2,fma,f16c":
         let d = super::splat_half(block.d);
         fma(q, d, mul(d, splat(-8.0)))
     };
+    /// Where `key` is off from `held` by more than `threshold`, or is no number: the differences, the indices of their
+    /// lanes from `first` on, what is held then, how many there are.
+    fn changes(of: (V, V, V), first: usize, changes: &mut [f32; 8], lanes: &mut [u8; 8]) -> (V, usize) = {
+        let (key, held, threshold) = of;
+        let change = sub(key, held);
+        let size = _mm256_andnot_ps(splat(-0.0), change);
+        let is_new = _mm256_cmp_ps::<_CMP_NLE_UQ>(size, threshold);
+        let mask = _mm256_movemask_ps(is_new);
+        let mut all = [0.0; 8];
+        store(change, &mut all);
+        let mut n = 0;
+        for (i, change) in all.into_iter().enumerate() {
+            changes[n & 7] = change;
+            lanes[n & 7] = (first + i) as u8;
+            n += (mask >> i & 1) as usize;
+        }
+        (_mm256_blendv_ps(held, key, is_new), n)
+    };
     /// Whole numbers to bytes.
     fn store_i8(x: V, out: &mut [i8; 8]) = {
         let x = _mm256_cvtps_epi32(x);

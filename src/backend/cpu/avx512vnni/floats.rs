@@ -44,6 +44,20 @@ crate::backend::cpu::x86::floats::operations! { "avx512bw,avx512dq,avx512vl,avx5
         let q = _mm512_srlv_epi32(q, _mm512_set1_epi32(4 * i as i32));
         _mm512_permutexvar_ps(q, weights)
     };
+    /// Where `key` is off from `held` by more than `threshold`, or is no number: the differences, the indices of their
+    /// lanes from `first` on, what is held then, how many there are.
+    fn changes(of: (V, V, V), first: usize, changes: &mut [f32; 16], lanes: &mut [u8; 16]) -> (V, usize) = {
+        let (key, held, threshold) = of;
+        let change = sub(key, held);
+        let is_new = _mm512_cmp_ps_mask::<_CMP_NLE_UQ>(_mm512_abs_ps(change), threshold);
+        store(_mm512_maskz_compress_ps(is_new, change), changes);
+        let lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        let lane = _mm512_add_epi32(lane, _mm512_set1_epi32(first as i32));
+        let bytes = _mm512_cvtepi32_epi8(_mm512_maskz_compress_epi32(is_new, lane));
+        // SAFETY: writes the 16 bytes of an exclusively borrowed array; no alignment is asked.
+        unsafe { _mm_storeu_si128(lanes.as_mut_ptr().cast(), bytes) };
+        (_mm512_mask_mov_ps(held, is_new, key), is_new.count_ones() as usize)
+    };
     /// Whole numbers to bytes.
     fn store_i8(x: V, out: &mut [i8; 16]) = {
         let bytes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x));

@@ -1,6 +1,7 @@
 //! Plain Rust: the definition of every operation, and the bodies that faster levels compile again for themselves.
 
 pub(crate) mod attend;
+pub(crate) mod attend_lanes;
 pub(crate) mod elementwise;
 pub(crate) mod gemv;
 pub(crate) mod roofline;

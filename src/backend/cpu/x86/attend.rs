@@ -20,7 +20,7 @@ macro_rules! attend {
         const QUERIES: usize = 4;
 
         /// A tile of keys or values: heads of at most `C` vectors, zeros behind them.
-        type Tile<const C: usize> = [[[f32; v::LANES]; C]; KEYS];
+        pub(super) type Tile<const C: usize> = [[[f32; v::LANES]; C]; KEYS];
 
         /// See [`AttendSpan`].
         #[target_feature(enable = $features)]
@@ -113,7 +113,12 @@ macro_rules! attend {
 
         #[inline]
         #[target_feature(enable = $features)]
-        fn widen<const C: usize>(rows: Rows, n: usize, keys: Range<usize>, tile: &mut Tile<C>) {
+        pub(super) fn widen<const C: usize>(
+            rows: Rows,
+            n: usize,
+            keys: Range<usize>,
+            tile: &mut Tile<C>,
+        ) {
             const IN_BLOCK: usize = 32 / v::LANES;
             let elements = keys.start * n..keys.end * n;
             let blocks = keys.start * (n / 32)..keys.end * (n / 32);

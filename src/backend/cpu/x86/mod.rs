@@ -5,6 +5,7 @@
 
 pub(super) mod attend;
 pub(super) mod attend_few;
+pub(super) mod attend_lanes;
 pub(super) mod elementwise;
 pub(super) mod floats;
 pub(super) mod gemm_float;

@@ -14,7 +14,9 @@ use kinglet::backend::cpu::acts::{Acts, BF16_LEN, BF16_TOKENS, Q8Row, Q8RowMut, 
 use kinglet::backend::cpu::isa::Isa;
 use kinglet::backend::cpu::pool::{OutCols, Output, Pool};
 use kinglet::backend::cpu::table::{self, *};
+use kinglet::backend::delta::Exact;
 use kinglet::backend::{Activation, KvType, KvTypes};
+use kinglet::profile::DeltaWork;
 use kinglet::profile::machine;
 use kinglet::profile::roofline::{Rate, Resource};
 use kinglet::quant::{self, DType};
@@ -100,6 +102,7 @@ fn entries() -> Vec<Entry> {
     entries.extend(of(table::SHORT_CONV, short_conv));
     entries.extend(of(table::ATTEND, attend));
     entries.extend(of(table::ATTEND_TILES, attend_tiles));
+    entries.extend(of(table::ATTEND_LANES, attend_lanes));
     entries.extend(of(table::READ, read));
     entries.extend(of(table::PRODUCTS_I8, products_i8));
     entries.extend(of(table::PRODUCTS_BF16, products_bf16));
@@ -673,8 +676,8 @@ fn attend(name: &'static str, case: &Case) -> Prepared {
 }
 
 /// All tokens come after all keys but their own, as in the last batch of a long prompt.
-fn attend_tiles(name: &'static str, case: &Case) -> Prepared {
-    let (kernel, head_dim, n_tokens) = (ready(table::ATTEND_TILES, name), case.k, case.n_tokens);
+fn attend_batch(case: &Case, mut run: impl FnMut(AttendBatch) + Send + 'static) -> Prepared {
+    let (head_dim, n_tokens) = (case.k, case.n_tokens);
     let n_keys = case.n.max(n_tokens);
     let start = n_keys - n_tokens;
     let n_pages = n_keys.div_ceil(PAGE);
@@ -696,7 +699,7 @@ fn attend_tiles(name: &'static str, case: &Case) -> Prepared {
             .map(Vec::as_slice)
             .map(rows(kv.values))
             .collect();
-        kernel.run(&mut AttendBatch {
+        run(AttendBatch {
             q: &q,
             q_stride: head_dim,
             group: 1,
@@ -713,6 +716,28 @@ fn attend_tiles(name: &'static str, case: &Case) -> Prepared {
     });
     prepared.bytes = kv.row_bytes(n_keys * head_dim);
     prepared
+}
+
+fn attend_tiles(name: &'static str, case: &Case) -> Prepared {
+    let kernel = ready(table::ATTEND_TILES, name);
+    attend_batch(case, move |mut batch| kernel.run(&mut batch))
+}
+
+fn attend_lanes(name: &'static str, case: &Case) -> Prepared {
+    let (kernel, frame) = (ready(table::ATTEND_LANES, name), 64);
+    let mut room = vec![0.0; LanesBatch::room(case.n_tokens, case.k, frame)];
+    attend_batch(case, move |attend| {
+        kernel.run(&mut LanesBatch {
+            attend,
+            frame,
+            sink: 0,
+            exact: Exact::Last(1),
+            thresholds: &[],
+            most: 0,
+            room: &mut room,
+            done: DeltaWork::default(),
+        });
+    })
 }
 
 fn read(name: &'static str, case: &Case) -> Prepared {

@@ -3,9 +3,11 @@
 
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use kinglet::backend::delta::Delta;
 use kinglet::profile::topology::Topology;
-use kinglet::{BackendKind, KvType, KvTypes, Sparsity};
+use kinglet::{BackendKind, KvType, KvTypes, SessionOptions, Sparsity};
 
 use crate::args::BenchArgs;
 use crate::failure::{Failure, Outcome};
@@ -53,7 +55,7 @@ impl fmt::Display for Test {
 }
 
 /// Tests that share a model as it is loaded.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct Group {
     pub model: PathBuf,
     /// Tokens of a prompt that are given to the engine at once.
@@ -62,10 +64,23 @@ pub struct Group {
     pub n_ubatch: usize,
     pub kv: KvTypes,
     pub sparsity: Sparsity,
+    pub delta: Option<Arc<Delta>>,
     pub n_threads: usize,
     /// Of a prompt.
     pub n_threads_batch: usize,
     pub tests: Vec<Test>,
+}
+
+impl Group {
+    /// How attention is not dense and exact, or `dense`.
+    pub fn attention(&self) -> String {
+        let options = SessionOptions {
+            sparsity: self.sparsity,
+            delta: self.delta.clone(),
+            ..SessionOptions::default()
+        };
+        options.attention()
+    }
 }
 
 /// Everything, in order.
@@ -103,6 +118,7 @@ pub fn groups(args: &BenchArgs) -> Outcome<Vec<Group>> {
                             n_ubatch: n_ubatch.min(n_batch),
                             kv,
                             sparsity: args.attention.sparsity(),
+                            delta: args.attention.delta(),
                             n_threads,
                             n_threads_batch: args.n_threads_batch().unwrap_or(n_threads),
                             tests: tests.clone(),

@@ -135,7 +135,7 @@ impl Shown {
             n_batch: groups.iter().any(|g| g.n_batch != 2048),
             n_ubatch: groups.iter().any(|g| g.n_ubatch != 512),
             kv: groups.iter().any(|g| g.kv != KvTypes::default()),
-            sparsity: groups.iter().any(|g| !g.sparsity.is_dense()),
+            sparsity: groups.iter().any(|g| g.attention() != "dense"),
         }
     }
 }
@@ -249,7 +249,7 @@ impl Row<'_> {
             ]);
         }
         if shown.sparsity {
-            cells.push(group.sparsity.to_string());
+            cells.push(group.attention());
         }
         cells.extend([self.test.to_string(), format!("{avg:.2} ± {stddev:.2}")]);
 
@@ -300,7 +300,7 @@ impl Row<'_> {
             ("n_threads_batch", json!(group.n_threads_batch)),
             ("type_k", json!(group.kv.keys.name())),
             ("type_v", json!(group.kv.values.name())),
-            ("attention", json!(group.sparsity.to_string())),
+            ("attention", json!(group.attention())),
             ("n_prompt", json!(self.test.n_prompt)),
             ("n_gen", json!(self.test.n_gen)),
             ("n_depth", json!(self.test.n_depth)),
@@ -321,6 +321,8 @@ impl Row<'_> {
             ("decode_kv_bytes", json!(per_token(reply.kv_bytes))),
             ("decode_pairs_read", json!(reply.share_read().map(round))),
             ("prefill_pairs_read", json!(prompt.share_read().map(round))),
+            ("prefill_delta", json!(prompt.delta.sparsity())),
+            ("decode_delta", json!(reply.delta.sparsity())),
             ("decide_ns", json!(prompt.decide_ns + reply.decide_ns)),
             ("decode_gb_s", json!(read.giga())),
             ("decode_percent_of_memory", json!(read.limits[0].map(round))),

@@ -11,7 +11,7 @@ use serde_json::json;
 
 use super::ppl::Sums;
 use super::windows::Windows;
-use super::{LogSoftmax, flow, go_on, lossy, lossy_line, mean, top};
+use super::{LogSoftmax, flow, go_on, lossy, lossy_line, mean, saved, top};
 use crate::args::KlArgs;
 use crate::failure::Outcome;
 use crate::{interrupt, locate, ui};
@@ -118,6 +118,7 @@ pub fn run(args: &KlArgs) -> Outcome {
             "windows": windows.len(),
             "ctx": args.windows.ctx,
             "lossy": lossy(&options),
+            "saved": saved(&measured),
         });
         writeln!(out, "{json}")?;
     } else {
@@ -136,6 +137,9 @@ pub fn run(args: &KlArgs) -> Outcome {
             lost.mean_error(),
             kl.len()
         )?;
+        if let Some(line) = ui::delta_line(&measured.work().delta) {
+            writeln!(out, "{line}")?;
+        }
     }
     out.flush()?;
     Ok(())

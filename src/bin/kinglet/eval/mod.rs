@@ -33,15 +33,22 @@ fn lossy(options: &SessionOptions) -> Value {
     json!({
         "cache_type_k": options.kv.keys.name(),
         "cache_type_v": options.kv.values.name(),
-        "attention": options.sparsity.to_string(),
+        "attention": options.attention(),
     })
+}
+
+/// What a session has left out so far.
+fn saved(session: &Session) -> Value {
+    let work = session.work();
+    json!({ "pairs_read": work.share_read(), "delta": work.delta.sparsity() })
 }
 
 /// The same in a line of text.
 fn lossy_line(options: &SessionOptions) -> String {
     format!(
         "keys and values: {}; attention: {}",
-        options.kv, options.sparsity
+        options.kv,
+        options.attention()
     )
 }
 

@@ -1,0 +1,325 @@
+//! Attention of a batch with queries in the lanes, against the definition in `f64`: exactly, and with scores from
+//! differences of keys (DeltaLLM).
+
+use kinglet::backend::KvType;
+use kinglet::backend::cpu::pool::OutCols;
+use kinglet::backend::cpu::table::{self, AttendBatch, AttendLanes, LanesBatch, Ready, Rows};
+use kinglet::backend::delta::Exact;
+use kinglet::profile::DeltaWork;
+use kinglet::quant;
+
+use crate::common::{Random, assert_near, scalar_row, vector_rows};
+
+const PAGE: usize = 256;
+
+#[derive(Clone)]
+struct Case {
+    head_dim: usize,
+    group: usize,
+    n_keys: usize,
+    window: Option<usize>,
+    scale: f32,
+    /// `(n_keys, group, head_dim)`: a row for each position.
+    q: Vec<f32>,
+    /// Pages, as they are cached, and what is left of the numbers.
+    pages: [Vec<Vec<u32>>; 2],
+    kind: KvType,
+    keys: Vec<f32>,
+    values: Vec<f32>,
+    thresholds: Vec<f32>,
+    frame: usize,
+    sink: usize,
+    exact: Exact,
+    most: usize,
+}
+
+impl Case {
+    fn random(
+        head_dim: usize,
+        group: usize,
+        n_keys: usize,
+        kind: KvType,
+        random: &mut Random,
+    ) -> Self {
+        let n_all = n_keys.next_multiple_of(PAGE) * head_dim;
+        let store = |mut rows: Vec<f32>| {
+            // Pages are cached whole; what was never written may hold anything.
+            rows.resize(n_all, f32::NAN);
+            let mut bytes = vec![0; kind.row_bytes(n_all)];
+            quant::quantize(kind.dtype(), &rows, &mut bytes);
+            quant::dequantize(kind.dtype(), &bytes, &mut rows);
+            let pages = bytes.chunks_exact(kind.row_bytes(PAGE * head_dim));
+            let words = |page: &[u8]| {
+                let mut words = vec![0u32; page.len() / 4];
+                bytemuck::cast_slice_mut(&mut words).copy_from_slice(page);
+                words
+            };
+            (pages.map(words).collect(), rows)
+        };
+        // Keys wander, as those of a text do.
+        let mut keys = random.floats(n_keys * head_dim, 1.0);
+        for i in head_dim..keys.len() {
+            keys[i] = 0.8 * keys[i - head_dim] + 0.4 * keys[i];
+        }
+        let (key_pages, keys) = store(keys);
+        let (value_pages, values) = store(random.floats(n_keys * head_dim, 2.0));
+        Self {
+            head_dim,
+            group,
+            n_keys,
+            window: None,
+            scale: 0.125,
+            q: random.floats(n_keys * group * head_dim, 4.0),
+            pages: [key_pages, value_pages],
+            kind,
+            keys,
+            values,
+            thresholds: (0..head_dim).map(|c| 0.1 + 0.1 * (c % 4) as f32).collect(),
+            frame: 64,
+            sink: 0,
+            exact: Exact::Last(64),
+            most: usize::MAX,
+        }
+    }
+
+    /// Positions `start..`, `batch` at a time.
+    fn run(&self, kernel: Ready<AttendLanes>, start: usize, batch: usize) -> (Vec<f32>, DeltaWork) {
+        let row = self.group * self.head_dim;
+        let mut out = vec![f32::NAN; (self.n_keys - start) * row];
+        let mut done = DeltaWork::default();
+        let [keys, values] = self.pages.each_ref().map(|pages| {
+            let pages = pages.iter().map(|page| bytemuck::cast_slice(page));
+            pages
+                .map(|page| Rows::new(self.kind, page))
+                .collect::<Vec<_>>()
+        });
+        for (i, out) in out.chunks_mut(batch * row).enumerate() {
+            let at = start + i * batch;
+            let n_tokens = out.len() / row;
+            let first = self.window.map_or(0, |w| (at + 1).saturating_sub(w)) / PAGE;
+            let mut room =
+                vec![f32::NAN; LanesBatch::room(n_tokens * self.group, self.head_dim, self.frame)];
+            let mut batch = LanesBatch {
+                attend: AttendBatch {
+                    q: &self.q[at * row..],
+                    q_stride: row,
+                    group: self.group,
+                    head_dim: self.head_dim,
+                    scale: self.scale,
+                    start: at,
+                    window: self.window,
+                    first: first * PAGE,
+                    page: PAGE,
+                    keys: &keys[first..],
+                    values: &values[first..],
+                    out: OutCols::whole(out, row),
+                },
+                frame: self.frame,
+                sink: self.sink,
+                exact: self.exact,
+                thresholds: &self.thresholds,
+                most: self.most,
+                room: &mut room,
+                done: DeltaWork::default(),
+            };
+            kernel.run(&mut batch);
+            done += batch.done;
+        }
+        (out, done)
+    }
+
+    /// What is held at each key, and how many elements changed there.
+    fn held(&self) -> (Vec<f32>, Vec<usize>) {
+        let n = self.head_dim;
+        let mut held = self.keys.clone();
+        let mut changes = vec![n; self.n_keys];
+        for j in (0..self.n_keys).filter(|j| j % self.frame != 0) {
+            changes[j] = 0;
+            for c in 0..n {
+                let before = held[(j - 1) * n + c];
+                if (self.keys[j * n + c] - before).abs() > self.thresholds[c] {
+                    changes[j] += 1;
+                } else {
+                    held[j * n + c] = before;
+                }
+            }
+        }
+        (held, changes)
+    }
+
+    /// Compares positions `start..`, and what was counted.
+    fn check(&self, kernel: Ready<AttendLanes>, start: usize, batch: usize) {
+        let (n, group) = (self.head_dim, self.group);
+        let (out, done) = self.run(kernel, start, batch);
+        let (held, changes) = self.held();
+        let pays = |frame: usize| {
+            let keys = frame * self.frame..(frame + 1) * self.frame;
+            keys.end <= self.n_keys
+                && changes[keys].iter().sum::<usize>() <= self.most
+                && self.most > 0
+        };
+        let mut expected = DeltaWork::default();
+        for position in start..self.n_keys {
+            let first = self.window.map_or(0, |w| (position + 1).saturating_sub(w));
+            let is_far = |j: usize| {
+                let frame = j / self.frame * self.frame;
+                let end = frame + self.frame;
+                let before = match self.exact {
+                    Exact::Last(last) => (position + 1).saturating_sub(last),
+                    Exact::Block(block) => position / block * block,
+                };
+                self.most > 0 && frame >= self.sink && end <= before
+            };
+            for head in 0..group {
+                let q = &self.q[(position * group + head) * n..][..n];
+                let mut size = 0.0;
+                let mut score = |j: usize| {
+                    let differs = is_far(j) && pays(j / self.frame);
+                    expected.dense += n as u64;
+                    expected.far += if is_far(j) { n as u64 } else { 0 };
+                    expected.done += if differs { changes[j] } else { n } as u64;
+                    let key = match differs {
+                        true => &held[j * n..][..n],
+                        false => &self.keys[j * n..][..n],
+                    };
+                    let products = q
+                        .iter()
+                        .zip(key)
+                        .map(|(q, k)| f64::from(*q) * f64::from(*k));
+                    size += products.clone().map(f64::abs).sum::<f64>();
+                    products.sum::<f64>() * f64::from(self.scale)
+                };
+                let scores: Vec<f64> = (first..=position).map(&mut score).collect();
+                let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
+                let sum: f64 = weights.iter().sum();
+                let tolerance = 1e-5 + 1e-6 * size / scores.len() as f64;
+                for i in 0..n {
+                    let values = (first..=position).map(|j| f64::from(self.values[j * n + i]));
+                    let value = values.zip(&weights).map(|(v, w)| v * w).sum::<f64>() / sum;
+                    let found = out[((position - start) * group + head) * n + i];
+                    let what = format!(
+                        "{} {:?} n {n} group {group} window {:?} {:?} sink {} frame {} most {} position {position} \
+                         head {head} element {i}",
+                        kernel.name(),
+                        self.kind,
+                        self.window,
+                        self.exact,
+                        self.sink,
+                        self.frame,
+                        self.most
+                    );
+                    assert_near(found, value, tolerance, &what);
+                }
+            }
+        }
+        assert_eq!(
+            (done.dense, done.far, done.done),
+            (expected.dense, expected.far, expected.done),
+            "{} n {n} window {:?} {:?}",
+            kernel.name(),
+            self.window,
+            self.exact
+        );
+    }
+}
+
+fn kernels() -> Vec<Ready<AttendLanes>> {
+    let vectors = vector_rows(table::ATTEND_LANES).map(|(_, kernel)| kernel);
+    vectors.chain([scalar_row(table::ATTEND_LANES)]).collect()
+}
+
+#[test]
+fn whole_products_are_dense_attention() {
+    let mut random = Random::new(21);
+    for (head_dim, group, n_keys, window, kind) in [
+        (64, 3, 300, None, KvType::F16),
+        (64, 1, 290, Some(70), KvType::Q8_0),
+        (128, 7, 270, None, KvType::F32),
+        (256, 4, 260, Some(100), KvType::Q4_0),
+        (80, 2, 100, None, KvType::F16),
+    ] {
+        let case = Case {
+            window,
+            most: 0,
+            thresholds: vec![0.0; head_dim],
+            ..Case::random(head_dim, group, n_keys, kind, &mut random)
+        };
+        for kernel in kernels() {
+            case.check(kernel, 0, n_keys);
+            case.check(kernel, 230.min(n_keys - 3), 7);
+        }
+    }
+}
+
+#[test]
+fn differences_are_their_definition() {
+    let mut random = Random::new(22);
+    for (head_dim, group, kind) in [
+        (64, 3, KvType::F16),
+        (128, 2, KvType::Q8_0),
+        (80, 1, KvType::F32),
+    ] {
+        let case = Case::random(head_dim, group, 420, kind, &mut random);
+        for (exact, frame, sink, window, most) in [
+            (Exact::Last(1), 64, 0, None, usize::MAX),
+            (Exact::Last(50), 32, 40, None, usize::MAX),
+            (Exact::Block(100), 64, 0, None, usize::MAX),
+            (Exact::Last(64), 64, 0, Some(150), usize::MAX),
+            // Of some frames only.
+            (Exact::Last(64), 32, 0, None, 32 * head_dim * 45 / 100),
+            (Exact::Last(64), 256, 0, None, usize::MAX),
+        ] {
+            let case = Case {
+                exact,
+                frame,
+                sink,
+                window,
+                most,
+                ..case.clone()
+            };
+            for kernel in kernels() {
+                case.check(kernel, 300, 120);
+            }
+        }
+    }
+}
+
+/// Nothing but numbers that are told apart: then the definition with every threshold at 0 is dense attention.
+#[test]
+fn a_threshold_of_nothing_changes_nothing() {
+    let mut random = Random::new(23);
+    let case = Case::random(64, 3, 400, KvType::F16, &mut random);
+    let nothing = Case {
+        thresholds: vec![0.0; 64],
+        ..case.clone()
+    };
+    let dense = Case {
+        most: 0,
+        ..case.clone()
+    };
+    for kernel in kernels() {
+        let (found, _) = nothing.run(kernel, 0, 400);
+        let (dense, _) = dense.run(kernel, 0, 400);
+        for (found, dense) in found.iter().zip(&dense) {
+            assert!(
+                (found - dense).abs() < 1e-5,
+                "{}: {found} {dense}",
+                kernel.name()
+            );
+        }
+    }
+}
+
+#[test]
+fn what_a_query_gets_does_not_depend_on_the_others() {
+    let mut random = Random::new(24);
+    let case = Case::random(64, 3, 400, KvType::F16, &mut random);
+    for kernel in kernels() {
+        let (whole, _) = case.run(kernel, 0, 400);
+        for batch in [1, 5, 33, 128] {
+            let (parts, _) = case.run(kernel, 0, batch);
+            assert!(parts == whole, "{} {batch}", kernel.name());
+        }
+    }
+}
