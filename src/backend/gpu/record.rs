@@ -24,8 +24,10 @@ const MAX_GROUPS: usize = 4096;
 /// Bytes of a slot of parameters: the alignment of dynamic offsets that every device has.
 const SLOT: usize = 256;
 
-/// Slots of a submission; a longer pass takes some.
-const SLOTS: usize = 1024;
+/// Slots of a submission; a pass takes several, so that the GPU has begun when the last of them is recorded. On an H100
+/// 24 decode 1.07 (1.2 B parameters), 1.15 (350 M) and 1.22 times (a mixture of 4 B) as fast as one submission a token; 12
+/// and 48 are about the same.
+const SLOTS: usize = 24;
 
 /// Buffers of activations are the next power of two, from this.
 const LEAST: u64 = 4096;
@@ -50,8 +52,6 @@ pub(super) struct Recorder {
     staging: Option<Buffer>,
     /// Passes so far.
     pass: u64,
-    /// Dispatches of a submission at most.
-    chunk: usize,
     /// Where operations are timed.
     times: Option<Times>,
 }
@@ -69,10 +69,6 @@ impl Recorder {
             pool: Vec::new(),
             staging: None,
             pass: 0,
-            chunk: std::env::var("KINGLET_GPU_CHUNK")
-                .ok()
-                .and_then(|n| n.parse().ok())
-                .map_or(SLOTS, |n: usize| n.clamp(1, SLOTS)),
             times: None,
             device,
         })
@@ -198,7 +194,7 @@ impl Recorder {
             grid: grid.map(|n| n as u32),
             span,
         });
-        if self.commands.len() == self.chunk {
+        if self.commands.len() == SLOTS {
             self.submit()?;
         }
         Ok(())
