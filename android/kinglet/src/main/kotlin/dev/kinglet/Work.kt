@@ -34,8 +34,8 @@ internal suspend fun <T> blocking(undo: (T) -> Unit = {}, work: (cancel: Long) -
                     Native.cancelSet(cancel)
                 }
             }
-            val result = withContext(NonCancellable + threads) { work(cancel) }
-            done = Result.success(result)
+            // Noted there: on its way back to a coroutine that was cancelled a result gets lost.
+            val result = withContext(NonCancellable + threads) { work(cancel).also { done = Result.success(it) } }
             watch.cancel()
             result
         }
