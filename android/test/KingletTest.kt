@@ -186,7 +186,7 @@ suspend fun loads(kinglet: Kinglet, file: File) {
     val before = handles()
     for (i in 0 until 6) {
         coroutineScope {
-            val job = launch(Dispatchers.Default) { kinglet.load(file) }
+            val job = launch(Dispatchers.Default) { kinglet.load(file).close() } // it may be done before
             delay((4 * i).milliseconds)
             job.cancelAndJoin()
         }
