@@ -1,16 +1,4 @@
-// w = q, the upper halves of floats. main: 64 bytes a unit. No aux.
-
-struct Unit {
-    q: array<vec4<u32>, 4>,
-}
-
-fn load_0(unit: u32) -> Unit {
-    var w: Unit;
-    for (var i = 0u; i < 4u; i++) {
-        w.q[i] = main_0[4u * unit + i];
-    }
-    return w;
-}
+// w = q, the upper halves of floats.
 
 fn unpack(w: Unit) -> array<vec4<f32>, 8> {
     var v: array<vec4<f32>, 8>;

@@ -2,7 +2,6 @@
 #![allow(unsafe_code, reason = "C names, pointers and callbacks: see mod.rs")]
 
 use std::ffi::c_char;
-use std::ops::ControlFlow;
 use std::path::Path;
 use std::ptr::null_mut;
 use std::sync::Arc;
@@ -12,10 +11,9 @@ use super::model::load_options;
 use super::params::{self, Place, kinglet_model_params, kinglet_profile_params};
 use super::values::{give_buffer, kinglet_buffer, opaque};
 use super::{Failure, Outcome, Status, enter, leave};
-use crate::profile::report::About;
-use crate::profile::{Limits, Operation, Profile, Recorder, machine};
-use crate::sampler::Sampler;
-use crate::{Cancel, LoadOptions, Model, Session, SessionOptions};
+use crate::profile::{Limits, Profile, Recorder};
+use crate::session::{load_profiled, run_profiled};
+use crate::{LoadOptions, SessionOptions};
 
 opaque! {
     /// Where the time of a run went.
@@ -27,72 +25,21 @@ impl Object for Profile {
     type Opaque = kinglet_profile;
 }
 
-/// Tokens after which the trace is emptied, before its room is used up.
-const TOKENS_A_TRACE: usize = 8;
-
 /// Tokens of a prompt or a reply at most.
 const MAX_TOKENS: u32 = 1 << 16;
 
 /// Loads the model, reads a prompt, decodes a reply.
 fn profile(path: &Path, load: &LoadOptions, n_prompt: usize, n_gen: usize) -> Outcome<Profile> {
-    let load = LoadOptions {
-        trace: true,
-        ..load.clone()
+    let options = SessionOptions {
+        n_ctx: n_prompt + n_gen,
+        ..SessionOptions::default()
     };
     let mut recorder = Recorder::default();
-    let mut session = recorder.phase("load", |recorder| -> Outcome<Session> {
-        let model = Model::load(path, &load)?;
-        for (part, time) in model.loading() {
-            recorder.add_span(Operation::Load, part, time.start, time.end);
-        }
-        let options = SessionOptions {
-            n_ctx: n_prompt + n_gen,
-            ..SessionOptions::default()
-        };
-        let open = || Session::new(&model, &options);
-        Ok(recorder.span(Operation::Load, "session", open)?)
-    })?;
+    let mut session = load_profiled(&mut recorder, path, load, &options)?;
     session.set_cancel(&load.cancel);
-    let model = session.model().clone();
-    let mut sampler = Sampler::new(&model.recommended());
-    if let Ok(tokenizer) = model.tokenizer() {
-        sampler.forbid(tokenizer.ends());
-    }
-    let n_vocab = model.info().config.n_vocab;
+    let n_vocab = session.model().info().config.n_vocab;
     let prompt: Vec<u32> = (0..n_prompt).map(|i| (i * 7919 % n_vocab) as u32).collect();
-    recorder.phase("prefill", |recorder| -> Outcome {
-        session.prefill(&prompt, &mut |_, _| ControlFlow::Continue(()))?;
-        recorder.add(|| session.take_trace());
-        Ok(())
-    })?;
-    recorder.phase("decode", |recorder| -> Outcome {
-        for i in 1..=n_gen {
-            recorder.token(|recorder| -> Outcome {
-                let sample = || -> crate::Result<u32> {
-                    let token = sampler.sample(session.logits())?;
-                    sampler.accept(token);
-                    Ok(token)
-                };
-                let token = recorder.span(Operation::Sample, "sample", sample)?;
-                Ok(session.decode(token)?)
-            })?;
-            if i == n_gen || i.is_multiple_of(TOKENS_A_TRACE) {
-                recorder.add(|| session.take_trace());
-            }
-        }
-        Ok(())
-    })?;
-    session.set_cancel(&Cancel::default());
-    let info = model.info();
-    let about = About {
-        model: info.name.clone(),
-        weight_bytes: info.weight_bytes,
-        n_layers: info.config.n_layers,
-        n_threads: model.n_threads(),
-        cpu: machine::cpu_name(),
-        version: env!("CARGO_PKG_VERSION").into(),
-        experts: None,
-    };
+    let about = run_profiled(&mut recorder, &mut session, &prompt, n_gen, &|| false)?;
     Ok(recorder.finish(about, Limits::default()))
 }
 

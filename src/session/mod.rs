@@ -11,6 +11,7 @@ mod experts;
 mod file;
 mod generate;
 mod plan;
+mod profiled;
 mod replace;
 mod timeline;
 
@@ -21,6 +22,7 @@ pub use self::experts::ExpertOptions;
 pub use self::file::{Extra, MAX_NOTE_BYTES, StateFile};
 pub use self::generate::{Event, Finish, GenerateOptions, Reply, Stats, generate};
 pub use self::plan::{ExpertPlan, Footprint, Plan, Rates, Speed, UNCERTAINTY};
+pub use self::profiled::{load_profiled, run_profiled};
 pub use self::timeline::Snapshot;
 
 use std::fs::File;

@@ -2,25 +2,14 @@
  * Sessions of one model on many threads, each of which comes to what it comes to alone.
  * Usage: bounds MODEL CANCELS BOUND-MS THREADS TOKENS */
 #define _DEFAULT_SOURCE
+#include "clock.h"
 #include "common.h"
 
 #include <malloc.h>
 #include <pthread.h>
-#include <time.h>
 #include <unistd.h>
 
 #define MOST 64
-
-static double now(void) { /* ms */
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec * 1e3 + (double)t.tv_nsec * 1e-6;
-}
-
-static void nap(double ms) {
-    struct timespec t = {(time_t)(ms / 1e3), (long)((ms - 1e3 * (double)(long)(ms / 1e3)) * 1e6)};
-    nanosleep(&t, NULL);
-}
 
 static double chance(uint64_t *seed) {
     *seed ^= *seed << 13, *seed ^= *seed >> 7, *seed ^= *seed << 17;
@@ -39,24 +28,6 @@ static double anonymous(double *in_use) {
     CHECK(file != NULL && fscanf(file, "%*d %ld %ld", &pages, &shared) == 2);
     fclose(file);
     return (double)(pages - shared) * (double)sysconf(_SC_PAGESIZE);
-}
-
-typedef struct stopper {
-    kinglet_cancel *cancel;
-    double after, asked;
-} stopper;
-
-static void *stop(void *user) {
-    stopper *s = (stopper *)user;
-    nap(s->after);
-    s->asked = now();
-    OK(kinglet_cancel_set(s->cancel));
-    return NULL;
-}
-
-static int by_size(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
 }
 
 typedef enum phase { LOAD, PREFILL, DECODE } phase;

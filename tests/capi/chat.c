@@ -2,20 +2,9 @@
  * run comes to. Usage: chat MODEL FOLDER */
 #define _POSIX_C_SOURCE 200809L
 #include <pthread.h>
-#include <time.h>
 
+#include "clock.h"
 #include "common.h"
-
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec * 1e3 + (double)t.tv_nsec * 1e-6;
-}
-
-static void nap(double ms) {
-    struct timespec t = {(time_t)(ms / 1e3), (long)((ms - 1e3 * (double)(long)(ms / 1e3)) * 1e6)};
-    nanosleep(&t, NULL);
-}
 
 static const char QUESTION[] = "Describe a small café in Zürich.";
 static kinglet_generate_params most(uint64_t n) {
@@ -208,24 +197,6 @@ static void requests(kinglet_model *model) {
 }
 
 /* Cancels at random instants, from another thread. */
-typedef struct stopper {
-    kinglet_cancel *cancel;
-    double after, asked;
-} stopper;
-
-static void *stop(void *user) {
-    stopper *s = (stopper *)user;
-    nap(s->after);
-    s->asked = now();
-    OK(kinglet_cancel_set(s->cancel));
-    return NULL;
-}
-
-static int by_size(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
 /* `n` replies to a prompt of some 900 tokens, cancelled within `span` ms; the slowest must end within `bound`. */
 static void cancels(kinglet_model *model, const char *name, int n, double from, double span, double bound) {
     static char prompt[8192];

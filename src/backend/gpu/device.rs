@@ -190,12 +190,11 @@ impl Device {
         let adapters = enumerate();
         let n = adapters.len();
         let index = index.unwrap_or(0);
-        let adapter = adapters.into_iter().nth(index).ok_or_else(|| {
-            Error::Backend(match n {
-                0 => "gpu: no adapter found: is a driver for Vulkan, Metal or DX12 installed?"
-                    .to_owned(),
-                n => format!("gpu: expected a device below {n}, found {index}"),
-            })
+        let adapter = adapters.into_iter().nth(index).ok_or_else(|| match n {
+            0 => Error::Backend(
+                "gpu: no adapter found: is a driver for Vulkan, Metal or DX12 installed?".into(),
+            ),
+            n => Error::Invalid(format!("gpu: expected a device below {n}, found {index}")),
         })?;
         let info = describe(index, &adapter);
         let limits = adapter.limits();

@@ -176,14 +176,15 @@ impl Target {
 
 /// The files that read a format: those that are shared, and its own.
 fn format(dtype: DType) -> (&'static [&'static str], &'static str) {
+    const HALVES: &str = file!("quant/halves.wgsl");
     const NIBBLES: &str = file!("quant/nibbles.wgsl");
     const PAIRS: &str = file!("quant/pairs.wgsl");
     const BITS: &str = file!("quant/bits.wgsl");
     const TABLE: &str = file!("quant/table.wgsl");
     match dtype {
         DType::F32 => (&[], file!("quant/f32.wgsl")),
-        DType::F16 => (&[], file!("quant/f16.wgsl")),
-        DType::BF16 => (&[], file!("quant/bf16.wgsl")),
+        DType::F16 => (&[HALVES], file!("quant/f16.wgsl")),
+        DType::BF16 => (&[HALVES], file!("quant/bf16.wgsl")),
         DType::Q8_0 => (&[], file!("quant/q8_0.wgsl")),
         DType::Q4_0 => (&[NIBBLES], file!("quant/q4_0.wgsl")),
         DType::Q4_1 => (&[NIBBLES], file!("quant/q4_1.wgsl")),

@@ -3,26 +3,20 @@
 
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
-use std::ops::ControlFlow;
 use std::path::Path;
 
-use kinglet::experts::ExpertStore;
-use kinglet::profile::machine;
-use kinglet::profile::report::{About, Experts, Phase, Row};
+use kinglet::profile::report::{Phase, Row};
 use kinglet::profile::roofline::Resource;
-use kinglet::profile::{Limits, Operation, Profile, Recorder};
-use kinglet::sampler::Sampler;
-use kinglet::{Error, LoadOptions, Model, Session, SessionOptions};
+use kinglet::profile::{Limits, Profile, Recorder};
+use kinglet::session::{load_profiled, run_profiled};
+use kinglet::{Error, Model};
 
 use crate::args::ProfileArgs;
 use crate::bench::output::{Column, Table};
 use crate::bench::timeline::Tokens;
-use crate::failure::{Failure, Outcome};
+use crate::failure::Outcome;
 use crate::limits::{self, Measure};
 use crate::{bench, interrupt, locate, ui};
-
-/// Tokens after which the trace is emptied: there is room for twice as many passes of a model with a hundred layers.
-const TOKENS_A_TRACE: usize = 8;
 
 pub fn run(args: &ProfileArgs) -> Outcome {
     let busy = interrupt::busy();
@@ -53,102 +47,23 @@ pub fn run(args: &ProfileArgs) -> Outcome {
     Ok(())
 }
 
-/// What there is to tell of a store.
-fn experts(store: &ExpertStore) -> Experts {
-    let stats = store.stats();
-    Experts {
-        slots: stats.n_slots,
-        all: store.layout().n_experts(),
-        slot_bytes: store.layout().slot_bytes(),
-        policy: stats.policy.into(),
-        disk: stats.disk.into(),
-        io_threads: stats.io_threads,
-        layers: stats
-            .layers
-            .iter()
-            .map(|layer| (layer.used, layer.hits))
-            .collect(),
-    }
-}
-
 /// Loads the model, reads a prompt, decodes a reply.
 fn profile(args: &ProfileArgs) -> Outcome<Profile> {
     let path = locate::locate(args.model.name())?;
+    let load = locate::options_within(&args.model, &args.budget)?;
     let n_gen = args.n_gen as usize;
+    let mut options = args.session.options();
+    if options.n_ctx == 0 {
+        options.n_ctx = args.n_prompt + n_gen;
+    }
     let mut recorder = Recorder::default();
-    let mut session = recorder.phase("load", |recorder| load(args, &path, recorder))?;
-    let model = session.model().clone();
-    let mut sampler = Sampler::new(&model.recommended());
-    if let Ok(tokenizer) = model.tokenizer() {
-        sampler.forbid(tokenizer.ends());
-    }
-    let prompt = Tokens::of(&model, None).run(args.n_prompt);
-    recorder.phase("prefill", |recorder| -> Outcome {
-        session.prefill(&prompt, &mut |_, _| match interrupt::hit() {
-            true => ControlFlow::Break(()),
-            false => ControlFlow::Continue(()),
-        })?;
-        recorder.add(|| session.take_trace());
-        Ok(())
-    })?;
-    let mut reply = |recorder: &mut Recorder, n: usize| -> Outcome {
-        for i in 1..=n {
-            if interrupt::hit() {
-                return Err(Failure::Interrupted);
-            }
-            recorder.token(|recorder| -> Outcome {
-                let sample = || -> kinglet::Result<u32> {
-                    let token = sampler.sample(session.logits())?;
-                    sampler.accept(token);
-                    Ok(token)
-                };
-                let token = recorder.span(Operation::Sample, "sample", sample)?;
-                Ok(session.decode(token)?)
-            })?;
-            if i == n || i.is_multiple_of(TOKENS_A_TRACE) {
-                recorder.add(|| session.take_trace());
-            }
-        }
-        Ok(())
-    };
-    if n_gen > 0 {
-        recorder.phase("first token", |recorder| reply(recorder, 1))?;
-    }
-    if n_gen > 1 {
-        recorder.phase("decode", |recorder| reply(recorder, n_gen - 1))?;
-    }
-    let info = model.info();
-    let about = About {
-        model: info.name.clone(),
-        weight_bytes: info.weight_bytes,
-        n_layers: info.config.n_layers,
-        n_threads: model.n_threads(),
-        cpu: machine::cpu_name(),
-        version: env!("CARGO_PKG_VERSION").into(),
-        experts: model.experts().map(experts),
-    };
+    let mut session = load_profiled(&mut recorder, &path, &load, &options)?;
+    let prompt = Tokens::of(session.model(), None).run(args.n_prompt);
+    let stop = &interrupt::hit;
+    let about = run_profiled(&mut recorder, &mut session, &prompt, n_gen, stop)?;
     // Afterwards, as it makes the file warm.
-    let limits = limits(&model, args.no_measure)?;
+    let limits = limits(session.model(), args.no_measure)?;
     Ok(recorder.finish(about, limits))
-}
-
-fn load(args: &ProfileArgs, path: &Path, recorder: &mut Recorder) -> Outcome<Session> {
-    let options = LoadOptions {
-        trace: true,
-        ..locate::options_within(&args.model, &args.budget)?
-    };
-    let model = Model::load(path, &options)?;
-    for (part, time) in model.loading() {
-        recorder.add_span(Operation::Load, part, time.start, time.end);
-    }
-    let options = args.session.options();
-    let n_ctx = match options.n_ctx {
-        0 => args.n_prompt + args.n_gen as usize,
-        n_ctx => n_ctx,
-    };
-    let options = SessionOptions { n_ctx, ..options };
-    let open = || Session::new(&model, &options);
-    Ok(recorder.span(Operation::Load, "session", open)?)
 }
 
 fn limits(model: &Model, no_measure: bool) -> Outcome<Limits> {
