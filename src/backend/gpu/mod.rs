@@ -5,6 +5,7 @@
 //! of their layer. A layer is five to seven dispatches so. No tensor is ever changed: an operation makes a new one, in a
 //! buffer that no living tensor holds.
 
+mod attention;
 pub mod device;
 mod ops;
 pub mod pipeline;
@@ -15,11 +16,13 @@ mod weights;
 use std::cell::{Cell, RefCell};
 use std::sync::{Arc, Mutex};
 
+pub use self::attention::KvCache;
+use self::attention::Waiting;
 use self::device::Buffer;
 pub use self::device::{AdapterInfo, Device, adapters};
 use self::record::Recorder;
 use self::weights::Weights;
-use super::{Attention, KvTypes, RopePairs, Step};
+use super::{RopePairs, Step};
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
 use crate::profile::Work;
@@ -109,35 +112,6 @@ struct Product {
     bias: Option<Vector>,
 }
 
-/// Keys and values of one layer that are not in the cache yet.
-struct Waiting {
-    keys: Heads,
-    values: Rows,
-    n_tokens: usize,
-    start: usize,
-    cache: CacheView,
-}
-
-/// Keys and values, `(n_positions, n_kv_heads, head_dim)` each.
-pub struct KvCache {
-    kinds: KvTypes,
-    n_kv_heads: usize,
-    head_dim: usize,
-    n_positions: usize,
-    memory: Option<[Arc<Buffer>; 2]>,
-}
-
-/// A cache as one pass sees it.
-#[derive(Clone)]
-struct CacheView {
-    kinds: KvTypes,
-    n_kv_heads: usize,
-    head_dim: usize,
-    n_positions: usize,
-    keys: Arc<Buffer>,
-    values: Arc<Buffer>,
-}
-
 /// What a short convolution remembers: a ring of rows, of which some more than are read are kept, by which it can be
 /// rewound.
 pub struct ConvState {
@@ -207,25 +181,6 @@ pub fn shared(index: Option<usize>) -> Result<Arc<Device>> {
     open.retain(|(known, _)| *known != index);
     open.push((index, Arc::downgrade(&device)));
     Ok(device)
-}
-
-impl CacheView {
-    fn of(kv: &KvCache) -> Self {
-        let [keys, values] = kv.memory.as_ref().expect("room was made before");
-        Self {
-            kinds: kv.kinds,
-            n_kv_heads: kv.n_kv_heads,
-            head_dim: kv.head_dim,
-            n_positions: kv.n_positions,
-            keys: Arc::clone(keys),
-            values: Arc::clone(values),
-        }
-    }
-
-    fn check(&self, attention: &Attention) {
-        let heads = (self.n_kv_heads, self.head_dim);
-        assert_eq!(heads, (attention.n_kv_heads, attention.head_dim), "heads");
-    }
 }
 
 impl Tensor {

@@ -6,18 +6,18 @@ use std::sync::Arc;
 
 use wgpu::BufferUsages;
 
-use super::device::{Buffer, Span};
+use super::attention::{KvCache, MAX_HEAD};
+use super::device::Span;
 use super::pipeline::{Experts, GEMV_LANES, Shader, UnitsOf, is_float};
 use super::times::Times;
 use super::weights::{UNIT, Weights};
 use super::{
-    CacheView, ConvState, Gpu, Heads, Input, KvCache, Matrix, Norm, Product, REWIND, Rows, Tensor,
-    Turn, Value, Vector, Waiting,
+    ConvState, Gpu, Heads, Input, Matrix, Norm, Product, REWIND, Rows, Tensor, Turn, Value, Vector,
 };
 use crate::backend::select::KvOptions;
 use crate::backend::{
-    Activation, Attention, Backend, GatedFfn, Gating, KV_PAGE, KvType, Linear, Lost, Moe, Rope,
-    RopePairs, Runs, Step,
+    Activation, Attention, Backend, GatedFfn, Gating, Linear, Lost, Moe, Rope, RopePairs, Runs,
+    Step,
 };
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
@@ -27,39 +27,27 @@ use crate::quant::{DType, Tensor as FileTensor};
 /// Workgroups of a GEMV that fill every device.
 const MANY_GROUPS: usize = 512;
 
-/// Positions by which a cache grows at least.
-const KV_STEP: usize = 256;
-
-/// Positions of a tile of the attention of one token.
-const TILE: usize = 128;
-
-/// Tiles up to which one token's attention is not split.
-const UNSPLIT: usize = 2;
-
-/// Parts of a split attention at most.
-const MAX_SPLITS: usize = 128;
-
-/// Query heads that share loads of keys at most.
-const MAX_GROUP: usize = 8;
-
-/// Elements of a head at most.
-const MAX_HEAD: usize = 256;
-
 /// Rows whose logits are wanted below which those of a prompt take the shaders of a token.
 const FEW: usize = 4;
 
 impl Gpu {
     /// An operation that cannot be done ends its pass.
-    fn done<T>(&self, result: Result<T>) -> T {
+    pub(super) fn done<T>(&self, result: Result<T>) -> T {
         result.unwrap_or_else(|error| resume_unwind(Box::new(Lost(error))))
     }
 
     /// The cancel flag, or a fault that somebody has noticed, ends a pass between operations.
-    fn check(&self) {
+    pub(super) fn check(&self) {
         self.done(self.cancel.check());
     }
 
-    fn dispatch(&self, shader: Shader, params: &[u32], buffers: &[Option<Span>], grid: [usize; 3]) {
+    pub(super) fn dispatch(
+        &self,
+        shader: Shader,
+        params: &[u32],
+        buffers: &[Option<Span>],
+        grid: [usize; 3],
+    ) {
         self.dispatch_of(&[], shader, params, buffers, grid);
     }
 
@@ -77,7 +65,7 @@ impl Gpu {
         self.done(recorder.dispatch(of, shader, params, buffers, grid));
     }
 
-    fn take(&self, n: usize) -> Rows {
+    pub(super) fn take(&self, n: usize) -> Rows {
         let buffer = self.recorder.borrow_mut().take(n);
         Rows {
             buffer: self.done(buffer),
@@ -86,7 +74,7 @@ impl Gpu {
     }
 
     /// Numbers of the host, for this pass.
-    fn upload(&self, data: &[u8]) -> Rows {
+    pub(super) fn upload(&self, data: &[u8]) -> Rows {
         let buffer = self.recorder.borrow_mut().take_for_upload(data.len() / 4);
         let buffer = self.done(buffer);
         self.device.queue.write_buffer(&buffer.raw, 0, data);
@@ -94,7 +82,7 @@ impl Gpu {
     }
 
     /// The rows of a tensor, computed now if they have not been.
-    fn rows(&self, x: &Tensor) -> Rows {
+    pub(super) fn rows(&self, x: &Tensor) -> Rows {
         let value = x.value.borrow().clone();
         let rows = match value {
             Value::Rows(rows) => return rows,
@@ -144,74 +132,14 @@ impl Gpu {
     }
 
     /// Heads that no cache waits for.
-    fn heads(&self, heads: &Heads, n_tokens: usize, n_cols: usize) -> Rows {
+    pub(super) fn heads(&self, heads: &Heads, n_tokens: usize, n_cols: usize) -> Rows {
         let out = self.take(n_tokens * n_cols);
         self.turn(Some((heads, n_cols / heads.n, &out)), None, n_tokens);
         out
     }
 
-    /// Norms and turns queries into `out` and keys into their cache, and puts values there.
-    fn turn(&self, q: Option<(&Heads, usize, &Rows)>, kv: Option<&Waiting>, n_tokens: usize) {
-        let first = q
-            .map(|(heads, ..)| heads)
-            .or(kv.map(|kv| &kv.keys))
-            .expect("something to turn");
-        let keys = kv.map_or(first, |kv| &kv.keys);
-        let agree = |a: &Heads, b: &Heads| {
-            let turn = |h: &Heads| h.rope.as_ref().map(|t| (t.pairs, t.half));
-            let eps = |h: &Heads| h.norm.as_ref().map(|(_, eps)| *eps);
-            a.n == b.n && turn(a) == turn(b) && eps(a) == eps(b)
-        };
-        assert!(agree(first, keys), "queries and keys are treated alike");
-        let n_heads = q.map_or(0, |(_, n_heads, _)| n_heads);
-        let n_kv_heads = kv.map_or(0, |kv| kv.cache.n_kv_heads);
-        if let Some(kv) = kv {
-            assert!(
-                kv.start + n_tokens <= kv.cache.n_positions,
-                "room was made before"
-            );
-        }
-        assert!(first.n <= MAX_HEAD, "elements of a head");
-        let kinds = kv.map_or_else(Default::default, |kv| kv.cache.kinds);
-        let shader = Shader::Heads {
-            norm: first.norm.is_some(),
-            rope: first.rope.as_ref().map(|turn| turn.pairs),
-            max_head: first.n as u32,
-            keys: kinds.keys,
-            values: kinds.values,
-        };
-        let rope = first.rope.as_ref();
-        let params = [
-            first.n as u32,
-            n_heads as u32,
-            n_kv_heads as u32,
-            rope.map_or(0, |turn| turn.half as u32),
-            kv.map_or(0, |kv| kv.start as u32),
-            q.map_or(0, |(heads, ..)| heads.x.at as u32),
-            keys.x.at as u32,
-            kv.map_or(0, |kv| kv.values.at as u32),
-            first.norm.as_ref().map_or(0, |(_, eps)| eps.to_bits()),
-            rope.map_or(0, |turn| turn.angles.at as u32),
-        ];
-        let gain = |heads: &Heads| heads.norm.as_ref().map(|(gain, _)| gain.buffer.clone());
-        let (q_gain, k_gain) = (q.and_then(|(h, ..)| gain(h)), gain(keys));
-        let buffers = [
-            q.map(|(heads, ..)| heads.x.span()),
-            kv.map(|kv| kv.keys.x.span()),
-            kv.map(|kv| kv.values.span()),
-            q_gain.as_deref().map(Buffer::all),
-            k_gain.as_deref().map(Buffer::all),
-            rope.map(|turn| turn.angles.span()),
-            q.map(|(_, _, out)| out.span()),
-            kv.map(|kv| kv.cache.keys.all()),
-            kv.map(|kv| kv.cache.values.all()),
-        ];
-        let grid = [n_heads + 2 * n_kv_heads, n_tokens, 1];
-        self.dispatch_written(shader, &params, &buffers, &[6, 7, 8], grid);
-    }
-
     /// A dispatch some of whose writable bindings may be unused: they get a buffer each, which is thrown away.
-    fn dispatch_written(
+    pub(super) fn dispatch_written(
         &self,
         shader: Shader,
         params: &[u32],
@@ -461,130 +389,12 @@ impl Gpu {
         self.work.set(work);
     }
 
-    /// Puts keys and values into the cache for which no queries came.
-    fn settle(&mut self) {
-        if let Some(waiting) = self.waiting.take() {
-            self.turn(None, Some(&waiting), waiting.n_tokens);
-        }
-    }
-
-    fn unsupported(&self, what: &'static str, found: String, supported: &str) -> ! {
+    pub(super) fn unsupported(&self, what: &'static str, found: String, supported: &str) -> ! {
         resume_unwind(Box::new(Lost(Error::Unsupported {
             kind: what,
             found,
             supported: supported.to_owned(),
         })))
-    }
-
-    /// Attention of the token in row `row`.
-    fn attend_one(
-        &self,
-        q: &Rows,
-        row: usize,
-        cache: &CacheView,
-        position: usize,
-        attention: &Attention,
-        out: &Rows,
-    ) {
-        let (n_heads, d) = (attention.n_heads, attention.head_dim);
-        let per_kv = n_heads / attention.n_kv_heads;
-        let group = (1..=MAX_GROUP.min(per_kv))
-            .rev()
-            .find(|n| per_kv.is_multiple_of(*n))
-            .expect("one divides everything");
-        let first = attention
-            .window
-            .map_or(0, |window| (position + 1).saturating_sub(window));
-        let end = position + 1;
-        let n_tiles = (end - first).div_ceil(TILE);
-        let tiles = match n_tiles {
-            0..=UNSPLIT => n_tiles,
-            n => n.div_ceil(MAX_SPLITS),
-        };
-        let n_splits = n_tiles.div_ceil(tiles);
-        let part = self.take(match n_splits {
-            1 => 1,
-            n => n_heads * n * (d + 2),
-        });
-        let shader = Shader::AttentionOne {
-            head_dim: d as u32,
-            group: group as u32,
-            keys: cache.kinds.keys,
-            values: cache.kinds.values,
-        };
-        let at = row * n_heads * d;
-        let params = [
-            first as u32,
-            end as u32,
-            attention.n_kv_heads as u32,
-            (per_kv / group) as u32,
-            tiles as u32,
-            n_splits as u32,
-            vec4(q.at + at),
-            vec4(out.at + at),
-            attention.scale.to_bits(),
-        ];
-        let buffers = [
-            Some(q.span()),
-            Some(cache.keys.all()),
-            Some(cache.values.all()),
-            Some(out.span()),
-            Some(part.span()),
-        ];
-        self.dispatch(shader, &params, &buffers, [n_splits, n_heads / group, 1]);
-        if n_splits > 1 {
-            let params = [d as u32, n_splits as u32, (out.at + at) as u32];
-            let buffers = [Some(part.span()), Some(out.span())];
-            self.dispatch(Shader::AttentionMerge, &params, &buffers, [n_heads, 1, 1]);
-        }
-    }
-
-    /// Attention of the rows of a prompt.
-    fn attend_many(
-        &self,
-        q: &Rows,
-        n_tokens: usize,
-        cache: &CacheView,
-        start: usize,
-        attention: &Attention,
-        out: &Rows,
-    ) {
-        let d = attention.head_dim;
-        // Queries, a tile of keys or values and weights, in what every device has.
-        let (bq, bk) = if d <= 64 { (16, 32) } else { (8, 16) };
-        let bytes = 16 * (bq + bk) * (d / 4 + 1) + 4 * bq * bk + 32 * bq;
-        if bytes > self.device.info.workgroup_memory as usize {
-            let (found, most) = (format!("heads of {d}"), self.device.info.workgroup_memory);
-            self.unsupported(
-                "attention on this GPU",
-                found,
-                &format!("what fits {most} bytes"),
-            );
-        }
-        let shader = Shader::AttentionMany {
-            head_dim: d as u32,
-            bq: bq as u32,
-            bk: bk as u32,
-            keys: cache.kinds.keys,
-            values: cache.kinds.values,
-        };
-        let params = [
-            start as u32,
-            n_tokens as u32,
-            attention.n_heads as u32,
-            attention.n_kv_heads as u32,
-            attention.window.unwrap_or(0) as u32,
-            vec4(q.at),
-            attention.scale.to_bits(),
-        ];
-        let buffers = [
-            Some(q.span()),
-            Some(cache.keys.all()),
-            Some(cache.values.all()),
-            Some(out.span()),
-        ];
-        let grid = [attention.n_heads, n_tokens.div_ceil(bq), 1];
-        self.dispatch(shader, &params, &buffers, grid);
     }
 
     /// Rows of a product that a token each reads through a route.
@@ -602,12 +412,6 @@ impl Gpu {
             return Some(("experts on the GPU", found));
         }
         None
-    }
-
-    /// Bytes of `n` positions, one after the other.
-    fn kv_row_bytes(kv: &KvCache, which: usize) -> usize {
-        let kind = [kv.kinds.keys, kv.kinds.values][which];
-        kind.row_bytes(kv.n_kv_heads * kv.head_dim)
     }
 }
 
@@ -636,19 +440,19 @@ struct Routes {
 }
 
 impl Rows {
-    fn span(&self) -> Span<'_> {
+    pub(super) fn span(&self) -> Span<'_> {
         self.buffer.all()
     }
 }
 
 impl Vector {
-    fn span(&self) -> Span<'_> {
+    pub(super) fn span(&self) -> Span<'_> {
         self.buffer.all()
     }
 }
 
 /// The offset of a row in vectors of four.
-fn vec4(at: usize) -> u32 {
+pub(super) fn vec4(at: usize) -> u32 {
     assert!(at.is_multiple_of(4), "rows of whole vectors");
     (at / 4) as u32
 }
@@ -675,56 +479,15 @@ impl Backend for Gpu {
 
     /// Sessions see to it that nothing here selects keys.
     fn kv(&self, attention: &Attention, options: &KvOptions) -> KvCache {
-        KvCache {
-            kinds: options.kinds,
-            n_kv_heads: attention.n_kv_heads,
-            head_dim: attention.head_dim,
-            n_positions: 0,
-            memory: None,
-        }
+        KvCache::new(attention, options)
     }
 
     fn kv_reserve(&self, kv: &mut KvCache, positions: Range<usize>) -> Result<()> {
-        let n = positions.end;
-        if n <= kv.n_positions {
-            return Ok(());
-        }
-        if kv.kinds.is_quantized() || kv.head_dim > MAX_HEAD || !kv.head_dim.is_multiple_of(4) {
-            return Err(Error::Unsupported {
-                kind: "cache on the GPU",
-                found: format!("{}, heads of {}", kv.kinds, kv.head_dim),
-                supported: format!("f16, f32, heads of multiples of 4 up to {MAX_HEAD}"),
-            });
-        }
-        let n = n.max(2 * kv.n_positions).next_multiple_of(KV_STEP);
-        let grown = |which: usize| {
-            let bytes = (n * Self::kv_row_bytes(kv, which)) as u64;
-            let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST;
-            let buffer = self.device.buffer(bytes, usage, "keys and values")?;
-            if let Some(old) = &kv.memory {
-                self.copy(&old[which], &buffer);
-            }
-            Ok::<_, Error>(Arc::new(buffer))
-        };
-        kv.memory = Some([grown(0)?, grown(1)?]);
-        kv.n_positions = n;
-        self.recorder.borrow_mut().forget_groups();
-        Ok(())
+        self.cache_reserve(kv, positions.end)
     }
 
     fn kv_copy(&self, kv: &KvCache) -> Result<KvCache> {
-        let copy = |from: &Arc<Buffer>| {
-            let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST;
-            let buffer = self.device.buffer(from.bytes, usage, "keys and values")?;
-            self.copy(from, &buffer);
-            Ok::<_, Error>(Arc::new(buffer))
-        };
-        let memory = match &kv.memory {
-            Some([keys, values]) => Some([copy(keys)?, copy(values)?]),
-            None => None,
-        };
-        self.recorder.borrow_mut().forget_groups();
-        Ok(KvCache { memory, ..*kv })
+        self.cache_copy(kv)
     }
 
     fn kv_save(
@@ -733,29 +496,7 @@ impl Backend for Gpu {
         n: usize,
         sink: &mut dyn FnMut(&[u8]) -> Result<()>,
     ) -> Result<()> {
-        let Some(memory) = kv.memory.as_ref().filter(|_| n > 0) else {
-            return Ok(());
-        };
-        let mut rows = Vec::new();
-        for (which, buffer) in memory.iter().enumerate() {
-            let bytes = (n * Self::kv_row_bytes(kv, which)) as u64;
-            rows.push(self.device.download(buffer, 0, bytes)?);
-        }
-        let mut span = Vec::new();
-        for first in (0..n).step_by(KV_PAGE) {
-            for (which, rows) in rows.iter().enumerate() {
-                let row = Self::kv_row_bytes(kv, which);
-                let head = row / kv.n_kv_heads;
-                for h in 0..kv.n_kv_heads {
-                    span.clear();
-                    for p in first..n.min(first + KV_PAGE) {
-                        span.extend_from_slice(&rows[p * row + h * head..][..head]);
-                    }
-                    sink(&span)?;
-                }
-            }
-        }
-        Ok(())
+        self.cache_save(kv, n, sink)
     }
 
     fn kv_load(
@@ -764,34 +505,11 @@ impl Backend for Gpu {
         n: usize,
         source: &mut dyn FnMut(&mut [u8]) -> Result<()>,
     ) -> Result<()> {
-        let Some(memory) = kv.memory.as_ref().filter(|_| n > 0) else {
-            return Ok(());
-        };
-        let mut rows = [0, 1].map(|which| vec![0; n * Self::kv_row_bytes(kv, which)]);
-        let mut span = Vec::new();
-        for first in (0..n).step_by(KV_PAGE) {
-            let positions = first..n.min(first + KV_PAGE);
-            for (which, rows) in rows.iter_mut().enumerate() {
-                let row = Self::kv_row_bytes(kv, which);
-                let head = row / kv.n_kv_heads;
-                for h in 0..kv.n_kv_heads {
-                    span.resize(positions.len() * head, 0);
-                    source(&mut span)?;
-                    for (p, from) in positions.clone().zip(span.chunks_exact(head)) {
-                        rows[p * row + h * head..][..head].copy_from_slice(from);
-                    }
-                }
-            }
-        }
-        for (buffer, rows) in memory.iter().zip(&rows) {
-            self.device.queue.write_buffer(&buffer.raw, 0, rows);
-        }
-        self.device.check("keys and values of a file")
+        self.cache_load(kv, n, source)
     }
 
     fn kv_bytes(&self, kv: &KvCache) -> usize {
-        let memory = kv.memory.iter().flatten();
-        memory.map(|buffer| buffer.bytes as usize).sum()
+        kv.bytes()
     }
 
     fn conv_bytes(&self, conv: &ConvState) -> usize {
@@ -991,26 +709,7 @@ impl Backend for Gpu {
     }
 
     fn kv_write(&mut self, kv: &mut KvCache, k: &Tensor, v: &Tensor, start: usize) {
-        self.settle();
-        assert_eq!(k.n_cols, kv.n_kv_heads * kv.head_dim, "a row of a cache");
-        let values = self.rows(v);
-        let waits = match &*k.value.borrow() {
-            Value::Heads(heads) if heads.n == kv.head_dim => Some(heads.clone()),
-            _ => None,
-        };
-        let keys = waits.unwrap_or_else(|| Heads {
-            x: self.rows(k),
-            n: kv.head_dim,
-            norm: None,
-            rope: None,
-        });
-        self.waiting = Some(Waiting {
-            keys,
-            values,
-            n_tokens: k.n_tokens,
-            start,
-            cache: CacheView::of(kv),
-        });
+        self.cache_write(kv, k, v, start);
     }
 
     fn attention(
@@ -1021,55 +720,7 @@ impl Backend for Gpu {
         attention: &Attention,
     ) -> Tensor {
         self.check();
-        let cache = CacheView::of(kv);
-        cache.check(attention);
-        let (n_heads, d) = (attention.n_heads, attention.head_dim);
-        assert_eq!(q.n_cols, n_heads * d, "a row of queries");
-        assert!(start + q.n_tokens <= cache.n_positions, "cached positions");
-        let waits = match &*q.value.borrow() {
-            Value::Heads(heads) if heads.n == d => Some(heads.clone()),
-            _ => None,
-        };
-        let joins = |kv: &&Waiting| {
-            let alike = |heads: &Heads| {
-                (heads.rope.is_some(), heads.norm.is_some())
-                    == (kv.keys.rope.is_some(), kv.keys.norm.is_some())
-            };
-            Arc::ptr_eq(&kv.cache.keys, &cache.keys)
-                && kv.n_tokens == q.n_tokens
-                && waits.as_ref().is_some_and(alike)
-        };
-        let rows = match (self.waiting.as_ref().filter(joins), &waits) {
-            (Some(kv), Some(heads)) => {
-                let out = self.take(q.n_tokens * q.n_cols);
-                self.turn(Some((heads, n_heads, &out)), Some(kv), q.n_tokens);
-                self.waiting = None;
-                out
-            }
-            _ => {
-                self.settle();
-                self.rows(q)
-            }
-        };
-        let out = self.take(q.n_tokens * q.n_cols);
-        let mut work = self.work.get();
-        for position in start..start + q.n_tokens {
-            let seen = attention.window.unwrap_or(usize::MAX).min(position + 1);
-            work.attention_ops += 4 * (seen * n_heads * d) as u64;
-            if self.step == Step::Decode || position + 1 == start + q.n_tokens {
-                work.kv_bytes += (seen * cache.kinds.row_bytes(cache.n_kv_heads * d)) as u64;
-            }
-        }
-        self.work.set(work);
-        if self.step == Step::Decode {
-            // One, or a replay of some that came one by one.
-            for i in 0..q.n_tokens {
-                self.attend_one(&rows, i, &cache, start + i, attention, &out);
-            }
-        } else {
-            self.attend_many(&rows, q.n_tokens, &cache, start, attention, &out);
-        }
-        Tensor::new(q.n_tokens, q.n_cols, Value::Rows(out))
+        self.attend(q, kv, start, attention)
     }
 
     fn short_conv(&mut self, bcx: &Tensor, taps: &Vector, conv: &mut ConvState) -> Tensor {
@@ -1306,14 +957,3 @@ fn flat(n: usize) -> [usize; 3] {
     let groups = n.div_ceil(256);
     [groups.min(65_535), groups.div_ceil(65_535), 1]
 }
-
-impl Gpu {
-    fn copy(&self, from: &Buffer, to: &Buffer) {
-        let bytes = from.bytes.min(to.bytes);
-        let mut encoder = self.device.raw.create_command_encoder(&Default::default());
-        encoder.copy_buffer_to_buffer(&from.raw, 0, &to.raw, 0, bytes);
-        self.device.queue.submit([encoder.finish()]);
-    }
-}
-
-const _: () = assert!(KvType::ALL.len() == 4, "a new cache type needs shaders");
