@@ -78,12 +78,42 @@ pub enum Error {
     /// A backend failed at work that it had taken on.
     #[error("{0}")]
     Backend(String),
+    /// A GPU is of no use any more: what it held is lost, what a session was told is not.
+    #[error("gpu: {fault}: {what}")]
+    Device {
+        /// How it failed.
+        fault: DeviceFault,
+        /// At what, or what its driver said.
+        what: String,
+    },
     /// An argument of the caller is out of its range.
     #[error("{0}")]
     Invalid(String),
     /// The caller asked to stop.
     #[error("cancelled")]
     Cancelled,
+}
+
+/// How a GPU fails whoever uses it.
+#[non_exhaustive]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum DeviceFault {
+    /// It was removed, reset or hangs.
+    Lost,
+    /// It has no memory left, or no more than it may use.
+    OutOfMemory,
+    /// The system did not run what it was given: iOS does so to an app in the background.
+    Refused,
+}
+
+impl std::fmt::Display for DeviceFault {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            DeviceFault::Lost => "device lost",
+            DeviceFault::OutOfMemory => "out of memory",
+            DeviceFault::Refused => "work was not run",
+        })
+    }
 }
 
 /// The result type of the library.

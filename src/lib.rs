@@ -37,7 +37,7 @@ pub mod tools;
 
 pub use backend::{BackendKind, KvType, KvTypes};
 pub use cancel::Cancel;
-pub use error::{Error, Result};
+pub use error::{DeviceFault, Error, Result};
 pub use session::{LoadOptions, MemoryReport, Model, ModelInfo, OnExceed, Session, SessionOptions};
 pub use sparsity::Sparsity;
 

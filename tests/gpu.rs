@@ -20,7 +20,9 @@ use kinglet::backend::{
 };
 use kinglet::quant::{self, Bytes, DType, Tensor};
 use kinglet::session::{Extra, StateFile};
-use kinglet::{BackendKind, Error, KvType, KvTypes, LoadOptions, Model, Session, SessionOptions};
+use kinglet::{
+    BackendKind, DeviceFault, Error, KvType, KvTypes, LoadOptions, Model, Session, SessionOptions,
+};
 use serde_json::Value;
 
 use self::blocks::{Fill, random_blocks};
@@ -238,8 +240,10 @@ fn what_the_gpu_cannot_do_and_a_lost_device_are_errors() {
     let mut out = Vec::new();
     let error = gpu.read(&x, &mut out).expect_err("the device is gone");
     println!("{error}");
-    assert!(matches!(error, Error::Backend(_)), "{error}");
-    assert!(gpu.flush().is_err());
+    let lost =
+        |error: &Error| matches!(error, Error::Device { fault, .. } if *fault == DeviceFault::Lost);
+    assert!(lost(&error), "{error}");
+    assert!(gpu.flush().is_err_and(|error| lost(&error)));
 }
 
 fn cpu() -> Cpu {

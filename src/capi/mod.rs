@@ -33,7 +33,7 @@ pub use self::session::*;
 pub use self::text::*;
 pub use self::values::*;
 
-use crate::Error;
+use crate::{DeviceFault, Error};
 
 macro_rules! statuses {
     ($($name:ident = $value:literal, $c:literal;)*) => {
@@ -110,8 +110,9 @@ impl From<Error> for Failure {
             Error::Template(_) => Status::Template,
             Error::ContextFull { .. } => Status::ContextFull,
             Error::OutOfMemory { .. } => Status::Memory,
+            Error::Device { fault, .. } if *fault == DeviceFault::OutOfMemory => Status::Memory,
             Error::OverBudget { .. } => Status::Budget,
-            Error::Backend(_) => Status::Backend,
+            Error::Backend(_) | Error::Device { .. } => Status::Backend,
             Error::Invalid(_) | Error::Grammar(_) => Status::Argument,
             Error::Cancelled => Status::Cancelled,
         };

@@ -63,8 +63,8 @@ pub(super) trait Engine: Send {
     /// A copy of what the layers remember; keys and values are shared where the backend can.
     fn memory(&self) -> Result<Memory>;
 
-    /// Remembers what `memory`, of an engine of the same model and cache types, holds.
-    fn set_memory(&mut self, memory: &Memory) -> Result<()>;
+    /// Remembers what `memory`, of an engine of the same model and cache types, holds; `false` if it is of another backend.
+    fn set_memory(&mut self, memory: &Memory) -> Result<bool>;
 
     /// Tells `sink` the first `n` positions of all caches, see [`Backend::kv_save`].
     fn save(&self, n: usize, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()>;
@@ -270,10 +270,12 @@ impl<B: Backend + Send + 'static> Engine for Runner<B> {
         })
     }
 
-    fn set_memory(&mut self, memory: &Memory) -> Result<()> {
-        let state: Option<&State<B>> = memory.0.downcast_ref();
-        let state = state.expect("of an engine of the same model");
-        caught(|| self.state.copy_from(&self.backend, state))
+    fn set_memory(&mut self, memory: &Memory) -> Result<bool> {
+        let Some(state) = memory.0.downcast_ref::<State<B>>() else {
+            return Ok(false);
+        };
+        caught(|| self.state.copy_from(&self.backend, state))?;
+        Ok(true)
     }
 
     fn save(&self, n: usize, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {

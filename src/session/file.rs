@@ -517,7 +517,15 @@ impl Session {
     /// # Errors
     /// [`Error::Io`]; [`Error::Invalid`] if the note is too long.
     pub fn save(&self, path: &Path, extra: &Extra) -> Result<()> {
-        self.save_on(&Os, path, extra)
+        match self.save_on(&Os, path, extra) {
+            // What the GPU held is computed once more: an app that goes to the background saves when it is refused.
+            Err(Error::Device { .. }) => {
+                let mut fork = self.fork()?;
+                fork.rebuild()?;
+                fork.save_on(&Os, path, extra)
+            }
+            done => done,
+        }
     }
 
     /// The session in the file at `path`, see [`StateFile`].
@@ -537,6 +545,7 @@ impl Session {
                 "note: expected at most {MAX_NOTE_BYTES} bytes, found {n}"
             )));
         }
+        self.check_behind()?;
         let line = &self.line;
         let n = line.tokens.len();
         assert!(n <= MAX_TOKENS, "below the largest context");

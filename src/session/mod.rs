@@ -8,6 +8,7 @@ mod chat;
 mod embed;
 mod engine;
 mod experts;
+mod fallback;
 mod file;
 mod generate;
 mod plan;
@@ -142,6 +143,12 @@ struct Inner {
     is_outline: bool,
     /// Of an outline, where a plan starts from.
     base: OnceLock<Footprint>,
+    /// How it was loaded.
+    options: LoadOptions,
+    /// Which weights are in memory.
+    residency: Arc<Residency>,
+    /// The network on the CPU, for sessions whose GPU fails.
+    cpu: OnceLock<Box<dyn Loaded>>,
     /// Where a budget is kept.
     ledger: Option<Arc<Ledger>>,
     /// Experts that are read when they are used.
@@ -240,11 +247,12 @@ impl Model {
             ("network, tokenizer", mapped..now()),
         ];
         let experts = found.as_ref().zip(stored.clone());
+        let kept = Arc::clone(&residency);
         let ledger = Ledger::open(&gguf, options, threads.most(), residency, experts)?;
         let mut model = Self::assemble(gguf, tokenizer, network, options, threads)?;
         let inner = model.inner();
         (inner.ahead, inner.loading, inner.ledger) = (ahead, loading, ledger);
-        inner.experts = stored;
+        (inner.experts, inner.residency) = (stored, kept);
         Ok(model)
     }
 
@@ -322,6 +330,9 @@ impl Model {
             ahead: None,
             is_outline: false,
             base: OnceLock::new(),
+            options: options.clone(),
+            residency: Arc::new(Residency::unlimited()),
+            cpu: OnceLock::new(),
             ledger: None,
             experts: None,
             info,
@@ -536,6 +547,10 @@ pub struct Session {
     sparsity: Sparsity,
     delta: Option<Arc<Delta>>,
     n_replayed: usize,
+    /// Why it left its GPU.
+    fault: Option<String>,
+    /// Whether its engine has not read the tokens yet.
+    is_behind: bool,
     cancel: Cancel,
     /// Its part of the model's budget.
     claim: Option<Claim>,
@@ -601,9 +616,12 @@ impl Session {
         if let Some(delta) = &options.delta {
             model.check_delta(delta)?;
         }
+        let (engine, fault) = model.engine(&options.kv_options()?)?;
         Ok(Self {
             model: model.clone(),
-            engine: model.0.network.engine(&options.kv_options()?)?,
+            engine,
+            fault,
+            is_behind: false,
             line: Timeline::default(),
             n_ctx,
             batch,
@@ -813,6 +831,16 @@ impl Session {
 
     /// Runs a pass, whose output becomes the logits of the line, whatever it is.
     fn forward_to(
+        &mut self,
+        output: Output,
+        step: Step,
+        tokens: &[u32],
+        output_from: usize,
+    ) -> Result<()> {
+        self.or_on_cpu(|session| session.forward_once(output, step, tokens, output_from))
+    }
+
+    fn forward_once(
         &mut self,
         output: Output,
         step: Step,

@@ -135,7 +135,10 @@ impl Session {
     /// # Errors
     /// If the backend fails.
     pub fn mark(&mut self) -> Result<()> {
-        self.rebuild()?;
+        let convs = self.or_on_cpu(|session| {
+            session.rebuild()?;
+            session.engine.conv_rows()
+        })?;
         let position = self.line.tokens.len();
         while self
             .line
@@ -150,7 +153,7 @@ impl Session {
         }
         self.line.marks.push_back(Mark {
             position,
-            convs: self.engine.conv_rows()?.into(),
+            convs: convs.into(),
             logits: self.line.logits.as_slice().into(),
         });
         Ok(())
@@ -161,9 +164,16 @@ impl Session {
     /// # Errors
     /// If memory is missing, the model's budget does not suffice, or the backend cannot be had once more.
     pub fn fork(&self) -> Result<Self> {
+        let kv = self.options().kv_options()?;
+        let (engine, fault) = match &self.fault {
+            Some(fault) => (self.model.cpu()?.engine(&kv)?, Some(fault.clone())),
+            None => self.model.engine(&kv)?,
+        };
         let mut fork = Self {
             model: self.model.clone(),
-            engine: self.model.0.network.engine(&self.options().kv_options()?)?,
+            engine,
+            fault,
+            is_behind: false,
             line: Timeline::default(),
             n_replayed: 0,
             cancel: Cancel::default(),
@@ -172,7 +182,19 @@ impl Session {
             ..*self
         };
         // What the fork has of its own it has claimed.
-        fork.restore(&self.hold(None)?)?;
+        match self.engine.memory() {
+            Ok(memory) if !self.is_behind => fork.restore(&self.held(memory, None))?,
+            // This one has to be asked again before it knows that it has left its GPU.
+            Ok(_) => {
+                fork.line = self.line.clone();
+                fork.is_behind = true;
+            }
+            Err(fault @ Error::Device { .. }) => {
+                fork.line = self.line.clone();
+                fork.leave_device(&fault)?;
+            }
+            Err(error) => return Err(error),
+        }
         Ok(fork)
     }
 
@@ -188,15 +210,27 @@ impl Session {
     }
 
     fn hold(&self, claim: Option<Claim>) -> Result<Snapshot> {
-        Ok(Snapshot {
+        match self.engine.memory() {
+            Ok(memory) if !self.is_behind => Ok(self.held(memory, claim)),
+            Ok(_) | Err(Error::Device { .. }) => {
+                let mut fork = self.fork()?;
+                fork.rebuild()?;
+                Ok(fork.held(fork.engine.memory()?, claim))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn held(&self, memory: Memory, claim: Option<Claim>) -> Snapshot {
+        Snapshot {
             model: self.model.clone(),
             kv: self.kv,
             sparsity: self.sparsity,
             delta: self.delta.clone(),
-            memory: self.engine.memory()?,
+            memory,
             line: self.line.clone(),
             _claim: claim,
-        })
+        }
     }
 
     /// Holds what `snapshot` does, whatever it held before.
@@ -219,7 +253,20 @@ impl Session {
         if needed > n_ctx {
             return Err(Error::ContextFull { needed, n_ctx });
         }
-        self.engine.set_memory(&snapshot.memory)?;
+        match self.engine.set_memory(&snapshot.memory) {
+            Ok(true) => self.is_behind = false,
+            // It is of a GPU that this session, or the other, has left.
+            Ok(false) => {
+                self.line = snapshot.line.clone();
+                self.is_behind = true;
+                return self.rebuild();
+            }
+            Err(fault @ Error::Device { .. }) => {
+                self.line = snapshot.line.clone();
+                return self.leave_device(&fault);
+            }
+            Err(error) => return Err(error),
+        }
         self.line = snapshot.line.clone();
         // The copy has the rows that convolutions read, and none to rewind by.
         self.line.exact_from = self.line.exact_from.map(|_| needed);
@@ -252,6 +299,13 @@ impl Session {
 
     /// Makes convolutions remember what they must at the end of the tokens.
     pub(super) fn rebuild(&mut self) -> Result<()> {
+        self.or_on_cpu(Self::rebuild_once)
+    }
+
+    fn rebuild_once(&mut self) -> Result<()> {
+        if self.is_behind {
+            return self.replay();
+        }
         if self.line.exact_from.is_some() {
             return Ok(());
         }
@@ -278,6 +332,35 @@ impl Session {
             start += same.len();
         }
         self.line.exact_from = Some(n);
+        Ok(())
+    }
+
+    /// Runs all tokens once more, each with the kernels that it was first computed with: the engine holds none of them.
+    fn replay(&mut self) -> Result<()> {
+        let line = &mut self.line;
+        line.exact_from = None;
+        // What convolutions held elsewhere differs in its last bits.
+        line.marks.clear();
+        self.engine.reset_convs();
+        self.engine.reserve(0..line.tokens.len())?;
+        let mut start = 0;
+        for same in line.steps.chunk_by(|a, b| a == b) {
+            for part in same.chunks(self.batch) {
+                let pass = Pass {
+                    tokens: &line.tokens[start..start + part.len()],
+                    start,
+                    output: Output::Logits,
+                    output_from: part.len(),
+                    step: part[0],
+                    write_kv: true,
+                };
+                self.engine.forward(&pass, &mut Vec::new())?;
+                start += part.len();
+            }
+        }
+        self.n_replayed += start;
+        line.exact_from = Some(0);
+        self.is_behind = false;
         Ok(())
     }
 }

@@ -121,7 +121,7 @@ impl Gpu {
             let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST;
             let buffer = self.device.buffer(bytes, usage, "keys and values")?;
             if let Some(old) = &kv.memory {
-                self.copy(&old[which], &buffer);
+                self.device.copy(&old[which], &buffer)?;
             }
             Ok::<_, Error>(Arc::new(buffer))
         };
@@ -135,7 +135,7 @@ impl Gpu {
         let copy = |from: &Arc<Buffer>| {
             let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST;
             let buffer = self.device.buffer(from.bytes, usage, "keys and values")?;
-            self.copy(from, &buffer);
+            self.device.copy(from, &buffer)?;
             Ok::<_, Error>(Arc::new(buffer))
         };
         let memory = match &kv.memory {
@@ -206,13 +206,6 @@ impl Gpu {
             self.device.queue.write_buffer(&buffer.raw, 0, rows);
         }
         self.device.check("keys and values of a file")
-    }
-
-    fn copy(&self, from: &Buffer, to: &Buffer) {
-        let bytes = from.bytes.min(to.bytes);
-        let mut encoder = self.device.raw.create_command_encoder(&Default::default());
-        encoder.copy_buffer_to_buffer(&from.raw, 0, &to.raw, 0, bytes);
-        self.device.queue.submit([encoder.finish()]);
     }
 
     pub(super) fn cache_write(&mut self, kv: &mut KvCache, k: &Tensor, v: &Tensor, start: usize) {

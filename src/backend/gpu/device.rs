@@ -1,14 +1,14 @@
 //! Adapters, the one that is used, its buffers, and what goes wrong with it: nothing here panics where a driver fails.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use wgpu::{BufferUsages, DeviceType, Features};
 
 use super::pipeline::{Pipelines, Target};
 use super::weights::Weights;
-use crate::error::{Error, Result};
+use crate::error::{DeviceFault, Error, Result};
 
 /// A device that can run the shaders, as its driver describes it.
 #[derive(Clone, Debug)]
@@ -107,6 +107,16 @@ fn max_binding(limits: &wgpu::Limits) -> u64 {
     most.min(limits.max_buffer_size).min(1 << 30)
 }
 
+/// A word that no new buffer holds.
+const RAN: u32 = 0x5eed_cafe;
+
+fn fault(fault: DeviceFault, what: impl Into<String>) -> Error {
+    Error::Device {
+        fault,
+        what: what.into(),
+    }
+}
+
 /// The first fault of a device, kept until somebody asks.
 #[derive(Default)]
 struct Faults(Mutex<Option<Fault>>);
@@ -175,7 +185,13 @@ pub struct Device {
     pub(super) pipelines: Pipelines,
     /// For bindings that a shader has and a dispatch does not use.
     pub(super) nothing: Buffer,
+    /// Holds [`RAN`]: copied behind what is read back, it says that the copies were made.
+    pub(super) ran: Buffer,
     faults: Arc<Faults>,
+    /// Submissions until one fails, and how: see [`Device::fail_after`].
+    fails: Mutex<Option<(u64, DeviceFault)>>,
+    /// Whether the system may leave submissions out without a word, as Metal does with those of an app in the background.
+    pub(super) may_refuse: AtomicBool,
     next_id: AtomicU64,
     /// Weights by the place of their bytes, which they hold: tables that are heads too are uploaded once.
     pub(super) weights: Mutex<HashMap<(usize, usize), Weak<Weights>>>,
@@ -221,30 +237,36 @@ impl Device {
             // Dropping a device ends it too; nobody is left to ask then.
             lost.put(Fault::Lost(format!("{reason:?}: {message}")));
         });
-        let buffer = raw.create_buffer(&wgpu::BufferDescriptor {
-            label: Some("nothing"),
-            size: 256,
-            usage: BufferUsages::STORAGE,
-            mapped_at_creation: false,
-        });
+        let small = |id, usage| Buffer {
+            id,
+            raw: raw.create_buffer(&wgpu::BufferDescriptor {
+                label: None,
+                size: 256,
+                usage,
+                mapped_at_creation: false,
+            }),
+            bytes: 256,
+            pass: AtomicU64::new(0),
+        };
+        let nothing = small(0, BufferUsages::STORAGE);
+        let ran = small(1, BufferUsages::COPY_SRC | BufferUsages::COPY_DST);
+        queue.write_buffer(&ran.raw, 0, &RAN.to_le_bytes());
         Ok(Self {
             target: Target {
                 f16: info.f16,
                 subgroup: info.subgroup,
             },
             pipelines: Pipelines::default(),
-            nothing: Buffer {
-                id: 0,
-                raw: buffer,
-                bytes: 256,
-                pass: AtomicU64::new(0),
-            },
+            nothing,
+            ran,
+            fails: Mutex::default(),
+            may_refuse: AtomicBool::new(info.api == wgpu::Backend::Metal.to_str()),
             raw,
             queue,
             info,
             limits,
             faults,
-            next_id: AtomicU64::new(1),
+            next_id: AtomicU64::new(2),
             weights: Mutex::default(),
         })
     }
@@ -261,12 +283,53 @@ impl Device {
         self.faults.put(Fault::Lost(why));
     }
 
+    /// From now on `n` submissions run, and the next fails in this way: to see what becomes of its users. A lost device
+    /// stays so; of the others one submission is dropped.
+    pub fn fail_after(&self, n: u64, fault: DeviceFault) {
+        if fault == DeviceFault::Refused {
+            self.may_refuse.store(true, Ordering::Relaxed);
+        }
+        *self.fails.lock().unwrap_or_else(PoisonError::into_inner) = Some((n, fault));
+    }
+
+    /// Whether [`Device::fail_after`] has come true.
+    pub fn has_failed(&self) -> bool {
+        let fails = self.fails.lock().unwrap_or_else(PoisonError::into_inner);
+        fails.is_none()
+    }
+
+    /// Hands what was encoded to the device.
+    pub(super) fn submit(&self, encoder: wgpu::CommandEncoder) -> Result<()> {
+        let mut fails = self.fails.lock().unwrap_or_else(PoisonError::into_inner);
+        let fails_now = match &mut *fails {
+            Some((0, fault)) => Some(*fault),
+            Some((n, _)) => {
+                *n -= 1;
+                None
+            }
+            None => None,
+        };
+        if fails_now.is_some() {
+            *fails = None;
+        }
+        drop(fails);
+        match fails_now {
+            None => {
+                self.queue.submit([encoder.finish()]);
+            }
+            Some(DeviceFault::Lost) => self.lose(),
+            Some(DeviceFault::OutOfMemory) => self.faults.put(Fault::OutOfMemory),
+            Some(DeviceFault::Refused) => {}
+        }
+        self.check("submitting")
+    }
+
     /// What the device has come to, if it is no good.
     pub(super) fn check(&self, what: &str) -> Result<()> {
         match self.faults.take() {
             None => Ok(()),
-            Some(Fault::OutOfMemory) => Err(Error::Backend(format!("gpu: out of memory: {what}"))),
-            Some(Fault::Lost(why)) => Err(Error::Backend(format!("gpu: device lost: {why}"))),
+            Some(Fault::OutOfMemory) => Err(fault(DeviceFault::OutOfMemory, what)),
+            Some(Fault::Lost(why)) => Err(fault(DeviceFault::Lost, why)),
             Some(Fault::Other(why)) => Err(Error::Backend(format!("gpu: {what}: {why}"))),
         }
     }
@@ -277,9 +340,11 @@ impl Device {
     /// If there is no memory for it, or it is larger than a binding may be.
     pub(super) fn buffer(&self, bytes: u64, usage: BufferUsages, what: &str) -> Result<Buffer> {
         let bytes = bytes.max(16).next_multiple_of(16);
-        let no_memory = || Error::OutOfMemory {
-            what: format!("{what}, on the GPU"),
-            bytes: bytes as usize,
+        let no_memory = || {
+            fault(
+                DeviceFault::OutOfMemory,
+                format!("{bytes} bytes for {what}"),
+            )
         };
         if bytes > max_binding(&self.limits) {
             return Err(Error::Unsupported {
@@ -324,7 +389,7 @@ impl Device {
         self.check("waiting")?;
         waited
             .map(|_| ())
-            .map_err(|e| Error::Backend(format!("gpu: {e}")))
+            .map_err(|e| fault(DeviceFault::Lost, e.to_string()))
     }
 
     /// The first bytes of a buffer, into `out`, by way of `staging`, which is at least as large.
@@ -338,22 +403,51 @@ impl Device {
         slice.map_async(wgpu::MapMode::Read, |_| {});
         self.wait()?;
         let view = slice.get_mapped_range();
-        let view = view.map_err(|e| Error::Backend(format!("gpu: reading back: {e}")))?;
+        let view = view.map_err(|e| fault(DeviceFault::Lost, format!("reading back: {e}")))?;
         take(&view);
         drop(view);
         staging.unmap();
         Ok(())
     }
 
+    /// Copies the beginning of a buffer into another: between passes.
+    pub(super) fn copy(&self, from: &Buffer, to: &Buffer) -> Result<()> {
+        let bytes = from.bytes.min(to.bytes);
+        let mut encoder = self.raw.create_command_encoder(&Default::default());
+        encoder.copy_buffer_to_buffer(&from.raw, 0, &to.raw, 0, bytes);
+        if !self.may_refuse.load(Ordering::Relaxed) {
+            return self.submit(encoder);
+        }
+        let usage = BufferUsages::MAP_READ | BufferUsages::COPY_DST;
+        let staging = self.buffer(4, usage, "reading back")?;
+        encoder.copy_buffer_to_buffer(&self.ran.raw, 0, &staging.raw, 0, 4);
+        self.submit(encoder)?;
+        let mut word = [0; 4];
+        self.read_back(&staging.raw, 4, |view| word.copy_from_slice(view))?;
+        self.must_have_run(&[u32::from_le_bytes(word)], RAN)
+    }
+
+    /// That copies of `mark` were made, one a word.
+    pub(super) fn must_have_run(&self, words: &[u32], mark: u32) -> Result<()> {
+        match words.iter().all(|word| *word == mark) {
+            true => Ok(()),
+            false => Err(fault(DeviceFault::Refused, "is the app in the background?")),
+        }
+    }
+
     /// A copy of `bytes` of a buffer from `offset`, which are multiples of four: between passes.
     pub(super) fn download(&self, buffer: &Buffer, offset: u64, bytes: u64) -> Result<Vec<u8>> {
         let usage = BufferUsages::MAP_READ | BufferUsages::COPY_DST;
-        let staging = self.buffer(bytes, usage, "reading back")?;
+        let staging = self.buffer(bytes + 4, usage, "reading back")?;
         let mut encoder = self.raw.create_command_encoder(&Default::default());
         encoder.copy_buffer_to_buffer(&buffer.raw, offset, &staging.raw, 0, bytes);
-        self.queue.submit([encoder.finish()]);
+        encoder.copy_buffer_to_buffer(&self.ran.raw, 0, &staging.raw, bytes, 4);
+        self.submit(encoder)?;
         let mut out = Vec::new();
-        self.read_back(&staging.raw, bytes, |view| out.extend_from_slice(view))?;
+        self.read_back(&staging.raw, bytes + 4, |view| out.extend_from_slice(view))?;
+        let mark = out.split_off(bytes as usize);
+        let mark = u32::from_le_bytes(mark.try_into().expect("four bytes"));
+        self.must_have_run(&[mark], RAN)?;
         Ok(out)
     }
 }

@@ -919,17 +919,19 @@ impl Backend for Gpu {
             bytes: n * size_of::<f32>(),
         })?;
         let take = |bytes: &[u8]| out.extend_from_slice(bytemuck::cast_slice(bytes));
-        self.recorder.get_mut().read(&rows.buffer, rows.at, n, take)
+        self.recorder
+            .get_mut()
+            .read(Some((&rows.buffer, rows.at, n)), take)
     }
 
     fn flush(&mut self) -> Result<()> {
         self.settle();
         let recorder = self.recorder.get_mut();
-        recorder.submit()?;
+        recorder.finish()?;
         if let Some(times) = recorder.times() {
             times.end();
         }
-        self.device.wait()
+        Ok(())
     }
 
     fn scratch_bytes(&self) -> usize {

@@ -29,6 +29,9 @@ const SLOT: usize = 256;
 /// and 48 are about the same.
 const SLOTS: usize = 24;
 
+/// Submissions of a pass that are told apart where some may not run: more than there are, or else of the rest the last.
+const SIGNED: u64 = 256;
+
 /// Buffers of activations are the next power of two, from this.
 const LEAST: u64 = 4096;
 
@@ -52,6 +55,11 @@ pub(super) struct Recorder {
     staging: Option<Buffer>,
     /// Passes so far.
     pass: u64,
+    /// The number of the pass, and a word for each of its submissions that becomes it when that has run: where the system
+    /// may leave some out.
+    ran: Option<[Buffer; 2]>,
+    /// Submissions of this pass that wrote theirs.
+    n_ran: u64,
     /// Where operations are timed.
     times: Option<Times>,
 }
@@ -69,6 +77,8 @@ impl Recorder {
             pool: Vec::new(),
             staging: None,
             pass: 0,
+            ran: None,
+            n_ran: 0,
             times: None,
             device,
         })
@@ -92,6 +102,7 @@ impl Recorder {
         self.commands.clear();
         self.params.clear();
         self.pass += 1;
+        self.n_ran = 0;
     }
 
     /// Bytes of activations.
@@ -232,7 +243,7 @@ impl Recorder {
             })
     }
 
-    fn encode(&mut self) -> wgpu::CommandEncoder {
+    fn encode(&mut self) -> Result<wgpu::CommandEncoder> {
         let queue = &self.device.queue;
         if !self.params.is_empty() {
             queue.write_buffer(&self.uniforms.raw, 0, &self.params);
@@ -263,14 +274,49 @@ impl Recorder {
         }
         self.commands.clear();
         self.params.clear();
-        encoder
+        self.sign(&mut encoder)?;
+        Ok(encoder)
+    }
+
+    /// The last thing that a submission does: puts the number of the pass into its word.
+    fn sign(&mut self, encoder: &mut wgpu::CommandEncoder) -> Result<()> {
+        if !self.device.may_refuse.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let [number, ran] = match &self.ran {
+            Some(ran) => ran,
+            None => {
+                let usage = BufferUsages::COPY_SRC | BufferUsages::COPY_DST;
+                let new = |n| self.device.buffer(4 * n, usage, "what ran");
+                self.ran.insert([new(1)?, new(SIGNED)?])
+            }
+        };
+        if self.n_ran == 0 {
+            let word = (self.pass as u32).to_le_bytes();
+            self.device.queue.write_buffer(&number.raw, 0, &word);
+        }
+        let at = self.n_ran.min(SIGNED - 1);
+        encoder.copy_buffer_to_buffer(&number.raw, 0, &ran.raw, 4 * at, 4);
+        self.n_ran = at + 1;
+        Ok(())
+    }
+
+    /// Runs everything, and sees to it that all of it ran.
+    pub(super) fn finish(&mut self) -> Result<()> {
+        match self.device.may_refuse.load(Ordering::Relaxed) {
+            true => self.read(None, |_| {}),
+            false => {
+                self.submit()?;
+                self.device.wait()
+            }
+        }
     }
 
     /// Hands what was recorded to the device.
     pub(super) fn submit(&mut self) -> Result<()> {
         if !self.commands.is_empty() {
-            let encoder = self.encode();
-            self.device.queue.submit([encoder.finish()]);
+            let encoder = self.encode()?;
+            self.device.submit(encoder)?;
             if let Some(times) = &mut self.times {
                 times.collect(&self.device)?;
             }
@@ -281,12 +327,11 @@ impl Recorder {
     /// Runs everything and takes `n` floats of a buffer from float `at`.
     pub(super) fn read(
         &mut self,
-        buffer: &Buffer,
-        at: usize,
-        n: usize,
+        part: Option<(&Buffer, usize, usize)>,
         take: impl FnOnce(&[u8]),
     ) -> Result<()> {
-        let bytes = 4 * n as u64;
+        let wanted = part.map_or(0, |(_, _, n)| 4 * n as u64);
+        let bytes = wanted + 4 * SIGNED;
         let staging = match self.staging.take().filter(|staging| staging.bytes >= bytes) {
             Some(staging) => staging,
             None => {
@@ -294,12 +339,24 @@ impl Recorder {
                 self.device.buffer(bytes, usage, "reading back")?
             }
         };
-        let mut encoder = self.encode();
-        encoder.copy_buffer_to_buffer(&buffer.raw, 4 * at as u64, &staging.raw, 0, bytes);
-        self.device.queue.submit([encoder.finish()]);
-        self.device.check("submitting")?;
-        self.device.read_back(&staging.raw, bytes, take)?;
+        let mut encoder = self.encode()?;
+        if let Some((buffer, at, _)) = part {
+            encoder.copy_buffer_to_buffer(&buffer.raw, 4 * at as u64, &staging.raw, 0, wanted);
+        }
+        let signed = 4 * self.n_ran;
+        if let Some([_, ran]) = &self.ran {
+            encoder.copy_buffer_to_buffer(&ran.raw, 0, &staging.raw, wanted, signed);
+        }
+        self.device.submit(encoder)?;
+        let (pass, mut all_ran) = (self.pass as u32, Ok(()));
+        let device = Arc::clone(&self.device);
+        device.read_back(&staging.raw, wanted + signed, |view| {
+            let (view, ran) = view.split_at(wanted as usize);
+            all_ran = device.must_have_run(bytemuck::cast_slice(ran), pass);
+            take(view);
+        })?;
         self.staging = Some(staging);
+        all_ran?;
         if let Some(times) = &mut self.times {
             times.collect(&self.device)?;
         }

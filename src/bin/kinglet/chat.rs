@@ -70,6 +70,7 @@ pub fn run(args: &ChatArgs) -> Outcome {
         kv: args.session.options().kv,
         before: String::new(),
         totals: Totals::default(),
+        told_fault: false,
         paint: Paint::stderr(),
     };
     repl.resume()?;
@@ -120,6 +121,8 @@ struct Repl {
     /// Text of files that goes before the next message.
     before: String,
     totals: Totals,
+    /// Whether it was told that the session has left its GPU.
+    told_fault: bool,
     paint: Paint,
 }
 
@@ -215,6 +218,11 @@ impl Repl {
         self.totals.replayed_tokens += stats.replayed_tokens;
         self.totals.decode_tokens += stats.decode_tokens;
         self.totals.last = Some(*stats);
+        let session = self.chat.session();
+        if session.device_fault().is_some() && !self.told_fault {
+            self.told_fault = true;
+            ui::note_fault(session);
+        }
         let end = match reply.finish {
             Finish::Stop => "",
             Finish::Length => " · cut at max-tokens",

@@ -4,7 +4,7 @@ use std::error::Error as _;
 use std::io;
 use std::process::ExitCode;
 
-use kinglet::Error;
+use kinglet::{DeviceFault, Error};
 
 use crate::ui;
 
@@ -79,6 +79,7 @@ impl Failure {
                 | Error::Unsupported { .. }
                 | Error::Template(_) => 3,
                 Error::OutOfMemory { .. } | Error::OverBudget { .. } => 4,
+                Error::Device { fault, .. } if *fault == DeviceFault::OutOfMemory => 4,
                 Error::Io { .. } => 5,
                 Error::ContextFull { .. } => 7,
                 _ => 1,

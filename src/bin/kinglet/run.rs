@@ -54,6 +54,7 @@ pub fn run(args: &RunArgs) -> Outcome {
     drop(busy);
     printer.end()?;
     let (reply, session) = reply?;
+    ui::note_fault(&session);
     if let Some(path) = &args.prompt_cache {
         cache(session, &reply, path)?;
     }

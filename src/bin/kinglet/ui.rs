@@ -7,9 +7,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use kinglet::Error;
 use kinglet::profile::{DeltaWork, ExpertWork};
 use kinglet::session::{Event, Stats};
+use kinglet::{Error, Session};
 
 use crate::failure::{Failure, Outcome};
 use crate::interrupt;
@@ -61,6 +61,13 @@ impl Paint {
 /// A line to stderr, without what would steer a terminal.
 pub fn note(line: &str) {
     note_raw(&printable(line));
+}
+
+/// That a session has left its GPU, if it has.
+pub fn note_fault(session: &Session) {
+    if let Some(fault) = session.device_fault() {
+        note(&format!("note: {}; it goes on on the CPU", one_line(fault)));
+    }
 }
 
 /// A line to stderr with our own colours in it.

@@ -1,0 +1,170 @@
+//! Sessions whose GPU fails: at any submission, in every way that one can. In a process of its own, since all sessions of
+//! one share the device. Needs an adapter, as `gpu.rs`.
+
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+use kinglet::backend::gpu;
+use kinglet::session::{Extra, StateFile};
+use kinglet::{BackendKind, DeviceFault, KvType, LoadOptions, Model, Session, SessionOptions};
+
+/// One test at a time: they share a device.
+static DEVICE: Mutex<()> = Mutex::new(());
+
+/// Whether there is an adapter; says so if not.
+fn adapter() -> bool {
+    let found = !gpu::adapters().is_empty();
+    if !found {
+        assert!(
+            std::env::var_os("KINGLET_REQUIRE_GPU").is_none(),
+            "no adapter"
+        );
+        println!("skipped: no adapter");
+    }
+    found
+}
+
+fn load(path: &str, backend: BackendKind) -> Model {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
+    let options = LoadOptions {
+        threads: 2,
+        backend,
+        ..LoadOptions::default()
+    };
+    Model::load(&path, &options).expect("the model loads")
+}
+
+fn new_session(model: &Model, kv: KvType, batch: usize) -> Session {
+    let options = SessionOptions {
+        n_ctx: 512,
+        kv: kv.into(),
+        batch,
+        ..SessionOptions::default()
+    };
+    Session::new(model, &options).expect("a session")
+}
+
+fn prefill(session: &mut Session, tokens: &[u32]) {
+    session
+        .prefill(tokens, &mut |_, _| ControlFlow::Continue(()))
+        .expect("prefill");
+}
+
+/// Largest difference, relative to the largest logit.
+fn distance(found: &[f32], expected: &[f32]) -> f32 {
+    assert_eq!(found.len(), expected.len());
+    let scale = expected.iter().fold(0.0f32, |max, x| max.max(x.abs()));
+    let pairs = found.iter().zip(expected);
+    pairs.fold(0.0f32, |max, (a, b)| max.max((a - b).abs())) / scale
+}
+
+fn argmax(logits: &[f32]) -> u32 {
+    (0..logits.len())
+        .max_by(|a, b| logits[*a].total_cmp(&logits[*b]).then(b.cmp(a)))
+        .expect("logits") as u32
+}
+
+/// A prompt in several steps and a reply, past where the cache grows, with a mark between; the tokens, and the logits after
+/// the last.
+fn reply(session: &mut Session) -> (Vec<u32>, Vec<f32>) {
+    let tokens: Vec<u32> = (0..253).map(|i| (i * 37 + 11) % 320).collect();
+    prefill(session, &tokens);
+    session.mark().expect("a mark");
+    let mut reply = Vec::new();
+    for _ in 0..6 {
+        reply.push(argmax(session.logits()));
+        session.decode(reply[reply.len() - 1]).expect("decode");
+    }
+    (reply, session.logits().to_vec())
+}
+
+#[test]
+fn a_session_whose_gpu_fails_at_any_submission_goes_on_on_the_cpu() {
+    if !adapter() {
+        return;
+    }
+    let _alone = DEVICE.lock().unwrap_or_else(PoisonError::into_inner);
+    let path = "tests/data/lfm2-tiny-random.gguf";
+    let open = |backend| new_session(&load(path, backend), KvType::F32, 128);
+    let (tokens, logits) = reply(&mut open(BackendKind::Cpu));
+    let gap = |logits: &[f32]| {
+        let mut sorted = logits.to_vec();
+        sorted.sort_by(|a, b| b.total_cmp(a));
+        sorted[0] - sorted[1]
+    };
+    println!("the last choice is clear by {}", gap(&logits));
+    for fault in [
+        DeviceFault::Lost,
+        DeviceFault::OutOfMemory,
+        DeviceFault::Refused,
+    ] {
+        let mut n = 0;
+        let mut model = load(path, BackendKind::Gpu);
+        loop {
+            let mut session = new_session(&model, KvType::F32, 128);
+            let device = gpu::shared(None).expect("the same device");
+            device.fail_after(n, fault);
+            let found = reply(&mut session);
+            let d = distance(&found.1, &logits);
+            assert!(d < 1e-3, "{fault} at submission {n}: {d:e}");
+            assert_eq!(found.0, tokens, "{fault} at submission {n}");
+            let told = session.device_fault();
+            if !device.has_failed() {
+                assert_eq!(told, None);
+                break;
+            }
+            let told = told.expect("it has left the GPU");
+            assert!(told.contains(&fault.to_string()), "{told}");
+            // Forks, files and what is taken back are those of a session on the CPU.
+            let mut fork = session.fork().expect("a fork");
+            fork.truncate(200).expect("replay");
+            prefill(&mut fork, &[1, 2, 3]);
+            assert_eq!(fork.device_fault(), session.device_fault());
+            n += 1;
+            if fault == DeviceFault::Lost {
+                model = load(path, BackendKind::Gpu);
+            }
+        }
+        println!("{fault}: {n} submissions");
+        assert!(n > 14, "{n}: every step submits something");
+    }
+}
+
+#[test]
+fn what_a_session_held_survives_its_gpu() {
+    if !adapter() {
+        return;
+    }
+    let _alone = DEVICE.lock().unwrap_or_else(PoisonError::into_inner);
+    let model = load("tests/data/lfm2-tiny-random.gguf", BackendKind::Gpu);
+    let mut session = new_session(&model, KvType::F32, 128);
+    let (_, logits) = reply(&mut session);
+    let snapshot = session.snapshot().expect("a snapshot");
+    gpu::shared(None).expect("the same device").lose();
+    let file = std::env::temp_dir().join(format!("kinglet-lost-{}.state", std::process::id()));
+    session.save(&file, &Extra::default()).expect("from tokens");
+    let mut fork = session.fork().expect("from tokens");
+    let mut late = Session::new(&model, &session.options()).expect("on the CPU");
+    session.truncate(20).expect("from tokens");
+    session.restore(&snapshot).expect("from tokens");
+    late.restore(&snapshot).expect("from tokens");
+    let found = StateFile::open(&file).and_then(|file| file.load(&model, &session.options()));
+    let (mut found, _) = found.expect("what was saved");
+    std::fs::remove_file(file).expect("a file");
+    let last = argmax(&logits);
+    let cpu = load("tests/data/lfm2-tiny-random.gguf", BackendKind::Cpu);
+    let mut expected = new_session(&cpu, KvType::F32, 128);
+    reply(&mut expected);
+    expected.decode(last).expect("decode");
+    for (what, session) in [
+        ("session", &mut session),
+        ("fork", &mut fork),
+        ("new", &mut late),
+        ("file", &mut found),
+    ] {
+        session.decode(last).expect("decode");
+        assert!(session.device_fault().is_some(), "{what}");
+        assert_eq!(session.logits(), expected.logits(), "{what}");
+    }
+}
