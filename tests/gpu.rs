@@ -19,6 +19,7 @@ use kinglet::backend::{
     Activation, Attention, Backend, GatedFfnOf, LinearOf, Rope, RopePairs, Step,
 };
 use kinglet::quant::{self, Bytes, DType, Tensor};
+use kinglet::sampler::{Sampler, Settings, Source};
 use kinglet::session::{Extra, StateFile};
 use kinglet::{
     BackendKind, DeviceFault, Error, KvType, KvTypes, LoadOptions, Model, Session, SessionOptions,
@@ -244,6 +245,119 @@ fn what_the_gpu_cannot_do_and_a_lost_device_are_errors() {
         |error: &Error| matches!(error, Error::Device { fault, .. } if *fault == DeviceFault::Lost);
     assert!(lost(&error), "{error}");
     assert!(gpu.flush().is_err_and(|error| lost(&error)));
+}
+
+#[test]
+fn the_largest_of_a_row_are_those_that_sorting_finds() {
+    if !adapter() {
+        return;
+    }
+    let mut gpu = gpu();
+    for (n, k) in [
+        (8, 1),
+        (1000, 1),
+        (70_000, 1),
+        (1024, 2),
+        (4100, 40),
+        (70_000, 200),
+    ] {
+        let mut random = Random::new(n as u64);
+        for special in [None, Some(f32::NAN), Some(f32::NEG_INFINITY), Some(0.0)] {
+            // Some thousand numbers, so that many are equal.
+            let mut row: Vec<f32> = random.floats(n, 1000.0).iter().map(|x| x.round()).collect();
+            if let Some(special) = special {
+                (row[n / 3], row[n - 1]) = (special, -special);
+                if special == 0.0 {
+                    row.iter_mut().for_each(|x| *x = x.min(-0.0));
+                }
+            }
+            gpu.begin(Step::Decode);
+            let x = upload(&mut gpu, &row, n);
+            let mut found = Vec::new();
+            assert!(gpu.read_top(&x, k, &mut found).expect("it runs"));
+            let mut order: Vec<usize> = (0..n).collect();
+            let key = |i: usize| match row[i] {
+                x if x.is_nan() => f32::INFINITY,
+                x if k == 1 => x + 0.0,
+                x => x,
+            };
+            order.sort_by(|&a, &b| key(b).total_cmp(&key(a)).then(a.cmp(&b)));
+            let expected = order[..k].iter().map(|&i| (i as u32, row[i]));
+            for (found, expected) in found.iter().zip(expected) {
+                let same = found.1 == expected.1 || (found.1.is_nan() && expected.1.is_nan());
+                assert!(
+                    same && found.0 == expected.0,
+                    "{n}, {k}, {special:?}: {found:?}, not {expected:?}"
+                );
+            }
+            assert_eq!(found.len(), k);
+        }
+    }
+}
+
+#[test]
+fn the_largest_logits_choose_the_tokens_that_all_of_them_would() {
+    if !adapter() {
+        return;
+    }
+    let model = load("tests/data/lfm2-tiny-random.gguf", BackendKind::Gpu);
+    let prompt: Vec<u32> = (0..20).map(|i| (i * 37 + 11) % 320).collect();
+    let chain: &[&[(&str, &str)]] = &[
+        &[("temp", "0")],
+        &[("temp", "0"), ("repeat-penalty", "1.3")],
+        &[("temp", "1.5"), ("top-k", "40")],
+        &[
+            ("temp", "1.5"),
+            ("top-k", "200"),
+            ("top-p", "0.95"),
+            ("min-p", "0.01"),
+        ],
+        &[
+            ("temp", "2"),
+            ("top-k", "7"),
+            ("repeat-penalty", "1.5"),
+            ("presence-penalty", "0.5"),
+        ],
+        // There is no number of tokens that would do.
+        &[("temp", "2"), ("top-k", "7"), ("presence-penalty", "-0.5")],
+        &[("temp", "1.5"), ("top-k", "0")],
+    ];
+    for (i, values) in chain.iter().enumerate() {
+        let mut settings = Settings::neutral();
+        for (name, value) in values.iter().chain(&[("seed", "5")]) {
+            settings.set(name, value, Source::Flag).expect("a setting");
+        }
+        let reply = |reach: bool| {
+            let mut session = session(&model, KvType::F16, 512);
+            let mut sampler = Sampler::new(&settings);
+            sampler.forbid(&[3, 40]);
+            prefill(&mut session, &prompt);
+            let mut reply = Vec::new();
+            let mut n_top = 0;
+            for _ in 0..100 {
+                let token = match session.top() {
+                    [] => sampler.sample(session.logits()),
+                    top => sampler.sample_top(top, 320),
+                };
+                n_top += usize::from(!session.top().is_empty());
+                reply.push(token.expect("finite logits"));
+                sampler.accept(reply[reply.len() - 1]);
+                let k = sampler.reach().filter(|_| reach).unwrap_or(0);
+                session
+                    .decode_top(reply[reply.len() - 1], k)
+                    .expect("decode");
+                assert_eq!(session.logits().is_empty(), !session.top().is_empty());
+            }
+            session.recall_logits().expect("logits");
+            assert_eq!(session.logits().len(), 320);
+            (reply, n_top)
+        };
+        let (expected, none) = reply(false);
+        let (found, n_top) = reply(true);
+        assert_eq!(found, expected, "{values:?}");
+        assert_eq!(none, 0);
+        assert_eq!(n_top, if i < 5 { 99 } else { 0 }, "{values:?}");
+    }
 }
 
 fn cpu() -> Cpu {

@@ -466,6 +466,21 @@ pub trait Backend {
     /// If something before could not be run; caches and memories it should have changed are then unspecified.
     fn read(&mut self, x: &Self::Tensor, out: &mut Vec<f32>) -> Result<()>;
 
+    /// The `k` largest of the single row `x` and where they stand, the largest first and of equals the one that stands
+    /// first, after everything before has run; what is no number comes before all. `false`, and nothing done: reading them
+    /// all is as fast here.
+    ///
+    /// # Errors
+    /// As [`Backend::read`].
+    fn read_top(
+        &mut self,
+        _x: &Self::Tensor,
+        _k: usize,
+        _out: &mut Vec<(u32, f32)>,
+    ) -> Result<bool> {
+        Ok(false)
+    }
+
     /// Runs everything before: the end of a pass that is not read.
     ///
     /// # Errors

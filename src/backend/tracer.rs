@@ -505,6 +505,14 @@ impl<B: Backend> Backend for Tracer<B> {
         read
     }
 
+    fn read_top(&mut self, x: &B::Tensor, k: usize, out: &mut Vec<(u32, f32)>) -> Result<bool> {
+        let read = self.timed(Operation::Read, "", |b| b.read_top(x, k, out));
+        if !matches!(read, Ok(false)) {
+            self.end_pass();
+        }
+        read
+    }
+
     fn flush(&mut self) -> Result<()> {
         let flushed = self.timed(Operation::Flush, "", |b| b.flush());
         self.end_pass();

@@ -60,6 +60,22 @@ impl Candidates {
         Ok(())
     }
 
+    /// Starts over with the likeliest of `n` tokens, in their order.
+    ///
+    /// # Errors
+    /// If a logit is not a number.
+    pub(super) fn fill_top(&mut self, top: &[(u32, f32)], n: usize) -> Result<()> {
+        if let Some((id, _)) = top.iter().find(|(_, logit)| logit.is_nan()) {
+            return Err(not_a_number(*id as usize, n));
+        }
+        self.list.clear();
+        let list = top.iter().map(|&(id, logit)| Candidate { id, logit });
+        self.list.extend(list);
+        self.selected = true;
+        self.sorted = true;
+        Ok(())
+    }
+
     /// Number of candidates.
     pub fn len(&self) -> usize {
         if self.selected {
@@ -344,14 +360,16 @@ pub(super) fn max_number(logits: &[f32]) -> Result<f32> {
     }
     if bad.iter().any(|bad| *bad > 0) || rest.iter().any(|x| x.is_nan()) {
         let id = logits.iter().position(|x| x.is_nan());
-        return Err(Error::BadModel(format!(
-            "logits: expected numbers, found NaN for token {} of {}",
-            id.unwrap_or_default(),
-            logits.len()
-        )));
+        return Err(not_a_number(id.unwrap_or_default(), logits.len()));
     }
     let max = max.iter().chain(rest).copied();
     Ok(max.fold(f32::NEG_INFINITY, f32::max))
+}
+
+fn not_a_number(id: usize, n: usize) -> Error {
+    Error::BadModel(format!(
+        "logits: expected numbers, found NaN for token {id} of {n}"
+    ))
 }
 
 /// `max`, the largest of `n` logits, if it is finite.

@@ -153,6 +153,11 @@ impl Sampler {
                 }
             }
         }
+        self.run_stages()?;
+        Ok(&self.candidates)
+    }
+
+    fn run_stages(&mut self) -> Result<()> {
         let s = &self.settings;
         for stage in &self.stages {
             let candidates = &mut self.candidates;
@@ -165,7 +170,51 @@ impl Sampler {
                 Stage::Temperature => temperature::apply(candidates, s.temperature.value)?,
             }
         }
-        Ok(&self.candidates)
+        Ok(())
+    }
+
+    /// How many of the likeliest tokens decide which is chosen, as the text is now; `None`: there may be no such number.
+    pub fn reach(&self) -> Option<usize> {
+        let mut stages = self.stages.iter();
+        let mut next = stages.next();
+        // What they lower makes room for as many others.
+        let mut lowered = 0;
+        if next == Some(&Stage::Penalties) {
+            lowered = self.penalties.lowers()?;
+            next = stages.next();
+        }
+        let kept = match next {
+            None if self.greedy => 1,
+            // One more, so that it is the sampler that keeps and sorts them.
+            Some(Stage::TopK) => self.settings.top_k.value.checked_add(1)?,
+            _ => return None,
+        };
+        kept.checked_add(lowered)?.checked_add(self.forbidden.len())
+    }
+
+    /// Chooses as [`Sampler::sample`] would of all `n_vocab`, from the [`Sampler::reach`] likeliest and their logits, in
+    /// their order.
+    ///
+    /// # Errors
+    /// As [`Sampler::sample`].
+    pub fn sample_top(&mut self, top: &[(u32, f32)], n_vocab: usize) -> Result<u32> {
+        self.candidates.fill_top(top, n_vocab)?;
+        let Self {
+            candidates,
+            forbidden,
+            ..
+        } = self;
+        candidates.list().retain(|c| !forbidden.contains(&c.id));
+        self.run_stages()?;
+        self.choose()
+    }
+
+    fn choose(&mut self) -> Result<u32> {
+        if self.greedy {
+            greedy::choose(&self.candidates)
+        } else {
+            dist::choose(&mut self.candidates, &mut self.rng)
+        }
     }
 
     /// Chooses the next token. The caller [accepts](Sampler::accept) it if it becomes part of the text.
@@ -188,11 +237,7 @@ impl Sampler {
             return greedy::argmax(logits);
         }
         self.candidates_among(logits, allowed)?;
-        if self.greedy {
-            greedy::choose(&self.candidates)
-        } else {
-            dist::choose(&mut self.candidates, &mut self.rng)
-        }
+        self.choose()
     }
 
     /// Bytes held; constant after the first token.

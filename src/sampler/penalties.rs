@@ -37,6 +37,12 @@ impl Penalties {
         neutral || self.last_n == 0
     }
 
+    /// How many logits it changes, if it raises none.
+    pub fn lowers(&self) -> Option<usize> {
+        let lowers = self.repeat >= 1.0 && self.frequency >= 0.0 && self.presence >= 0.0;
+        lowers.then_some(self.counts.len())
+    }
+
     pub fn accept(&mut self, token: u32) {
         if self.is_neutral() {
             return;

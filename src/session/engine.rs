@@ -45,6 +45,16 @@ pub(super) trait Engine: Send {
     /// Runs `pass`, for whose positions there is room. `logits` becomes `(n_wanted, n_vocab)`.
     fn forward(&mut self, pass: &Pass, logits: &mut Vec<f32>) -> Result<()>;
 
+    /// The same of a pass with one output, of which the `k` largest are all that is wanted: they come to `top` where the
+    /// backend can tell them apart, and `logits` become empty.
+    fn forward_top(
+        &mut self,
+        pass: &Pass,
+        k: usize,
+        top: &mut Vec<(u32, f32)>,
+        logits: &mut Vec<f32>,
+    ) -> Result<()>;
+
     /// Passes end where `cancel` says so, see [`Backend::set_cancel`].
     fn set_cancel(&mut self, cancel: &Cancel);
 
@@ -227,12 +237,27 @@ impl<B: Backend + Send + 'static> Engine for Runner<B> {
     }
 
     fn forward(&mut self, pass: &Pass, logits: &mut Vec<f32>) -> Result<()> {
+        self.forward_top(pass, 0, &mut Vec::new(), logits)
+    }
+
+    fn forward_top(
+        &mut self,
+        pass: &Pass,
+        k: usize,
+        top: &mut Vec<(u32, f32)>,
+        logits: &mut Vec<f32>,
+    ) -> Result<()> {
         self.backend.begin(pass.step);
+        top.clear();
         caught(|| {
             let wanted = self
                 .network
                 .forward(&mut self.backend, &mut self.state, pass);
             match wanted {
+                Some(wanted) if k > 0 && self.backend.read_top(&wanted, k, top)? => {
+                    logits.clear();
+                    Ok(())
+                }
                 Some(wanted) => self.backend.read(&wanted, logits),
                 None => {
                     logits.clear();

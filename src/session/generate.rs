@@ -217,7 +217,7 @@ pub fn generate(
     let work = session.work();
     while options.max_tokens.is_none_or(|n| reply.tokens.len() < n) {
         let allowed = follow.as_mut().map(|follow| follow.allowed()).transpose()?;
-        let token = sampler.sample_among(session.logits(), allowed)?;
+        let token = choose(session, sampler, allowed)?;
         if reply.tokens.is_empty() {
             reply.stats.first_token = begin.elapsed();
             decode_begin = Instant::now();
@@ -255,7 +255,12 @@ pub fn generate(
             reply.finish = Finish::ContextFull;
             break;
         }
-        if is_cancelled(session.decode(token))? {
+        // A constraint may leave but the least likely.
+        let k = match &follow {
+            None => sampler.reach().unwrap_or(0),
+            Some(_) => 0,
+        };
+        if is_cancelled(session.decode_top(token, k))? {
             reply.finish = Finish::Cancelled;
             break;
         }
@@ -272,6 +277,18 @@ pub fn generate(
     }
     told.finish(shown, &mut reply, on);
     Ok(reply)
+}
+
+/// The token after those of `session`, from as many logits as it knows.
+pub(super) fn choose(
+    session: &Session,
+    sampler: &mut Sampler,
+    allowed: Option<&[u32]>,
+) -> Result<u32> {
+    match session.top() {
+        [] => sampler.sample_among(session.logits(), allowed),
+        top => sampler.sample_top(top, session.model().info().config.n_vocab),
+    }
 }
 
 /// Tells a reply as it comes in.

@@ -688,9 +688,16 @@ impl Session {
     }
 
     /// The logits after the last token, `(n_vocab)`. Empty if there is none, and after [`Session::truncate`], unless
-    /// the position was [marked](Session::mark), until [`Session::recall_logits`].
+    /// the position was [marked](Session::mark), and where the [largest](Session::top) alone are known, until
+    /// [`Session::recall_logits`].
     pub fn logits(&self) -> &[f32] {
         &self.line.logits
+    }
+
+    /// The largest logits after the last token and their tokens, the largest first and of equals the lower token: as many
+    /// as [`Session::decode_top`] was asked for, where that spared reading them all; else none, and all are there.
+    pub fn top(&self) -> &[(u32, f32)] {
+        &self.line.top
     }
 
     /// Appends `tokens`, in steps of the batch size. `progress` is told the tokens done and their total after each
@@ -726,8 +733,17 @@ impl Session {
     /// # Errors
     /// As [`Session::prefill`].
     pub fn decode(&mut self, token: u32) -> Result<()> {
+        self.decode_top(token, 0)
+    }
+
+    /// Appends one token, after which the `k` largest logits are all that is wanted; 0: all of them. Where they are
+    /// computed far away [`Session::top`] has those, and the others stay there.
+    ///
+    /// # Errors
+    /// As [`Session::prefill`].
+    pub fn decode_top(&mut self, token: u32, k: usize) -> Result<()> {
         self.check(&[token])?;
-        self.forward(Step::Decode, &[token], 0)
+        self.forward_to(Output::Logits, Step::Decode, &[token], 0, k)
     }
 
     /// Appends `tokens` and calls `each` with the position and the logits after every one of them, until it breaks.
@@ -770,7 +786,7 @@ impl Session {
         let hidden = self.model.info().config.hidden;
         for chunk in tokens.chunks(self.batch) {
             let start = self.line.tokens.len();
-            let done = self.forward_to(Output::Hidden, Step::Prefill, chunk, 0);
+            let done = self.forward_to(Output::Hidden, Step::Prefill, chunk, 0, 0);
             let states = std::mem::take(&mut self.line.logits); // they are none
             done?;
             for (i, state) in states.chunks_exact(hidden).enumerate() {
@@ -826,7 +842,7 @@ impl Session {
     }
 
     fn forward(&mut self, step: Step, tokens: &[u32], output_from: usize) -> Result<()> {
-        self.forward_to(Output::Logits, step, tokens, output_from)
+        self.forward_to(Output::Logits, step, tokens, output_from, 0)
     }
 
     /// Runs a pass, whose output becomes the logits of the line, whatever it is.
@@ -836,8 +852,9 @@ impl Session {
         step: Step,
         tokens: &[u32],
         output_from: usize,
+        k: usize,
     ) -> Result<()> {
-        self.or_on_cpu(|session| session.forward_once(output, step, tokens, output_from))
+        self.or_on_cpu(|session| session.forward_once(output, step, tokens, output_from, k))
     }
 
     fn forward_once(
@@ -846,6 +863,7 @@ impl Session {
         step: Step,
         tokens: &[u32],
         output_from: usize,
+        k: usize,
     ) -> Result<()> {
         self.cancel.check()?;
         self.rebuild()?;
@@ -860,7 +878,8 @@ impl Session {
             write_kv: true,
         };
         let exact_from = self.line.exact_from.take(); // until the pass has run
-        self.engine.forward(&pass, &mut self.line.logits)?;
+        let (top, logits) = (&mut self.line.top, &mut self.line.logits);
+        self.engine.forward_top(&pass, k, top, logits)?;
         self.line.exact_from = exact_from;
         self.line.tokens.extend_from_slice(tokens);
         self.line.steps.resize(self.line.tokens.len(), step);

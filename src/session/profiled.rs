@@ -3,6 +3,7 @@
 use std::ops::ControlFlow;
 use std::path::Path;
 
+use super::generate::choose;
 use super::{LoadOptions, Model, Session, SessionOptions};
 use crate::error::{Error, Result};
 use crate::experts::ExpertStore;
@@ -69,12 +70,12 @@ pub fn run_profiled(
             }
             recorder.token(|recorder| -> Result<()> {
                 let sample = || -> Result<u32> {
-                    let token = sampler.sample(session.logits())?;
+                    let token = choose(session, &mut sampler, None)?;
                     sampler.accept(token);
                     Ok(token)
                 };
                 let token = recorder.span(Operation::Sample, "sample", sample)?;
-                session.decode(token)
+                session.decode_top(token, sampler.reach().unwrap_or(0))
             })?;
             if i == n || i.is_multiple_of(TOKENS_A_TRACE) {
                 recorder.add(|| session.take_trace());

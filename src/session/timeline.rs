@@ -31,6 +31,8 @@ pub(super) struct Timeline {
     pub(super) steps: Vec<Step>,
     /// After the last token, or none.
     pub(super) logits: Vec<f32>,
+    /// The largest of them, where no more are known.
+    pub(super) top: Vec<(u32, f32)>,
     /// From this position on convolutions can be rewound; `None`: what they hold is of no use.
     pub(super) exact_from: Option<usize>,
     /// In the order of positions.
@@ -53,6 +55,7 @@ impl Default for Timeline {
             tokens: Vec::new(),
             steps: Vec::new(),
             logits: Vec::new(),
+            top: Vec::new(),
             exact_from: Some(0),
             marks: VecDeque::new(),
         }
@@ -72,6 +75,7 @@ impl Timeline {
             tokens,
             steps,
             logits,
+            top: Vec::new(),
             marks: VecDeque::new(),
         }
     }
@@ -287,6 +291,7 @@ impl Session {
         line.tokens.truncate(n);
         line.steps.truncate(n);
         line.logits.clear();
+        line.top.clear();
         line.marks.retain(|mark| mark.position <= n);
         let reaches = line.exact_from.is_some_and(|from| from <= n);
         if !reaches || !self.engine.rewind_convs(back) {

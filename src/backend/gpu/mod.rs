@@ -11,6 +11,7 @@ mod ops;
 pub mod pipeline;
 mod record;
 mod times;
+mod top;
 mod weights;
 
 use std::cell::{Cell, RefCell};

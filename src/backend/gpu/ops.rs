@@ -924,6 +924,10 @@ impl Backend for Gpu {
             .read(Some((&rows.buffer, rows.at, n)), take)
     }
 
+    fn read_top(&mut self, x: &Tensor, k: usize, out: &mut Vec<(u32, f32)>) -> Result<bool> {
+        self.top(x, k, out)
+    }
+
     fn flush(&mut self) -> Result<()> {
         self.settle();
         let recorder = self.recorder.get_mut();

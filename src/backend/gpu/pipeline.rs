@@ -149,6 +149,13 @@ pub enum Shader {
     Glu(Activation),
     /// A sum.
     Add,
+    /// The largest numbers.
+    Top {
+        /// How many: 1, or up to [`MAX_TOP`].
+        k: u32,
+        /// Whether they were chosen before.
+        pairs: bool,
+    },
     /// The choice of a router.
     Route {
         /// Whether there is one.
@@ -163,6 +170,9 @@ macro_rules! file {
         include_str!(concat!("../../../shaders/", $name))
     };
 }
+
+/// Numbers that [`Shader::Top`] chooses at most.
+pub(super) const MAX_TOP: usize = 256;
 
 /// Lanes of a workgroup of a GEMV.
 pub(super) const GEMV_LANES: u32 = 128;
@@ -433,6 +443,15 @@ impl Shader {
                 text.file(file!("glu.wgsl"));
             }
             Shader::Add => text.file(file!("add.wgsl")),
+            Shader::Top { k, pairs } => {
+                text.flag("PAIRS", pairs);
+                if k == 1 {
+                    text.file(file!("argmax.wgsl"));
+                } else {
+                    text.uint("K", k);
+                    text.file(file!("top_k.wgsl"));
+                }
+            }
             Shader::Route { bias, sigmoid } => {
                 text.flag("BIAS", bias);
                 text.flag("SIGMOID", sigmoid);
@@ -535,6 +554,11 @@ impl Shader {
             all.push(Shader::Glu(activation));
         }
         all.push(Shader::Add);
+        for k in [1, 64, MAX_TOP as u32] {
+            for pairs in [false, true] {
+                all.push(Shader::Top { k, pairs });
+            }
+        }
         for bias in [false, true] {
             for sigmoid in [false, true] {
                 all.push(Shader::Route { bias, sigmoid });

@@ -111,6 +111,7 @@ impl Times {
             Shader::Glu(_) => Operation::Glu,
             Shader::Add => Operation::Add,
             Shader::Route { .. } => Operation::Route,
+            Shader::Top { .. } => Operation::Read,
         };
         let names = names.iter().map(|name| name.trim_end_matches(".weight"));
         let layer = names.clone().next().and_then(|name| short_name(name).0);
@@ -122,6 +123,7 @@ impl Times {
             Shader::Gemv { dtype, .. } => format!("gemv_{dtype}_gpu").to_lowercase(),
             Shader::Gemm { dtype, .. } => format!("gemm_{dtype}_gpu").to_lowercase(),
             Shader::AttentionMerge => "attention_merge_gpu".to_owned(),
+            Shader::Top { .. } => "top_gpu".to_owned(),
             _ => format!("{}_gpu", operation.name()),
         };
         let done = work.since(&self.work);
