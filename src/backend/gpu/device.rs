@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use wgpu::{BufferUsages, DeviceType, Features};
 
-use super::pipeline::{Pipelines, Target};
+use super::pipeline::{self, Pipelines, Target};
 use super::weights::Weights;
 use crate::error::{DeviceFault, Error, Result};
 
@@ -27,6 +27,8 @@ pub struct AdapterInfo {
     pub f16: bool,
     /// Lanes of a subgroup, where they are always as many: sums need no memory then.
     pub subgroup: Option<u32>,
+    /// Matrix units: 32 lanes multiply 16 x 16 half floats.
+    pub matrices: bool,
     /// Timestamps inside of passes.
     pub timestamps: bool,
     /// Bytes of a binding at most: larger matrices are split.
@@ -85,6 +87,7 @@ fn describe(index: usize, adapter: &wgpu::Adapter) -> AdapterInfo {
         driver: format!("{} {}", info.driver, info.driver_info),
         f16: features.contains(Features::SHADER_F16),
         subgroup: subgroup(&info, features),
+        matrices: has_matrices(adapter),
         timestamps: features.contains(TIMESTAMPS),
         max_binding: max_binding(&limits),
         workgroup_memory: limits.max_compute_workgroup_storage_size,
@@ -100,6 +103,23 @@ fn subgroup(info: &wgpu::AdapterInfo, features: Features) -> Option<u32> {
     let fits = least == most && least.is_power_of_two() && (4..=64).contains(&least);
     (features.contains(Features::SUBGROUP) && fits).then_some(least)
 }
+
+/// Whether `gemm_matrix.wgsl` runs: half floats that are summed as floats, 16 each way, held by subgroups of 32 lanes.
+fn has_matrices(adapter: &wgpu::Adapter) -> bool {
+    use wgpu::CooperativeScalarType::{F16, F32};
+    let (info, features, limits) = (adapter.get_info(), adapter.features(), adapter.limits());
+    let fits = |of: &wgpu::CooperativeMatrixProperties| {
+        (of.m_size, of.n_size, of.k_size) == (16, 16, 16) && (of.ab_type, of.cr_type) == (F16, F32)
+    };
+    features.contains(Features::SHADER_F16 | Features::EXPERIMENTAL_COOPERATIVE_MATRIX)
+        && subgroup(&info, features) == Some(32)
+        && limits.max_compute_workgroup_storage_size >= MATRIX_MEMORY
+        && limits.max_compute_invocations_per_workgroup >= 256
+        && adapter.cooperative_matrix_properties().iter().any(fits)
+}
+
+/// Bytes of a workgroup of the largest tile: twice 256 rows of ten vectors, and eight squares on their way out.
+const MATRIX_MEMORY: u32 = 2 * 256 * 10 * 8 + 8 * 256 * 4;
 
 /// Offsets of planes in a buffer are 32-bit numbers of words; a gibibyte is large enough not to matter.
 fn max_binding(limits: &wgpu::Limits) -> u64 {
@@ -214,11 +234,17 @@ impl Device {
         })?;
         let info = describe(index, &adapter);
         let limits = adapter.limits();
-        let wanted = Features::SHADER_F16 | Features::SUBGROUP | TIMESTAMPS;
+        let mut wanted = Features::SHADER_F16 | Features::SUBGROUP | TIMESTAMPS;
+        let mut experimental = wgpu::ExperimentalFeatures::disabled();
+        if info.matrices {
+            wanted |= Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
+            experimental = pipeline::experimental();
+        }
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("kinglet"),
             required_features: adapter.features() & wanted,
             required_limits: limits.clone(),
+            experimental_features: experimental,
             memory_hints: wgpu::MemoryHints::Performance,
             ..wgpu::DeviceDescriptor::default()
         };
@@ -255,6 +281,7 @@ impl Device {
             target: Target {
                 f16: info.f16,
                 subgroup: info.subgroup,
+                matrices: info.matrices,
             },
             pipelines: Pipelines::default(),
             nothing,

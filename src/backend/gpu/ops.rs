@@ -8,7 +8,7 @@ use wgpu::BufferUsages;
 
 use super::attention::{KvCache, MAX_HEAD};
 use super::device::Span;
-use super::pipeline::{Experts, GEMV_LANES, Shader, UnitsOf, is_float};
+use super::pipeline::{Experts, GEMV_LANES, MatrixTile, Shader, UnitsOf, is_float};
 use super::times::Times;
 use super::weights::{UNIT, Weights};
 use super::{
@@ -26,6 +26,9 @@ use crate::quant::{DType, Tensor as FileTensor};
 
 /// Workgroups of a GEMV that fill every device.
 const MANY_GROUPS: usize = 512;
+
+/// Workgroups of a GEMM by matrix units below which smaller tiles are faster: an H100 runs 132 at once.
+const MATRIX_GROUPS: usize = 112;
 
 /// Rows whose logits are wanted below which those of a prompt take the shaders of a token.
 const FEW: usize = 4;
@@ -173,14 +176,8 @@ impl Gpu {
         let weights = &*product.weights;
         self.count(weights, n_tokens, (1, 1));
         let out = self.take(n_tokens * weights.n_out);
-        let (tm, tn) = self.tile(weights, n_tokens);
-        let shader = Shader::Gemm {
-            dtype: weights.dtype,
-            tm,
-            tn,
-            bias: product.bias.is_some(),
-            residual: residual.is_some(),
-        };
+        let (bias, residual_there) = (product.bias.is_some(), residual.is_some());
+        let (shader, rows, tokens) = self.gemm(weights, n_tokens, bias, residual_there);
         for part in &weights.parts {
             let params = [
                 weights.n_in.div_ceil(UNIT) as u32,
@@ -200,14 +197,41 @@ impl Gpu {
                 product.bias.as_ref().map(Vector::span),
                 Some(out.span()),
             ];
-            let grid = [
-                part.n_rows.div_ceil(16 * tm as usize),
-                n_tokens.div_ceil(16 * tn as usize),
-                1,
-            ];
+            let grid = [part.n_rows.div_ceil(rows), n_tokens.div_ceil(tokens), 1];
             self.dispatch_of(&[&weights.name], shader, &params, &buffers, grid);
         }
         out
+    }
+
+    /// The shader for products of many tokens, and rows and tokens of its tile. By matrix units all prompts, however short,
+    /// so that a token's sums do not depend on how many came with it.
+    fn gemm(
+        &self,
+        weights: &Weights,
+        n_tokens: usize,
+        bias: bool,
+        residual: bool,
+    ) -> (Shader, usize, usize) {
+        let dtype = weights.dtype;
+        let tile = matrix_tile(weights.n_out, n_tokens);
+        let shader = Shader::GemmMatrix {
+            dtype,
+            tile,
+            bias,
+            residual,
+        };
+        if shader.runs_on(&self.device.target) {
+            return (shader, tile.rows(), tile.tokens());
+        }
+        let (tm, tn) = self.tile(weights, n_tokens);
+        let shader = Shader::Gemm {
+            dtype,
+            tm,
+            tn,
+            bias,
+            residual,
+        };
+        (shader, 16 * tm as usize, 16 * tn as usize)
     }
 
     /// Rows and tokens of a lane of a GEMM: the largest tile that tokens and rows fill, and that the memory of a workgroup
@@ -956,6 +980,18 @@ impl Backend for Gpu {
             _ => "",
         }
     }
+}
+
+/// The largest tile of which there are enough to fill a large device; for few tokens no wider than they are.
+fn matrix_tile(n_out: usize, n_tokens: usize) -> MatrixTile {
+    let [.., small, least] = MatrixTile::ALL;
+    let fills = |tile: &&MatrixTile| {
+        n_out.div_ceil(tile.rows()) * n_tokens.div_ceil(tile.tokens()) >= MATRIX_GROUPS
+    };
+    if n_tokens <= least.tokens() {
+        return least;
+    }
+    *MatrixTile::ALL.iter().find(fills).unwrap_or(&small)
 }
 
 /// Workgroups of 256 for `n` elements, in rows of 65535.

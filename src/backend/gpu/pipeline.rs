@@ -23,6 +23,8 @@ pub struct Target {
     pub f16: bool,
     /// Lanes of every subgroup.
     pub subgroup: Option<u32>,
+    /// Matrices of 16 x 16 half floats that 32 lanes multiply together, summed as floats.
+    pub matrices: bool,
 }
 
 /// How a GEMV takes experts.
@@ -52,6 +54,39 @@ impl UnitsOf {
         let most = if is_float { 64 } else { 256 };
         let depth = if self.0 > team { 2 } else { 1 };
         (self.0.min(most.max(depth * team)), depth)
+    }
+}
+
+/// What a workgroup of [`Shader::GemmMatrix`] makes, in squares of 16 x 16.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct MatrixTile {
+    /// Squares of a subgroup, along rows and along tokens.
+    pub squares: (u32, u32),
+    /// Subgroups of a workgroup, along rows and along tokens.
+    pub subgroups: (u32, u32),
+}
+
+impl MatrixTile {
+    /// From the largest on. A lane unpacks a row of weights, so there are as many lanes as rows.
+    pub const ALL: [Self; 4] = [
+        Self::new((4, 2), (2, 4)),
+        Self::new((4, 2), (2, 2)),
+        Self::new((2, 2), (2, 2)),
+        Self::new((2, 1), (2, 2)),
+    ];
+
+    const fn new(squares: (u32, u32), subgroups: (u32, u32)) -> Self {
+        Self { squares, subgroups }
+    }
+
+    /// Rows of weights.
+    pub fn rows(self) -> usize {
+        16 * (self.squares.0 * self.subgroups.0) as usize
+    }
+
+    /// Tokens.
+    pub fn tokens(self) -> usize {
+        16 * (self.squares.1 * self.subgroups.1) as usize
     }
 }
 
@@ -87,6 +122,17 @@ pub enum Shader {
         tm: u32,
         /// Tokens of a lane.
         tn: u32,
+        /// Whether there is one.
+        bias: bool,
+        /// Whether there is one.
+        residual: bool,
+    },
+    /// Products of many tokens, by matrix units.
+    GemmMatrix {
+        /// Of the matrix.
+        dtype: DType,
+        /// What a workgroup makes.
+        tile: MatrixTile,
         /// Whether there is one.
         bias: bool,
         /// Whether there is one.
@@ -281,6 +327,41 @@ impl Text {
     }
 }
 
+/// A text whose parts from `// unroll i N` to `// end` stand there N times, each with its number for `#i`.
+fn unrolled(text: &str, counts: &[(&str, u32)]) -> String {
+    let mut out = String::new();
+    let mut lines = text.lines();
+    while let Some(line) = lines.next() {
+        let Some(head) = line.trim_start().strip_prefix("// unroll ") else {
+            out.push_str(line);
+            out.push('\n');
+            continue;
+        };
+        let (name, count) = head.split_once(' ').expect("a name and a count");
+        let (_, count) = counts
+            .iter()
+            .find(|(known, _)| *known == count)
+            .expect("a count that is known");
+        let mut depth = 1;
+        let mut body = String::new();
+        for line in lines.by_ref() {
+            let start = line.trim_start();
+            depth += usize::from(start.starts_with("// unroll "));
+            depth -= usize::from(start == "// end");
+            if depth == 0 {
+                break;
+            }
+            body.push_str(line);
+            body.push('\n');
+        }
+        for i in 0..*count {
+            let body = body.replace(&format!("#{name}"), &i.to_string());
+            out.push_str(&unrolled(&body, counts));
+        }
+    }
+    out
+}
+
 impl Shader {
     /// The text for a target.
     pub fn source(&self, target: &Target) -> String {
@@ -312,8 +393,11 @@ impl Shader {
                 text.uint("EXPERTS", experts as u32);
                 text.activation(glu);
                 text.format(dtype);
-                let (_, own) = format(dtype);
-                let load = own.find("fn load_0").expect("every format loads units");
+                let (shared, own) = format(dtype);
+                let loads = |text: &&str| text.contains("fn load_0");
+                let own = [own].into_iter().chain(shared.iter().copied()).find(loads);
+                let own = own.expect("every format loads units");
+                let load = own.find("fn load_0").expect("it was found");
                 let load_end = load + own[load..].find("\n}\n").expect("a function ends") + 3;
                 for m in 0..matrices {
                     let mut part = file!("gemv_matrix.wgsl").to_owned();
@@ -378,6 +462,28 @@ impl Shader {
                 });
                 text.format(dtype);
                 text.file(file!("gemm.wgsl"));
+            }
+            Shader::GemmMatrix {
+                dtype,
+                tile,
+                bias,
+                residual,
+            } => {
+                text.0
+                    .push_str("enable f16;\nenable wgpu_cooperative_matrix;\n");
+                let ((rows, columns), (sm, sn)) = (tile.squares, tile.subgroups);
+                text.uint("FM", rows);
+                text.uint("FN", columns);
+                text.uint("SM", sm);
+                text.uint("SN", sn);
+                text.flag("BIAS", bias);
+                text.flag("RESIDUAL", residual);
+                text.file(file!("tile_f16.wgsl"));
+                text.format(dtype);
+                // Vectors of activations that a lane fetches.
+                let xs = 8 * tile.tokens() as u32 / (32 * sm * sn);
+                let counts = [("FM", rows), ("FN", columns), ("XS", xs), ("2", 2)];
+                text.file(&unrolled(file!("gemm_matrix.wgsl"), &counts));
             }
             Shader::Embed(dtype) => {
                 text.format(dtype);
@@ -461,6 +567,16 @@ impl Shader {
         text.0
     }
 
+    /// Whether a target can run it.
+    pub fn runs_on(&self, target: &Target) -> bool {
+        match self {
+            Shader::GemmMatrix { dtype, .. } => {
+                target.f16 && target.matrices && *dtype != DType::F32
+            }
+            _ => true,
+        }
+    }
+
     /// One of every operation in every way that it is specialized, for tests.
     pub fn all() -> Vec<Shader> {
         let mut all = Vec::new();
@@ -508,6 +624,14 @@ impl Shader {
                     dtype,
                     tm,
                     tn,
+                    bias,
+                    residual,
+                });
+            }
+            for (tile, bias, residual) in [(0, true, false), (1, false, true), (3, false, false)] {
+                all.push(Shader::GemmMatrix {
+                    dtype,
+                    tile: MatrixTile::ALL[tile],
                     bias,
                     residual,
                 });
@@ -566,6 +690,13 @@ impl Shader {
         }
         all
     }
+}
+
+/// Leave to use matrices that a subgroup holds.
+pub(super) fn experimental() -> wgpu::ExperimentalFeatures {
+    // SAFETY: experimental is their translation; all their loads and stores stay within the memory of a workgroup, whose
+    // sizes are constants of the shader.
+    unsafe { wgpu::ExperimentalFeatures::enabled() }
 }
 
 /// A shader on a device.

@@ -100,7 +100,9 @@ impl Times {
         let operation = match shader {
             Shader::Gemv { experts, .. } if experts != Experts::None => Operation::Moe,
             Shader::Gemv { glu: Some(_), .. } => Operation::GatedFfn,
-            Shader::Gemv { .. } | Shader::Gemm { .. } => Operation::Linear,
+            Shader::Gemv { .. } | Shader::Gemm { .. } | Shader::GemmMatrix { .. } => {
+                Operation::Linear
+            }
             Shader::Embed(_) => Operation::Embed,
             Shader::RmsNorm { .. } => Operation::RmsNorm,
             Shader::Heads { .. } => Operation::KvWrite,
@@ -122,6 +124,7 @@ impl Times {
         let kernel = match shader {
             Shader::Gemv { dtype, .. } => format!("gemv_{dtype}_gpu").to_lowercase(),
             Shader::Gemm { dtype, .. } => format!("gemm_{dtype}_gpu").to_lowercase(),
+            Shader::GemmMatrix { dtype, .. } => format!("gemm_{dtype}_gpu_matrix").to_lowercase(),
             Shader::AttentionMerge => "attention_merge_gpu".to_owned(),
             Shader::Top { .. } => "top_gpu".to_owned(),
             _ => format!("{}_gpu", operation.name()),

@@ -193,6 +193,8 @@ impl Report {
             writeln!(out, "    subgroups     {subgroup}")?;
             let half = if gpu.f16 { "yes" } else { "no" };
             writeln!(out, "    half floats   {half}")?;
+            let matrices = if gpu.matrices { "yes" } else { "no" };
+            writeln!(out, "    matrix units  {matrices}")?;
             let binding = ui::bytes(gpu.max_binding);
             let memory = ui::bytes(gpu.workgroup_memory.into());
             writeln!(
@@ -219,6 +221,7 @@ impl Report {
                 "driver": gpu.driver,
                 "subgroup": gpu.subgroup,
                 "f16": gpu.f16,
+                "matrix_units": gpu.matrices,
                 "max_binding_bytes": gpu.max_binding,
                 "workgroup_bytes": gpu.workgroup_memory,
             })
