@@ -3,7 +3,7 @@
 //
 // Positions go by in tiles of 128, one a lane, with running maxima and sums. Long caches are split between workgroups,
 // whose parts attention_merge.wgsl puts together: part (n_heads, n_splits, D + 2): sums of values, maximum, sum.
-// For values a lane has four columns of some positions. Grid: (splits, groups of query heads).
+// For values a lane has four columns of some positions. PACK: out is packed too, unless parts are. Grid: (splits, groups of query heads).
 
 struct Params {
     first: u32,
@@ -15,12 +15,17 @@ struct Params {
     q_at: u32, // vec4
     out_at: u32, // vec4
     scale: f32,
+    packed_at: u32, // vec4
+    n_units: u32,
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> q: array<vec4<f32>>;
 @group(0) @binding(4) var<storage, read_write> out: array<vec4<f32>>;
 @group(0) @binding(5) var<storage, read_write> part: array<f32>;
+// unroll i PACK
+@group(0) @binding(6) var<storage, read_write> packed: array<u32>;
+// end
 
 const D4: u32 = D / 4u;
 // Lanes that share a column of values.
@@ -32,6 +37,7 @@ var<workgroup> weights: array<f32, GROUP * 128u>;
 var<workgroup> maxima: array<f32, GROUP * 8u>;
 var<workgroup> columns: array<vec4<f32>, 128>;
 var<workgroup> sums: array<f32, 128>;
+var<workgroup> results: array<vec4<f32>, D4>;
 
 @compute @workgroup_size(128)
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) tid: u32) {
@@ -125,6 +131,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) t
             let head = head0 + g;
             if p.n_splits == 1u {
                 out[p.out_at + head * D4 + tid] = sum / weight;
+                results[tid] = sum / weight;
             } else {
                 let at = (head * p.n_splits + split) * (D + 2u);
                 part[at + 4u * tid] = sum.x;
@@ -138,5 +145,11 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) t
             }
         }
         workgroupBarrier();
+        // unroll i PACK
+        if p.n_splits == 1u && tid < D / 8u {
+            let group = (head0 + g) * D / 8u + tid;
+            pack(p.packed_at, p.n_units, group, results[2u * tid], results[2u * tid + 1u]);
+        }
+        // end
     }
 }

@@ -7,6 +7,7 @@ use wgpu::BufferUsages;
 use super::device::Buffer;
 use super::ops::vec4;
 use super::pipeline::Shader;
+use super::weights::UNIT;
 use super::{Gpu, Heads, Rows, Tensor, Value};
 use crate::backend::select::KvOptions;
 use crate::backend::{Attention, KV_PAGE, KvType, KvTypes, Step};
@@ -268,7 +269,10 @@ impl Gpu {
                 self.rows(q)
             }
         };
-        let out = self.take(q.n_tokens * q.n_cols);
+        let mut out = self.take(q.n_tokens * q.n_cols);
+        if self.packs(q.n_cols) && d.is_multiple_of(8) {
+            out.packed = Some(self.take_packed(q.n_tokens, q.n_cols));
+        }
         let mut work = self.work.get();
         for position in start..start + q.n_tokens {
             let seen = attention.window.unwrap_or(usize::MAX).min(position + 1);
@@ -394,6 +398,7 @@ impl Gpu {
         let shader = Shader::AttentionOne {
             head_dim: d as u32,
             group: group as u32,
+            pack: out.packed.is_some(),
             keys: cache.kinds.keys,
             values: cache.kinds.values,
         };
@@ -408,19 +413,34 @@ impl Gpu {
             vec4(q.at + at),
             vec4(out.at + at),
             attention.scale.to_bits(),
+            // Four planes of a vec4 a unit.
+            (at / 8) as u32,
+            (n_heads * d / UNIT) as u32,
         ];
-        let buffers = [
+        let packed = out.packed.as_ref();
+        let mut buffers = vec![
             Some(q.span()),
             Some(cache.keys.all()),
             Some(cache.values.all()),
             Some(out.span()),
             Some(part.span()),
         ];
+        buffers.extend(packed.map(|packed| Some(packed.span())));
         self.dispatch(shader, &params, &buffers, [n_splits, n_heads / group, 1]);
         if n_splits > 1 {
-            let params = [d as u32, n_splits as u32, (out.at + at) as u32];
-            let buffers = [Some(part.span()), Some(out.span())];
-            self.dispatch(Shader::AttentionMerge, &params, &buffers, [n_heads, 1, 1]);
+            let params = [
+                d as u32,
+                n_splits as u32,
+                (out.at + at) as u32,
+                (at / 8) as u32,
+                (n_heads * d / UNIT) as u32,
+            ];
+            let mut buffers = vec![Some(part.span()), Some(out.span())];
+            buffers.extend(packed.map(|packed| Some(packed.span())));
+            let shader = Shader::AttentionMerge {
+                pack: packed.is_some(),
+            };
+            self.dispatch(shader, &params, &buffers, [n_heads, 1, 1]);
         }
     }
 

@@ -8,6 +8,7 @@
 mod attention;
 pub mod device;
 mod ops;
+mod packed;
 pub mod pipeline;
 mod record;
 mod times;
@@ -21,6 +22,7 @@ pub use self::attention::KvCache;
 use self::attention::Waiting;
 use self::device::Buffer;
 pub use self::device::{AdapterInfo, Device, adapters};
+use self::packed::Packed;
 use self::record::Recorder;
 use self::weights::Weights;
 use super::{RopePairs, Step};
@@ -67,6 +69,8 @@ enum Value {
     Heads(Heads),
     /// A product.
     Product(Product),
+    /// A residual and the product that is added to it.
+    Sum(Sum),
 }
 
 /// Rows in memory, one after the other.
@@ -75,6 +79,8 @@ struct Rows {
     buffer: Arc<Buffer>,
     /// The first float.
     at: usize,
+    /// The same, packed; of all rows, from the first of the buffer.
+    packed: Option<Packed>,
 }
 
 #[derive(Clone)]
@@ -82,6 +88,8 @@ struct Norm {
     x: Rows,
     gain: Vector,
     eps: f32,
+    /// x times gain.
+    packed: Option<Packed>,
 }
 
 #[derive(Clone)]
@@ -104,6 +112,8 @@ struct Turn {
 enum Input {
     Rows(Rows),
     Normed(Norm),
+    /// Rows that are nowhere else.
+    Packed(Packed),
 }
 
 #[derive(Clone)]
@@ -111,6 +121,12 @@ struct Product {
     x: Input,
     weights: Arc<Weights>,
     bias: Option<Vector>,
+}
+
+#[derive(Clone)]
+struct Sum {
+    residual: Rows,
+    product: Product,
 }
 
 /// What a short convolution remembers: a ring of rows, of which some more than are read are kept, by which it can be

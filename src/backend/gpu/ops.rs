@@ -8,11 +8,13 @@ use wgpu::BufferUsages;
 
 use super::attention::{KvCache, MAX_HEAD};
 use super::device::Span;
+use super::packed::Packed;
 use super::pipeline::{Experts, GEMV_LANES, MatrixTile, Shader, UnitsOf, is_float};
 use super::times::Times;
 use super::weights::{UNIT, Weights};
 use super::{
-    ConvState, Gpu, Heads, Input, Matrix, Norm, Product, REWIND, Rows, Tensor, Turn, Value, Vector,
+    ConvState, Gpu, Heads, Input, Matrix, Norm, Product, REWIND, Rows, Sum, Tensor, Turn, Value,
+    Vector,
 };
 use crate::backend::select::KvOptions;
 use crate::backend::{
@@ -55,7 +57,7 @@ impl Gpu {
     }
 
     /// A dispatch that reads the matrices `names`.
-    fn dispatch_of(
+    pub(super) fn dispatch_of(
         &self,
         names: &[&str],
         shader: Shader,
@@ -73,6 +75,7 @@ impl Gpu {
         Rows {
             buffer: self.done(buffer),
             at: 0,
+            packed: None,
         }
     }
 
@@ -81,7 +84,11 @@ impl Gpu {
         let buffer = self.recorder.borrow_mut().take_for_upload(data.len() / 4);
         let buffer = self.done(buffer);
         self.device.queue.write_buffer(&buffer.raw, 0, data);
-        Rows { buffer, at: 0 }
+        Rows {
+            buffer,
+            at: 0,
+            packed: None,
+        }
     }
 
     /// The rows of a tensor, computed now if they have not been.
@@ -92,6 +99,7 @@ impl Gpu {
             Value::Normed(norm) => self.norm(&norm, x.n_tokens, x.n_cols, None),
             Value::Heads(heads) => self.heads(&heads, x.n_tokens, x.n_cols),
             Value::Product(product) => self.product(&product, x.n_tokens, None),
+            Value::Sum(sum) => self.product(&sum.product, x.n_tokens, Some(&sum.residual)),
         };
         *x.value.borrow_mut() = Value::Rows(rows.clone());
         rows
@@ -172,6 +180,7 @@ impl Gpu {
         let x = match &product.x {
             Input::Rows(rows) => rows.clone(),
             Input::Normed(norm) => self.norm(norm, n_tokens, product.weights.n_in, None),
+            Input::Packed(_) => unreachable!("a prompt is not packed"),
         };
         let weights = &*product.weights;
         self.count(weights, n_tokens, (1, 1));
@@ -263,6 +272,10 @@ impl Gpu {
         residual: Option<&Rows>,
     ) -> [Rows; N] {
         let outs = layers.map(|(weights, _)| self.take(n_tokens * weights.n_out));
+        if let Some(x) = Self::packed_input(x, &layers) {
+            self.gemv_packed(x, &layers, &outs, n_tokens, residual);
+            return outs;
+        }
         let alike = |a: &(&Weights, Option<&Vector>), b: &(&Weights, Option<&Vector>)| {
             let kind = |(weights, bias): &(&Weights, Option<&Vector>)| {
                 (weights.dtype, weights.n_in, bias.is_some())
@@ -293,7 +306,7 @@ impl Gpu {
     }
 
     /// Matrices whose bindings fit a shader.
-    fn most_matrices(&self) -> usize {
+    pub(super) fn most_matrices(&self) -> usize {
         let most = self.device.limits.max_storage_buffers_per_shader_stage as usize;
         (most.saturating_sub(4) / 4).clamp(1, 3)
     }
@@ -318,6 +331,7 @@ impl Gpu {
         let (norm, x) = match call.x {
             Input::Rows(x) => (None, x),
             Input::Normed(norm) => (Some(norm), &norm.x),
+            Input::Packed(_) => unreachable!("these shaders pack what they read"),
         };
         let shader = Shader::Gemv {
             dtype: weights.dtype,
@@ -405,7 +419,7 @@ impl Gpu {
     }
 
     /// `n_experts` of those of the matrix, all without a route, are read for `n_tokens`.
-    fn count(&self, weights: &Weights, n_tokens: usize, share: (usize, usize)) {
+    pub(super) fn count(&self, weights: &Weights, n_tokens: usize, share: (usize, usize)) {
         let mut work = self.work.get();
         let of = |n: usize| (n / share.1 * share.0) as u64;
         work.weight_bytes += of(weights.file_bytes);
@@ -464,6 +478,15 @@ struct Routes {
 }
 
 impl Rows {
+    /// Those from another on.
+    fn from(self, at: usize) -> Self {
+        Self {
+            at,
+            packed: self.packed.filter(|_| at == self.at),
+            ..self
+        }
+    }
+
     pub(super) fn span(&self) -> Span<'_> {
         self.buffer.all()
     }
@@ -647,10 +670,23 @@ impl Backend for Gpu {
     fn rms_norm(&mut self, x: &Tensor, gain: &Vector, eps: f32) -> Tensor {
         self.check();
         assert!(x.n_cols.is_multiple_of(gain.n), "rows of whole groups");
+        let sum = match &*x.value.borrow() {
+            Value::Sum(sum) if gain.n == x.n_cols => Some(sum.clone()),
+            _ => None,
+        };
+        if let Some(norm) = sum.and_then(|sum| self.sum_for_norm(&sum, x.n_tokens, gain, eps)) {
+            *x.value.borrow_mut() = Value::Rows(norm.x.clone());
+            return Tensor::new(x.n_tokens, x.n_cols, Value::Normed(norm));
+        }
         let rows = self.rows(x);
         let gain = gain.clone();
         let value = match gain.n == x.n_cols {
-            true => Value::Normed(Norm { x: rows, gain, eps }),
+            true => Value::Normed(Norm {
+                x: rows,
+                gain,
+                eps,
+                packed: None,
+            }),
             false if gain.n <= MAX_HEAD => Value::Heads(Heads {
                 x: rows,
                 n: gain.n,
@@ -658,7 +694,12 @@ impl Backend for Gpu {
                 rope: None,
             }),
             false => {
-                let norm = Norm { x: rows, gain, eps };
+                let norm = Norm {
+                    x: rows,
+                    gain,
+                    eps,
+                    packed: None,
+                };
                 Value::Rows(self.norm(&norm, x.n_tokens, x.n_cols, None))
             }
         };
@@ -753,7 +794,8 @@ impl Backend for Gpu {
         assert_eq!(bcx.n_cols, 3 * n, "gates and inputs of a convolution");
         assert_eq!(taps.n, (conv.n_rows + 1) * n, "taps of a convolution");
         let x = self.rows(bcx);
-        let out = self.take(n_tokens * n);
+        let mut out = self.take(n_tokens * n);
+        out.packed = self.packs(n).then(|| self.take_packed(n_tokens, n));
         let run = |first: usize, n_run: usize, store: bool, push: bool| {
             let params = [
                 n as u32,
@@ -764,14 +806,19 @@ impl Backend for Gpu {
                 x.at as u32,
                 first as u32,
             ];
+            let packed = out.packed.as_ref().filter(|_| !push);
             let buffers = [
                 Some(x.span()),
                 Some(taps.span()),
                 Some(conv.memory.all()),
                 Some(out.span()),
+                packed.map(Packed::span),
             ];
+            let pack = packed.is_some();
+            let buffers = &buffers[..4 + usize::from(pack)];
             let grid = [n.div_ceil(64), n_run, 1];
-            self.dispatch(Shader::ShortConv { store, push }, &params, &buffers, grid);
+            let shader = Shader::ShortConv { store, push, pack };
+            self.dispatch(shader, &params, buffers, grid);
         };
         let one = n_tokens == 1;
         run(0, n_tokens, one, false);
@@ -807,6 +854,16 @@ impl Backend for Gpu {
             && ffn.up.bias.is_none();
         let h = if joins {
             let input = self.input(x);
+            let down = &ffn.down.weight.0;
+            let (n_tokens, activation) = (x.n_tokens, ffn.activation);
+            if let Some(h) = self.glu_packed(&input, gate, up, down, activation, n_tokens) {
+                let product = Product {
+                    x: Input::Packed(h),
+                    weights: Arc::clone(down),
+                    bias: ffn.down.bias.clone(),
+                };
+                return Tensor::new(n_tokens, down.n_out, Value::Product(product));
+            }
             let out = self.take(x.n_tokens * gate.n_out);
             let call = Gemv {
                 x: &input,
@@ -833,7 +890,7 @@ impl Backend for Gpu {
         let rows = self.rows(x);
         let n_tokens = x.n_tokens - from;
         let at = rows.at + from * x.n_cols;
-        let x = Tensor::new(n_tokens, x.n_cols, Value::Rows(Rows { at, ..rows }));
+        let x = Tensor::new(n_tokens, x.n_cols, Value::Rows(rows.from(at)));
         let [logits] = self.linear(&x, [&moe.router]);
         let logits = self.rows(&logits);
         let routing = &moe.routing;
@@ -907,6 +964,11 @@ impl Backend for Gpu {
         let residual = self.rows(x);
         let value = y.value.borrow().clone();
         let sum = match value {
+            // A norm of the sum may follow, which wants more than the sum.
+            Value::Product(product) if self.packs(x.n_cols) => {
+                *x.value.get_mut() = Value::Sum(Sum { residual, product });
+                return;
+            }
             Value::Product(product) => self.product(&product, x.n_tokens, Some(&residual)),
             Value::Normed(norm) => self.norm(&norm, x.n_tokens, x.n_cols, Some(&residual)),
             _ => {
@@ -923,6 +985,9 @@ impl Backend for Gpu {
     }
 
     fn rows_from(&mut self, x: Tensor, from: usize) -> Tensor {
+        if from == 0 && self.step == Step::Decode {
+            return x;
+        }
         let n_tokens = x.n_tokens - from;
         let rows = self.rows(&x);
         // What follows leaves no trace in the caches.
@@ -930,7 +995,7 @@ impl Backend for Gpu {
             self.step = Step::Decode;
         }
         let at = rows.at + from * x.n_cols;
-        Tensor::new(n_tokens, x.n_cols, Value::Rows(Rows { at, ..rows }))
+        Tensor::new(n_tokens, x.n_cols, Value::Rows(rows.from(at)))
     }
 
     fn read(&mut self, x: &Tensor, out: &mut Vec<f32>) -> Result<()> {

@@ -57,6 +57,48 @@ impl UnitsOf {
     }
 }
 
+/// What the output of a product is for.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Then {
+    /// Whatever.
+    Nothing,
+    /// A norm and a product, which want it packed.
+    Norm,
+    /// Nothing but a product, which wants it packed.
+    Product,
+}
+
+/// How the lanes of a workgroup share eight rows.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct PackedShape {
+    /// Lanes of a team.
+    pub team: u32,
+    /// Whether a row is more than a unit for each lane.
+    pub deep: bool,
+    /// Whether two teams share a row.
+    pub split: bool,
+}
+
+impl PackedShape {
+    /// Rows of a team: a workgroup has 256 lanes at most, 512 where two teams share a row.
+    fn rows(self) -> u32 {
+        (self.team / 32).max(1)
+    }
+
+    fn split(self) -> u32 {
+        if self.split { 2 } else { 1 }
+    }
+
+    fn teams(self) -> u32 {
+        8 * self.split() / self.rows()
+    }
+
+    /// Units that a lane reads at once.
+    fn depth(self) -> u32 {
+        if self.deep { 2 } else { 1 }
+    }
+}
+
 /// What a workgroup of [`Shader::GemmMatrix`] makes, in squares of 16 x 16.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct MatrixTile {
@@ -114,6 +156,25 @@ pub enum Shader {
         /// Whose rows.
         experts: Experts,
     },
+    /// Products of one token that came packed.
+    GemvPacked {
+        /// Of the matrices.
+        dtype: DType,
+        /// How many.
+        matrices: u32,
+        /// How lanes share them.
+        shape: PackedShape,
+        /// Whether the input is normed.
+        norm: bool,
+        /// Whether there is one.
+        bias: bool,
+        /// Whether there is one.
+        residual: bool,
+        /// Gate and up become one.
+        glu: Option<Activation>,
+        /// What comes next.
+        then: Then,
+    },
     /// Products of many tokens.
     Gemm {
         /// Of the matrix.
@@ -164,13 +225,18 @@ pub enum Shader {
         head_dim: u32,
         /// Query heads of a workgroup.
         group: u32,
+        /// Whether the output is packed.
+        pack: bool,
         /// Of the cache.
         keys: KvType,
         /// Of the cache.
         values: KvType,
     },
     /// The parts of a split attention.
-    AttentionMerge,
+    AttentionMerge {
+        /// Whether the output is packed.
+        pack: bool,
+    },
     /// Attention of many tokens.
     AttentionMany {
         /// Elements of a head.
@@ -190,6 +256,8 @@ pub enum Shader {
         store: bool,
         /// Whether it does nothing else.
         push: bool,
+        /// Whether the output is packed.
+        pack: bool,
     },
     /// A gated unit.
     Glu(Activation),
@@ -315,6 +383,57 @@ impl Text {
         }
     }
 
+    /// `part` for each of some matrices, which have a function each that loads their units.
+    fn matrices(&mut self, dtype: DType, n: u32, part: &str) {
+        let (shared, own) = format(dtype);
+        let loads = |text: &&str| text.contains("fn load_0");
+        let own = [own].into_iter().chain(shared.iter().copied()).find(loads);
+        let own = own.expect("every format loads units");
+        let load = own.find("fn load_0").expect("it was found");
+        let load_end = load + own[load..].find("\n}\n").expect("a function ends") + 3;
+        for m in 0..n {
+            let mut part = part.to_owned();
+            for i in 0..4 {
+                let binding = (5 + 4 * m + i).to_string();
+                part = part.replace(&format!("BINDING_{i})"), &format!("{binding})"));
+            }
+            part = part.replace("M_0", &format!("{m}u"));
+            if m > 0 {
+                part.push_str(&own[load..load_end]);
+            }
+            self.file(&part.replace("_0", &format!("_{m}")));
+        }
+    }
+
+    /// A function that does `what` for the matrix `m`, whose number stands for `#`.
+    fn choice(&mut self, head: &str, what: &str, n: u32) {
+        write!(self.0, "\nfn {head} {{\n    switch m {{\n").expect("a string has room");
+        for m in (0..n).rev() {
+            let case = match m {
+                0 => "default".to_owned(),
+                m => format!("case {m}u"),
+            };
+            let what = what.replace('#', &m.to_string());
+            writeln!(self.0, "        {case}: {{ {what} }}").expect("a string has room");
+        }
+        self.0.push_str("    }\n}\n");
+    }
+
+    /// A text that packs what it makes, if it is told to.
+    fn packing(&mut self, text: &str, pack: bool) {
+        if pack {
+            self.file(file!("pack.wgsl"));
+        }
+        self.file(&unrolled(text, &[("PACK", u32::from(pack))]));
+    }
+
+    fn team(&mut self, target: &Target) {
+        self.file(match target.subgroup {
+            Some(_) => file!("team_subgroup.wgsl"),
+            None => file!("team_plain.wgsl"),
+        });
+    }
+
     fn cache(&mut self, keys: KvType, values: KvType) {
         self.file(match keys {
             KvType::F32 => file!("kv/keys_f32.wgsl"),
@@ -393,52 +512,75 @@ impl Shader {
                 text.uint("EXPERTS", experts as u32);
                 text.activation(glu);
                 text.format(dtype);
-                let (shared, own) = format(dtype);
-                let loads = |text: &&str| text.contains("fn load_0");
-                let own = [own].into_iter().chain(shared.iter().copied()).find(loads);
-                let own = own.expect("every format loads units");
-                let load = own.find("fn load_0").expect("it was found");
-                let load_end = load + own[load..].find("\n}\n").expect("a function ends") + 3;
-                for m in 0..matrices {
-                    let mut part = file!("gemv_matrix.wgsl").to_owned();
-                    for i in 0..4 {
-                        let binding = (5 + 4 * m + i).to_string();
-                        part = part.replace(&format!("BINDING_{i})"), &format!("{binding})"));
-                    }
-                    part = part.replace("M_0", &format!("{m}u"));
-                    if m > 0 {
-                        part.push_str(&own[load..load_end]);
-                    }
-                    text.file(&part.replace("_0", &format!("_{m}")));
-                }
-                text.0
-                    .push_str("\nfn tile(m: u32, before: u32, row: u32, unit: u32) -> array<Unit, ROWS> {\n    switch m {\n");
-                for m in (1..matrices).rev() {
-                    writeln!(
-                        text.0,
-                        "        case {m}u: {{ return tile_{m}(before, row, unit); }}"
-                    )
-                    .expect("a string has room");
-                }
-                text.0.push_str("        default: { return tile_0(before, row, unit); }\n    }\n}\n\nfn put(m: u32, at: u32, token: u32, row: u32, y: f32) {\n    switch m {\n");
-                for m in (1..matrices).rev() {
-                    writeln!(
-                        text.0,
-                        "        case {m}u: {{ put_{m}(at, token, row, y); }}"
-                    )
-                    .expect("a string has room");
-                }
-                text.0
-                    .push_str("        default: { put_0(at, token, row, y); }\n    }\n}\n");
+                text.matrices(dtype, matrices, file!("gemv_matrix.wgsl"));
+                text.choice(
+                    "tile(m: u32, before: u32, row: u32, unit: u32) -> array<Unit, ROWS>",
+                    "return tile_#(before, row, unit);",
+                    matrices,
+                );
+                text.choice(
+                    "put(m: u32, at: u32, token: u32, row: u32, y: f32)",
+                    "put_#(at, token, row, y);",
+                    matrices,
+                );
                 text.file(match is_float(dtype) {
                     true => file!("x_float.wgsl"),
                     false => file!("x_packed.wgsl"),
                 });
                 text.file(file!("gemv.wgsl"));
-                text.file(match target.subgroup {
-                    Some(_) => file!("team_subgroup.wgsl"),
-                    None => file!("team_plain.wgsl"),
-                });
+                text.team(target);
+            }
+            Shader::GemvPacked {
+                dtype,
+                matrices,
+                shape,
+                norm,
+                bias,
+                residual,
+                glu,
+                then,
+            } => {
+                let (teams, rows, split) = (shape.teams(), shape.rows(), shape.split());
+                text.uint("WG", teams * shape.team);
+                text.uint("TEAM", shape.team);
+                text.uint("TEAMS", teams);
+                text.uint("ROWS", rows);
+                text.uint("SPLIT", split);
+                text.uint("DEPTH", shape.depth());
+                text.uint("MATRICES", matrices);
+                text.flag("NORM", norm);
+                text.flag("GLU", glu.is_some());
+                text.flag("SQUARES", then == Then::Norm);
+                text.activation(glu);
+                text.format(dtype);
+                let flag = u32::from;
+                let counts = [
+                    ("ROWS", rows),
+                    ("DEPTH", shape.depth()),
+                    ("GLU", flag(glu.is_some())),
+                    ("RESIDUAL", flag(residual)),
+                    ("BIAS", flag(bias)),
+                    ("GAIN", flag(then == Then::Norm)),
+                    ("PACK", flag(then != Then::Nothing)),
+                    ("OUT", flag(then != Then::Product)),
+                ];
+                let part = file!("gemv_packed_matrix.wgsl");
+                text.matrices(dtype, matrices, &unrolled(part, &counts));
+                let head = "load(m: u32, at: u32) -> Unit";
+                text.choice(head, "return load_#(at);", matrices);
+                if bias {
+                    let head = "bias(m: u32, at: u32) -> vec4<f32>";
+                    text.choice(head, "return bias_#[at];", matrices);
+                }
+                if then != Then::Product {
+                    let head = "put(m: u32, at: u32, y: vec4<f32>)";
+                    text.choice(head, "out_#[at] = y;", matrices);
+                }
+                if then != Then::Nothing {
+                    text.file(file!("pack.wgsl"));
+                }
+                text.file(&unrolled(file!("gemv_packed.wgsl"), &counts));
+                text.team(target);
             }
             Shader::Gemm {
                 dtype,
@@ -517,15 +659,16 @@ impl Shader {
             Shader::AttentionOne {
                 head_dim,
                 group,
+                pack,
                 keys,
                 values,
             } => {
                 text.uint("D", head_dim);
                 text.uint("GROUP", group);
                 text.cache(keys, values);
-                text.file(file!("attention_one.wgsl"));
+                text.packing(file!("attention_one.wgsl"), pack);
             }
-            Shader::AttentionMerge => text.file(file!("attention_merge.wgsl")),
+            Shader::AttentionMerge { pack } => text.packing(file!("attention_merge.wgsl"), pack),
             Shader::AttentionMany {
                 head_dim,
                 bq,
@@ -539,10 +682,10 @@ impl Shader {
                 text.cache(keys, values);
                 text.file(file!("attention_many.wgsl"));
             }
-            Shader::ShortConv { store, push } => {
+            Shader::ShortConv { store, push, pack } => {
                 text.flag("STORE", store);
                 text.flag("PUSH", push);
-                text.file(file!("short_conv.wgsl"));
+                text.packing(file!("short_conv.wgsl"), pack);
             }
             Shader::Glu(activation) => {
                 text.activation(Some(activation));
@@ -565,6 +708,62 @@ impl Shader {
             }
         }
         text.0
+    }
+
+    /// Some of [`Shader::GemvPacked`].
+    fn packed(dtype: DType) -> [Self; 5] {
+        let shape = |team, deep, split| PackedShape { team, deep, split };
+        let silu = Some(Activation::Silu);
+        let nothing = Then::Nothing;
+        [
+            (
+                1,
+                shape(32, true, true),
+                [false, false, true],
+                None,
+                Then::Norm,
+            ),
+            (
+                1,
+                shape(64, true, false),
+                [true, false, false],
+                None,
+                nothing,
+            ),
+            (
+                2,
+                shape(32, false, false),
+                [true, true, false],
+                None,
+                nothing,
+            ),
+            (
+                3,
+                shape(8, true, false),
+                [true, false, false],
+                None,
+                nothing,
+            ),
+            (
+                2,
+                shape(32, true, false),
+                [true, false, false],
+                silu,
+                Then::Product,
+            ),
+        ]
+        .map(
+            |(matrices, shape, [norm, bias, residual], glu, then)| Self::GemvPacked {
+                dtype,
+                matrices,
+                shape,
+                norm,
+                bias,
+                residual,
+                glu,
+                then,
+            },
+        )
     }
 
     /// Whether a target can run it.
@@ -615,6 +814,9 @@ impl Shader {
                     experts,
                 });
             }
+            if !is_float(dtype) {
+                all.extend(Self::packed(dtype));
+            }
             for (tm, tn, bias, residual) in [
                 (8, 8, false, true),
                 (4, 4, true, false),
@@ -658,6 +860,7 @@ impl Shader {
                 all.push(Shader::AttentionOne {
                     head_dim,
                     group,
+                    pack: group < 8,
                     keys,
                     values,
                 });
@@ -670,9 +873,12 @@ impl Shader {
                 });
             }
         }
-        all.push(Shader::AttentionMerge);
+        for pack in [false, true] {
+            all.push(Shader::AttentionMerge { pack });
+        }
         for (store, push) in [(true, false), (false, false), (false, true)] {
-            all.push(Shader::ShortConv { store, push });
+            let pack = store;
+            all.push(Shader::ShortConv { store, push, pack });
         }
         for activation in [Activation::Silu, Activation::GeluTanh, Activation::Relu] {
             all.push(Shader::Glu(activation));

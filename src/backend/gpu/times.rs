@@ -99,16 +99,19 @@ impl Times {
     pub(super) fn span(&mut self, shader: Shader, names: &[&str], work: Work) -> Span {
         let operation = match shader {
             Shader::Gemv { experts, .. } if experts != Experts::None => Operation::Moe,
-            Shader::Gemv { glu: Some(_), .. } => Operation::GatedFfn,
-            Shader::Gemv { .. } | Shader::Gemm { .. } | Shader::GemmMatrix { .. } => {
-                Operation::Linear
+            Shader::Gemv { glu: Some(_), .. } | Shader::GemvPacked { glu: Some(_), .. } => {
+                Operation::GatedFfn
             }
+            Shader::Gemv { .. }
+            | Shader::GemvPacked { .. }
+            | Shader::Gemm { .. }
+            | Shader::GemmMatrix { .. } => Operation::Linear,
             Shader::Embed(_) => Operation::Embed,
             Shader::RmsNorm { .. } => Operation::RmsNorm,
             Shader::Heads { .. } => Operation::KvWrite,
-            Shader::AttentionOne { .. } | Shader::AttentionMerge | Shader::AttentionMany { .. } => {
-                Operation::Attention
-            }
+            Shader::AttentionOne { .. }
+            | Shader::AttentionMerge { .. }
+            | Shader::AttentionMany { .. } => Operation::Attention,
             Shader::ShortConv { .. } => Operation::ShortConv,
             Shader::Glu(_) => Operation::Glu,
             Shader::Add => Operation::Add,
@@ -123,9 +126,10 @@ impl Times {
         };
         let kernel = match shader {
             Shader::Gemv { dtype, .. } => format!("gemv_{dtype}_gpu").to_lowercase(),
+            Shader::GemvPacked { dtype, .. } => format!("gemv_{dtype}_gpu_packed").to_lowercase(),
             Shader::Gemm { dtype, .. } => format!("gemm_{dtype}_gpu").to_lowercase(),
             Shader::GemmMatrix { dtype, .. } => format!("gemm_{dtype}_gpu_matrix").to_lowercase(),
-            Shader::AttentionMerge => "attention_merge_gpu".to_owned(),
+            Shader::AttentionMerge { .. } => "attention_merge_gpu".to_owned(),
             Shader::Top { .. } => "top_gpu".to_owned(),
             _ => format!("{}_gpu", operation.name()),
         };

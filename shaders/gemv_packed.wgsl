@@ -1,0 +1,196 @@
+// y = W x, for one to three matrices W, (n_out, n_in), that share x, which is packed as pack.wgsl says; a token at a time.
+//
+// Around it, where the constants say so: x is normed (NORM: the gain is in x, the scale follows from its sums of squares), a
+// bias and a residual are added, two matrices become activation(W0 x) * (W1 x) (GLU). PACK: y, times the gain of the
+// norm that comes next where there is one, is packed for the product that comes next.
+//
+// A workgroup has a group of eight rows, a team of lanes ROWS of them or, where rows are long, every SPLIT-th part of
+// one; lane i reads units i, i + TEAM, ..., DEPTH at once. Nothing is prepared, so weights and x are on their way at
+// once. The first lane then has all eight rows. Grid: (groups, tokens).
+
+struct Params {
+    n_units: u32,
+    out_at: u32, // vec4
+    residual_at: u32, // vec4
+    eps: f32,
+    n_out: vec3<u32>, // rows of the matrices that are there
+    row_at: u32, // the first row of a part of a matrix
+    stride: vec3<u32>, // vec4 of a row of y
+    next_units: u32, // of a row of y
+    first_wg: vec3<u32>,
+}
+
+@group(0) @binding(0) var<uniform> p: Params;
+@group(0) @binding(1) var<storage, read> x: array<vec4<u32>>;
+// unroll i RESIDUAL
+@group(0) @binding(2) var<storage, read> residual: array<vec4<f32>>;
+// end
+// unroll i GAIN
+@group(0) @binding(3) var<storage, read> gain: array<vec4<f32>>;
+// end
+// unroll i PACK
+@group(0) @binding(4) var<storage, read_write> packed: array<u32>;
+// end
+
+var<workgroup> shared_sums: array<f32, WG>;
+// Of the teams: rows, or their parts.
+var<workgroup> sums: array<f32, TEAMS * ROWS>;
+var<workgroup> sums_up: array<f32, TEAMS * ROWS>;
+var<workgroup> squares: array<f32, TEAMS>;
+
+struct X {
+    low: vec4<u32>,
+    high: vec4<u32>,
+    d: vec4<f32>,
+}
+
+fn x_of(at: u32) -> X {
+    return X(x[at], x[at + p.n_units], bitcast<vec4<f32>>(x[at + 2u * p.n_units]));
+}
+
+// The sums of the halves of a unit.
+fn halves(x: X) -> vec2<f32> {
+    let ones = 0x01010101u;
+    let a = dot4I8Packed(ones, x.low.x) + dot4I8Packed(ones, x.low.y);
+    let b = dot4I8Packed(ones, x.low.z) + dot4I8Packed(ones, x.low.w);
+    let c = dot4I8Packed(ones, x.high.x) + dot4I8Packed(ones, x.high.y);
+    let d = dot4I8Packed(ones, x.high.z) + dot4I8Packed(ones, x.high.w);
+    return vec2(f32(a) * x.d.x + f32(b) * x.d.y, f32(c) * x.d.z + f32(d) * x.d.w);
+}
+
+// w[i] = a * code[i] + b in each half of a unit, so their sum of products is a * (code . x) + b * sum(x).
+fn dot_unit(w: Unit, x: X, half_sums: vec2<f32>) -> f32 {
+    let k = codes(w);
+    let s = scales(w);
+    let a = dot4I8Packed(k[0], x.low.x) + dot4I8Packed(k[1], x.low.y);
+    let b = dot4I8Packed(k[2], x.low.z) + dot4I8Packed(k[3], x.low.w);
+    let c = dot4I8Packed(k[4], x.high.x) + dot4I8Packed(k[5], x.high.y);
+    let d = dot4I8Packed(k[6], x.high.z) + dot4I8Packed(k[7], x.high.w);
+    let first = f32(a) * x.d.x + f32(b) * x.d.y;
+    let second = f32(c) * x.d.z + f32(d) * x.d.w;
+    return s.x * first + s.z * second + s.y * half_sums.x + s.w * half_sums.y;
+}
+
+fn run(wg: vec3<u32>, tid: u32, team: u32, lane: u32) {
+    var which = 0u;
+    if !GLU && MATRICES == 3u && wg.x >= p.first_wg.z {
+        which = 2u;
+    } else if !GLU && MATRICES >= 2u && wg.x >= p.first_wg.y {
+        which = 1u;
+    }
+    let n_out = p.n_out[which];
+    let group = wg.x - p.first_wg[which];
+    let token = wg.y;
+    // What the first lane needs at the end.
+    // unroll i RESIDUAL
+    let residual_at = p.residual_at + token * p.stride[which] + p.row_at / 4u + 2u * group;
+    var residual_low = vec4(0.0);
+    var residual_high = vec4(0.0);
+    if tid == 0u {
+        residual_low = residual[residual_at];
+        residual_high = residual[residual_at + 1u];
+    }
+    // end
+    // unroll r ROWS
+    let row_#r = min(8u * group + team / SPLIT * ROWS + #ru, n_out - 1u) * p.n_units;
+    var sum_#r = 0.0;
+    var up_#r = 0.0;
+    // end
+    var square = 0.0;
+    let base = token * 4u * p.n_units;
+    for (var unit = team % SPLIT * TEAM + lane; unit < p.n_units; unit += SPLIT * TEAM * DEPTH) {
+        // unroll d DEPTH
+        // Lanes without work read what others read.
+        let u_#d = min(unit + #du * SPLIT * TEAM, p.n_units - 1u);
+        // unroll r ROWS
+        let w_#d_#r = load(which, row_#r + u_#d);
+        // unroll i GLU
+        let w_up_#d_#r = load_1(row_#r + u_#d);
+        // end
+        // end
+        let x_#d = x_of(base + u_#d);
+        // end
+        // unroll d DEPTH
+        if #du == 0u || unit + #du * SPLIT * TEAM < p.n_units {
+            let half_sums = halves(x_#d);
+            // unroll r ROWS
+            sum_#r += dot_unit(w_#d_#r, x_#d, half_sums);
+            // unroll i GLU
+            up_#r += dot_unit(w_up_#d_#r, x_#d, half_sums);
+            // end
+            // end
+            if NORM {
+                square += dot(bitcast<vec4<f32>>(x[base + 3u * p.n_units + u_#d]), vec4(1.0));
+            }
+        }
+        // end
+    }
+    // unroll r ROWS
+    sum_#r = team_sum(sum_#r, tid);
+    if GLU {
+        up_#r = team_sum(up_#r, tid);
+    }
+    if lane == 0u {
+        sums[team * ROWS + #ru] = sum_#r;
+        sums_up[team * ROWS + #ru] = up_#r;
+    }
+    // end
+    if NORM {
+        square = team_sum(square, tid);
+        if lane == 0u {
+            squares[team] = square;
+        }
+    }
+    workgroupBarrier();
+    if tid > 0u {
+        return;
+    }
+    var scale = 1.0;
+    if NORM {
+        var total = 0.0;
+        for (var i = 0u; i < SPLIT; i++) {
+            total += squares[i];
+        }
+        scale = 1.0 / sqrt(total / f32(32u * p.n_units) + p.eps);
+    }
+    var y: array<f32, 8>;
+    for (var i = 0u; i < 8u; i++) {
+        for (var j = 0u; j < SPLIT; j++) {
+            y[i] += sums[i * SPLIT + j];
+        }
+        y[i] *= scale;
+        if GLU {
+            var up = 0.0;
+            for (var j = 0u; j < SPLIT; j++) {
+                up += sums_up[i * SPLIT + j];
+            }
+            y[i] = activation(y[i]) * (up * scale);
+        }
+    }
+    var low = vec4(y[0], y[1], y[2], y[3]);
+    var high = vec4(y[4], y[5], y[6], y[7]);
+    // unroll i BIAS
+    low += bias(which, p.row_at / 4u + 2u * group);
+    high += bias(which, p.row_at / 4u + 2u * group + 1u);
+    // end
+    // unroll i RESIDUAL
+    low += residual_low;
+    high += residual_high;
+    // end
+    // unroll i OUT
+    let at = p.out_at + token * p.stride[which] + p.row_at / 4u + 2u * group;
+    put(which, at, low);
+    put(which, at + 1u, high);
+    // end
+    // unroll i PACK
+    let next = token * 4u * p.next_units;
+    if SQUARES {
+        pack_squares(next, p.next_units, group, dot(low, low) + dot(high, high));
+    }
+    // unroll i GAIN
+    low *= gain[2u * group];
+    high *= gain[2u * group + 1u];
+    // end
+    pack(next, p.next_units, group, low, high);
+    // end
+}

@@ -1,0 +1,265 @@
+//! Activations that are packed for integer products by whoever makes them, and products of them: the kernels of a token wait
+//! for one trip to memory each.
+
+use std::sync::Arc;
+
+use super::device::{Buffer, Span};
+use super::ops::vec4;
+use super::pipeline::{PackedShape, Shader, Then, is_float};
+use super::weights::{UNIT, Weights};
+use super::{Gpu, Input, Norm, Product, Rows, Sum, Vector};
+use crate::backend::{Activation, Step};
+
+/// Units of a row from which two teams share one.
+const LONG: usize = 128;
+
+/// Rows as `shaders/pack.wgsl` lays them out.
+#[derive(Clone)]
+pub(super) struct Packed {
+    buffer: Arc<Buffer>,
+}
+
+impl Packed {
+    pub(super) fn span(&self) -> Span<'_> {
+        self.buffer.all()
+    }
+}
+
+/// A dispatch of `gemv_packed.wgsl`.
+struct Call<'a> {
+    x: &'a Packed,
+    /// Of the norm of x.
+    eps: Option<f32>,
+    layers: &'a [(&'a Weights, Option<&'a Vector>)],
+    outs: &'a [Rows],
+    residual: Option<&'a Rows>,
+    glu: Option<Activation>,
+    next: Option<(&'a Packed, Option<&'a Vector>)>,
+}
+
+impl Gpu {
+    /// Room for rows of `n` that are packed.
+    pub(super) fn take_packed(&self, n_tokens: usize, n: usize) -> Packed {
+        // Four planes of a vec4 a unit.
+        let Rows { buffer, .. } = self.take(n_tokens * n.div_ceil(UNIT) * 16);
+        Packed { buffer }
+    }
+
+    /// Whether outputs of `n` columns are packed for what multiplies them: those of a token are.
+    pub(super) fn packs(&self, n: usize) -> bool {
+        self.step == Step::Decode && n.is_multiple_of(UNIT)
+    }
+
+    /// Whether a product with these weights reads what is packed.
+    fn reads_packed(weights: &Weights) -> bool {
+        !is_float(weights.dtype) && weights.n_out.is_multiple_of(8)
+    }
+
+    /// What is packed of an input, and the epsilon of its norm, if a product with these weights can do with that.
+    pub(super) fn packed_input<'a>(
+        input: &'a Input,
+        layers: &[(&Weights, Option<&Vector>)],
+    ) -> Option<(&'a Packed, Option<f32>)> {
+        let (packed, eps) = match input {
+            Input::Rows(rows) => (rows.packed.as_ref()?, None),
+            Input::Normed(norm) => (norm.packed.as_ref()?, Some(norm.eps)),
+            Input::Packed(packed) => (packed, None),
+        };
+        let fit = layers
+            .iter()
+            .all(|(weights, _)| Self::reads_packed(weights));
+        fit.then_some((packed, eps))
+    }
+
+    /// Products of up to three matrices at once where they are alike.
+    pub(super) fn gemv_packed(
+        &self,
+        (x, eps): (&Packed, Option<f32>),
+        layers: &[(&Weights, Option<&Vector>)],
+        outs: &[Rows],
+        n_tokens: usize,
+        residual: Option<&Rows>,
+    ) {
+        let kind = |(weights, bias): &(&Weights, Option<&Vector>)| {
+            let whole = weights.whole().is_some();
+            (weights.dtype, weights.n_in, bias.is_some(), whole)
+        };
+        let mut i = 0;
+        while i < layers.len() {
+            let same = |layer: &&(&Weights, Option<&Vector>)| {
+                kind(layer) == kind(&layers[i]) && kind(layer).3
+            };
+            let n = layers[i..].iter().take_while(same).count();
+            let n = n.clamp(1, self.most_matrices());
+            let call = Call {
+                x,
+                eps,
+                layers: &layers[i..i + n],
+                outs: &outs[i..i + n],
+                residual,
+                glu: None,
+                next: None,
+            };
+            self.run_packed(&call, n_tokens);
+            i += n;
+        }
+    }
+
+    /// `x W^T + bias + residual` and its norm, of which the product that follows reads what is packed; nothing if the product
+    /// cannot do that.
+    pub(super) fn sum_for_norm(
+        &self,
+        sum: &Sum,
+        n_tokens: usize,
+        gain: &Vector,
+        eps: f32,
+    ) -> Option<Norm> {
+        let Product { x, weights, bias } = &sum.product;
+        let layers = [(&**weights, bias.as_ref())];
+        let (packed, x_eps) = Self::packed_input(x, &layers)?;
+        if !self.packs(weights.n_out) || weights.whole().is_none() {
+            return None;
+        }
+        let out = self.take(n_tokens * weights.n_out);
+        let next = self.take_packed(n_tokens, weights.n_out);
+        let call = Call {
+            x: packed,
+            eps: x_eps,
+            layers: &layers,
+            outs: std::slice::from_ref(&out),
+            residual: Some(&sum.residual),
+            glu: None,
+            next: Some((&next, Some(gain))),
+        };
+        self.run_packed(&call, n_tokens);
+        Some(Norm {
+            x: out,
+            gain: gain.clone(),
+            eps,
+            packed: Some(next),
+        })
+    }
+
+    /// `activation(x W0^T) * (x W1^T)`, packed for `down`; nothing if they cannot do that.
+    pub(super) fn glu_packed(
+        &self,
+        x: &Input,
+        gate: &Weights,
+        up: &Weights,
+        down: &Weights,
+        activation: Activation,
+        n_tokens: usize,
+    ) -> Option<Packed> {
+        let layers = [(gate, None), (up, None)];
+        let (packed, eps) = Self::packed_input(x, &layers)?;
+        if !self.packs(gate.n_out) || !Self::reads_packed(down) {
+            return None;
+        }
+        let next = self.take_packed(n_tokens, gate.n_out);
+        let call = Call {
+            x: packed,
+            eps,
+            layers: &layers,
+            outs: &[],
+            residual: None,
+            glu: Some(activation),
+            next: Some((&next, None)),
+        };
+        self.run_packed(&call, n_tokens);
+        Some(next)
+    }
+
+    fn run_packed(&self, call: &Call, n_tokens: usize) {
+        let (weights, bias) = call.layers[0];
+        let n_units = weights.n_in.div_ceil(UNIT);
+        let team = self.device.target.team();
+        let limits = &self.device.limits;
+        let lanes = 2 * 8 * team.min(32);
+        let splits = n_units >= LONG
+            && team <= 32
+            && lanes <= limits.max_compute_invocations_per_workgroup
+            && lanes <= limits.max_compute_workgroup_size_x;
+        let then = match call.next {
+            None => Then::Nothing,
+            Some((_, Some(_))) => Then::Norm,
+            Some((_, None)) => Then::Product,
+        };
+        let shader = Shader::GemvPacked {
+            dtype: weights.dtype,
+            matrices: call.layers.len() as u32,
+            shape: PackedShape {
+                team,
+                deep: n_units > team as usize,
+                split: splits,
+            },
+            norm: call.eps.is_some(),
+            bias: bias.is_some(),
+            residual: call.residual.is_some(),
+            glu: call.glu,
+            then,
+        };
+        for part in 0..weights.parts.len() {
+            let parts = call.layers.iter().map(|(weights, _)| &weights.parts[part]);
+            let mut n_out = [0; 3];
+            let mut stride = [0; 3];
+            let mut first_wg = [0; 3];
+            let mut n_groups = 0;
+            for (i, (part, (weights, _))) in parts.clone().zip(call.layers).enumerate() {
+                n_out[i] = part.n_rows as u32;
+                stride[i] = vec4(weights.n_out);
+                first_wg[i] = n_groups as u32;
+                if call.glu.is_none() || i == 0 {
+                    n_groups += part.n_rows.div_ceil(8);
+                }
+            }
+            let first = weights.parts[part].first;
+            let [a, b, c] = n_out;
+            let [d, e, f] = stride;
+            let [g, h, i] = first_wg;
+            let residual_at = call.residual.map_or(0, |r| vec4(r.at));
+            let out_at = call.outs.first().map_or(0, |out| vec4(out.at));
+            let eps = call.eps.map_or(0, f32::to_bits);
+            let next_units = weights.n_out.div_ceil(UNIT) as u32;
+            let params = [
+                n_units as u32,
+                out_at,
+                residual_at,
+                eps,
+                a,
+                b,
+                c,
+                first as u32,
+                d,
+                e,
+                f,
+                next_units,
+                g,
+                h,
+                i,
+            ];
+            let mut buffers = Vec::with_capacity(16);
+            buffers.push(Some(call.x.span()));
+            buffers.extend(call.residual.map(|rows| Some(rows.span())));
+            let gain = call.next.and_then(|(_, gain)| gain);
+            buffers.extend(gain.map(|gain| Some(gain.span())));
+            buffers.extend(call.next.map(|(packed, _)| Some(packed.span())));
+            for (i, (part, (_, bias))) in parts.zip(call.layers).enumerate() {
+                buffers.push(Some(part.main()));
+                buffers.push(Some(part.aux()));
+                buffers.extend(bias.map(|bias| Some(bias.span())));
+                buffers.extend(call.outs.get(i).map(|out| Some(out.span())));
+            }
+            let mut names = [""; 3];
+            for (name, (weights, _)) in names.iter_mut().zip(call.layers) {
+                *name = &weights.name;
+            }
+            if part == 0 {
+                for (weights, _) in call.layers {
+                    self.count(weights, n_tokens, (1, 1));
+                }
+            }
+            let names = &names[..call.layers.len()];
+            self.dispatch_of(names, shader, &params, &buffers, [n_groups, n_tokens, 1]);
+        }
+    }
+}
