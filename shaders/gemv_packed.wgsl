@@ -2,7 +2,8 @@
 //
 // Around it, where the constants say so: x is normed (NORM: the gain is in x, the scale follows from its sums of squares), a
 // bias and a residual are added, two matrices become activation(W0 x) * (W1 x) (GLU). PACK: y, times the gain of the
-// norm that comes next where there is one, is packed for the product that comes next.
+// norm that comes next where there is one, is packed for the product that comes next. CONV: W has rows b, c and x of a short
+// convolution (see short_conv.wgsl), whose output is y; a workgroup has eight channels of it.
 //
 // A workgroup has a group of eight rows, a team of lanes ROWS of them or, where rows are long, every SPLIT-th part of
 // one; lane i reads units i, i + TEAM, ..., DEPTH at once. Nothing is prepared, so weights and x are on their way at
@@ -18,6 +19,9 @@ struct Params {
     stride: vec3<u32>, // vec4 of a row of y
     next_units: u32, // of a row of y
     first_wg: vec3<u32>,
+    n_taps: u32,
+    ring: u32,
+    ring_row: u32, // for this token
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
@@ -31,11 +35,16 @@ struct Params {
 // unroll i PACK
 @group(0) @binding(4) var<storage, read_write> packed: array<u32>;
 // end
+// unroll i CONV
+@group(0) @binding(17) var<storage, read> taps: array<vec4<f32>>;
+@group(0) @binding(18) var<storage, read_write> memory: array<vec4<f32>>;
+// end
 
 var<workgroup> shared_sums: array<f32, WG>;
 // Of the teams: rows, or their parts.
 var<workgroup> sums: array<f32, TEAMS * ROWS>;
 var<workgroup> sums_up: array<f32, TEAMS * ROWS>;
+var<workgroup> sums_third: array<f32, TEAMS * ROWS>;
 var<workgroup> squares: array<f32, TEAMS>;
 
 struct X {
@@ -95,6 +104,7 @@ fn run(wg: vec3<u32>, tid: u32, team: u32, lane: u32) {
     let row_#r = min(8u * group + team / SPLIT * ROWS + #ru, n_out - 1u) * p.n_units;
     var sum_#r = 0.0;
     var up_#r = 0.0;
+    var third_#r = 0.0;
     // end
     var square = 0.0;
     let base = token * 4u * p.n_units;
@@ -107,6 +117,10 @@ fn run(wg: vec3<u32>, tid: u32, team: u32, lane: u32) {
         // unroll i GLU
         let w_up_#d_#r = load_1(row_#r + u_#d);
         // end
+        // unroll i CONV
+        let w_up_#d_#r = load_0(row_#r + n_out * p.n_units + u_#d);
+        let w_third_#d_#r = load_0(row_#r + 2u * n_out * p.n_units + u_#d);
+        // end
         // end
         let x_#d = x_of(base + u_#d);
         // end
@@ -115,8 +129,11 @@ fn run(wg: vec3<u32>, tid: u32, team: u32, lane: u32) {
             let half_sums = halves(x_#d);
             // unroll r ROWS
             sum_#r += dot_unit(w_#d_#r, x_#d, half_sums);
-            // unroll i GLU
+            // unroll i PAIRS
             up_#r += dot_unit(w_up_#d_#r, x_#d, half_sums);
+            // end
+            // unroll i CONV
+            third_#r += dot_unit(w_third_#d_#r, x_#d, half_sums);
             // end
             // end
             if NORM {
@@ -127,12 +144,16 @@ fn run(wg: vec3<u32>, tid: u32, team: u32, lane: u32) {
     }
     // unroll r ROWS
     sum_#r = team_sum(sum_#r, tid);
-    if GLU {
+    if GLU || CONV {
         up_#r = team_sum(up_#r, tid);
+    }
+    if CONV {
+        third_#r = team_sum(third_#r, tid);
     }
     if lane == 0u {
         sums[team * ROWS + #ru] = sum_#r;
         sums_up[team * ROWS + #ru] = up_#r;
+        sums_third[team * ROWS + #ru] = third_#r;
     }
     // end
     if NORM {
@@ -154,21 +175,44 @@ fn run(wg: vec3<u32>, tid: u32, team: u32, lane: u32) {
         scale = 1.0 / sqrt(total / f32(32u * p.n_units) + p.eps);
     }
     var y: array<f32, 8>;
+    var gates: array<f32, 8>;
     for (var i = 0u; i < 8u; i++) {
         for (var j = 0u; j < SPLIT; j++) {
             y[i] += sums[i * SPLIT + j];
         }
         y[i] *= scale;
+        var up = 0.0;
+        var third = 0.0;
+        for (var j = 0u; j < SPLIT; j++) {
+            up += sums_up[i * SPLIT + j];
+            third += sums_third[i * SPLIT + j];
+        }
         if GLU {
-            var up = 0.0;
-            for (var j = 0u; j < SPLIT; j++) {
-                up += sums_up[i * SPLIT + j];
-            }
             y[i] = activation(y[i]) * (up * scale);
+        }
+        if CONV {
+            y[i] *= third * scale;
+            gates[i] = up * scale;
         }
     }
     var low = vec4(y[0], y[1], y[2], y[3]);
     var high = vec4(y[4], y[5], y[6], y[7]);
+    // unroll i CONV
+    let newest = p.ring_row * (n_out / 4u) + 2u * group;
+    memory[newest] = low;
+    memory[newest + 1u] = high;
+    let last = (p.n_taps - 1u) * (n_out / 4u) + 2u * group;
+    low *= taps[last];
+    high *= taps[last + 1u];
+    for (var back = 1u; back < p.n_taps; back++) {
+        let old = (p.ring_row + p.ring - back) % p.ring * (n_out / 4u) + 2u * group;
+        let tap = last - back * (n_out / 4u);
+        low = fma(taps[tap], memory[old], low);
+        high = fma(taps[tap + 1u], memory[old + 1u], high);
+    }
+    low *= vec4(gates[0], gates[1], gates[2], gates[3]);
+    high *= vec4(gates[4], gates[5], gates[6], gates[7]);
+    // end
     // unroll i BIAS
     low += bias(which, p.row_at / 4u + 2u * group);
     high += bias(which, p.row_at / 4u + 2u * group + 1u);

@@ -793,6 +793,15 @@ impl Backend for Gpu {
         let (n, n_tokens) = (conv.n_channels, bcx.n_tokens);
         assert_eq!(bcx.n_cols, 3 * n, "gates and inputs of a convolution");
         assert_eq!(taps.n, (conv.n_rows + 1) * n, "taps of a convolution");
+        let product = match &*bcx.value.borrow() {
+            Value::Product(product) if n_tokens == 1 => Some(product.clone()),
+            _ => None,
+        };
+        if let Some(out) = product.and_then(|product| self.conv_packed(&product, taps, conv)) {
+            conv.count += 1;
+            conv.held = (conv.held + 1).min(conv.ring);
+            return Tensor::new(1, n, Value::Rows(out));
+        }
         let x = self.rows(bcx);
         let mut out = self.take(n_tokens * n);
         out.packed = self.packs(n).then(|| self.take_packed(n_tokens, n));

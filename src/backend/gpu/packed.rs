@@ -7,7 +7,7 @@ use super::device::{Buffer, Span};
 use super::ops::vec4;
 use super::pipeline::{PackedShape, Shader, Then, is_float};
 use super::weights::{UNIT, Weights};
-use super::{Gpu, Input, Norm, Product, Rows, Sum, Vector};
+use super::{ConvState, Gpu, Input, Norm, Product, Rows, Sum, Vector};
 use crate::backend::{Activation, Step};
 
 /// Units of a row from which two teams share one.
@@ -34,7 +34,16 @@ struct Call<'a> {
     outs: &'a [Rows],
     residual: Option<&'a Rows>,
     glu: Option<Activation>,
-    next: Option<(&'a Packed, Option<&'a Vector>)>,
+    conv: Option<Conv<'a>>,
+    next: Option<(&'a Packed, Then)>,
+    /// Of the norm that comes next.
+    gain: Option<&'a Vector>,
+}
+
+/// A convolution whose gates and input a product makes.
+struct Conv<'a> {
+    taps: &'a Vector,
+    state: &'a ConvState,
 }
 
 impl Gpu {
@@ -98,7 +107,9 @@ impl Gpu {
                 outs: &outs[i..i + n],
                 residual,
                 glu: None,
+                conv: None,
                 next: None,
+                gain: None,
             };
             self.run_packed(&call, n_tokens);
             i += n;
@@ -129,7 +140,9 @@ impl Gpu {
             outs: std::slice::from_ref(&out),
             residual: Some(&sum.residual),
             glu: None,
-            next: Some((&next, Some(gain))),
+            conv: None,
+            next: Some((&next, Then::Norm)),
+            gain: Some(gain),
         };
         self.run_packed(&call, n_tokens);
         Some(Norm {
@@ -163,10 +176,44 @@ impl Gpu {
             outs: &[],
             residual: None,
             glu: Some(activation),
-            next: Some((&next, None)),
+            conv: None,
+            next: Some((&next, Then::Product)),
+            gain: None,
         };
         self.run_packed(&call, n_tokens);
         Some(next)
+    }
+
+    /// A short convolution of one token together with the product that makes its gates and input; nothing if they cannot be
+    /// joined.
+    pub(super) fn conv_packed(
+        &self,
+        product: &Product,
+        taps: &Vector,
+        state: &ConvState,
+    ) -> Option<Rows> {
+        let n = state.n_channels;
+        let layers = [(&*product.weights, None)];
+        let (packed, eps) = Self::packed_input(&product.x, &layers)?;
+        if !self.packs(n) || product.weights.whole().is_none() || product.bias.is_some() {
+            return None;
+        }
+        let mut out = self.take(n);
+        let next = self.take_packed(1, n);
+        let call = Call {
+            x: packed,
+            eps,
+            layers: &layers,
+            outs: std::slice::from_ref(&out),
+            residual: None,
+            glu: None,
+            conv: Some(Conv { taps, state }),
+            next: Some((&next, Then::Either)),
+            gain: None,
+        };
+        self.run_packed(&call, 1);
+        out.packed = Some(next);
+        Some(out)
     }
 
     fn run_packed(&self, call: &Call, n_tokens: usize) {
@@ -179,11 +226,7 @@ impl Gpu {
             && team <= 32
             && lanes <= limits.max_compute_invocations_per_workgroup
             && lanes <= limits.max_compute_workgroup_size_x;
-        let then = match call.next {
-            None => Then::Nothing,
-            Some((_, Some(_))) => Then::Norm,
-            Some((_, None)) => Then::Product,
-        };
+        let then = call.next.map_or(Then::Nothing, |(_, then)| then);
         let shader = Shader::GemvPacked {
             dtype: weights.dtype,
             matrices: call.layers.len() as u32,
@@ -196,6 +239,7 @@ impl Gpu {
             bias: bias.is_some(),
             residual: call.residual.is_some(),
             glu: call.glu,
+            conv: call.conv.is_some(),
             then,
         };
         for part in 0..weights.parts.len() {
@@ -204,12 +248,15 @@ impl Gpu {
             let mut stride = [0; 3];
             let mut first_wg = [0; 3];
             let mut n_groups = 0;
+            // Three rows make one channel.
+            let rows_of_y = if call.conv.is_some() { 3 } else { 1 };
             for (i, (part, (weights, _))) in parts.clone().zip(call.layers).enumerate() {
-                n_out[i] = part.n_rows as u32;
-                stride[i] = vec4(weights.n_out);
+                let n_rows = part.n_rows / rows_of_y;
+                n_out[i] = n_rows as u32;
+                stride[i] = vec4(weights.n_out / rows_of_y);
                 first_wg[i] = n_groups as u32;
                 if call.glu.is_none() || i == 0 {
-                    n_groups += part.n_rows.div_ceil(8);
+                    n_groups += n_rows.div_ceil(8);
                 }
             }
             let first = weights.parts[part].first;
@@ -219,7 +266,12 @@ impl Gpu {
             let residual_at = call.residual.map_or(0, |r| vec4(r.at));
             let out_at = call.outs.first().map_or(0, |out| vec4(out.at));
             let eps = call.eps.map_or(0, f32::to_bits);
-            let next_units = weights.n_out.div_ceil(UNIT) as u32;
+            let next_units = (weights.n_out / rows_of_y).div_ceil(UNIT) as u32;
+            let [n_taps, ring, ring_row] = call.conv.as_ref().map_or([0; 3], |conv| {
+                let state = conv.state;
+                let (n, row) = (state.n_rows + 1, state.count % state.ring);
+                [n, state.ring, row].map(|n| n as u32)
+            });
             let params = [
                 n_units as u32,
                 out_at,
@@ -236,18 +288,24 @@ impl Gpu {
                 g,
                 h,
                 i,
+                n_taps,
+                ring,
+                ring_row,
             ];
             let mut buffers = Vec::with_capacity(16);
             buffers.push(Some(call.x.span()));
             buffers.extend(call.residual.map(|rows| Some(rows.span())));
-            let gain = call.next.and_then(|(_, gain)| gain);
-            buffers.extend(gain.map(|gain| Some(gain.span())));
+            buffers.extend(call.gain.map(|gain| Some(gain.span())));
             buffers.extend(call.next.map(|(packed, _)| Some(packed.span())));
             for (i, (part, (_, bias))) in parts.zip(call.layers).enumerate() {
                 buffers.push(Some(part.main()));
                 buffers.push(Some(part.aux()));
                 buffers.extend(bias.map(|bias| Some(bias.span())));
                 buffers.extend(call.outs.get(i).map(|out| Some(out.span())));
+            }
+            if let Some(conv) = &call.conv {
+                buffers.push(Some(conv.taps.span()));
+                buffers.push(Some(conv.state.memory.all()));
             }
             let mut names = [""; 3];
             for (name, (weights, _)) in names.iter_mut().zip(call.layers) {

@@ -66,6 +66,8 @@ pub enum Then {
     Norm,
     /// Nothing but a product, which wants it packed.
     Product,
+    /// A product, which wants it packed, or whatever.
+    Either,
 }
 
 /// How the lanes of a workgroup share eight rows.
@@ -172,6 +174,8 @@ pub enum Shader {
         residual: bool,
         /// Gate and up become one.
         glu: Option<Activation>,
+        /// Gates and input become the output of a short convolution.
+        conv: bool,
         /// What comes next.
         then: Then,
     },
@@ -538,6 +542,7 @@ impl Shader {
                 bias,
                 residual,
                 glu,
+                conv,
                 then,
             } => {
                 let (teams, rows, split) = (shape.teams(), shape.rows(), shape.split());
@@ -550,6 +555,7 @@ impl Shader {
                 text.uint("MATRICES", matrices);
                 text.flag("NORM", norm);
                 text.flag("GLU", glu.is_some());
+                text.flag("CONV", conv);
                 text.flag("SQUARES", then == Then::Norm);
                 text.activation(glu);
                 text.format(dtype);
@@ -558,6 +564,8 @@ impl Shader {
                     ("ROWS", rows),
                     ("DEPTH", shape.depth()),
                     ("GLU", flag(glu.is_some())),
+                    ("CONV", flag(conv)),
+                    ("PAIRS", flag(glu.is_some() || conv)),
                     ("RESIDUAL", flag(residual)),
                     ("BIAS", flag(bias)),
                     ("GAIN", flag(then == Then::Norm)),
@@ -711,59 +719,41 @@ impl Shader {
     }
 
     /// Some of [`Shader::GemvPacked`].
-    fn packed(dtype: DType) -> [Self; 5] {
-        let shape = |team, deep, split| PackedShape { team, deep, split };
-        let silu = Some(Activation::Silu);
-        let nothing = Then::Nothing;
-        [
-            (
-                1,
-                shape(32, true, true),
-                [false, false, true],
-                None,
-                Then::Norm,
-            ),
-            (
-                1,
-                shape(64, true, false),
-                [true, false, false],
-                None,
-                nothing,
-            ),
-            (
-                2,
-                shape(32, false, false),
-                [true, true, false],
-                None,
-                nothing,
-            ),
-            (
-                3,
-                shape(8, true, false),
-                [true, false, false],
-                None,
-                nothing,
-            ),
-            (
-                2,
-                shape(32, true, false),
-                [true, false, false],
-                silu,
-                Then::Product,
-            ),
-        ]
-        .map(
-            |(matrices, shape, [norm, bias, residual], glu, then)| Self::GemvPacked {
-                dtype,
-                matrices,
-                shape,
-                norm,
-                bias,
-                residual,
-                glu,
-                then,
+    fn packed(dtype: DType) -> [Self; 6] {
+        let plain = |team: u32, deep: bool, then: Then| Self::GemvPacked {
+            dtype,
+            matrices: 1,
+            shape: PackedShape {
+                team,
+                deep,
+                split: deep && team < 64 && then == Then::Norm,
             },
-        )
+            norm: then != Then::Norm,
+            bias: false,
+            residual: then == Then::Norm,
+            glu: (then == Then::Product).then_some(Activation::Silu),
+            conv: then == Then::Either,
+            then,
+        };
+        let some = |n: u32| {
+            let mut shader = plain(32, n == 2, Then::Nothing);
+            if let Self::GemvPacked { matrices, bias, .. } = &mut shader {
+                (*matrices, *bias) = (n, n == 2);
+            }
+            shader
+        };
+        let mut unit = plain(32, true, Then::Product);
+        if let Self::GemvPacked { matrices, .. } = &mut unit {
+            *matrices = 2;
+        }
+        [
+            plain(32, true, Then::Norm),
+            plain(64, true, Then::Nothing),
+            plain(8, true, Then::Either),
+            some(2),
+            some(3),
+            unit,
+        ]
     }
 
     /// Whether a target can run it.
