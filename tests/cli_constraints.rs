@@ -120,6 +120,15 @@ fn texts_become_vectors() {
             "{length}"
         );
     }
+    let output = run(&["embed", "-p", "A fox.", "--pooling", "none"]);
+    let line: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let vectors = line["embedding"].as_array().expect("vectors");
+    assert_eq!(Some(vectors.len() as u64), line["n_tokens"].as_u64());
+    assert!(
+        vectors
+            .iter()
+            .all(|v| v.as_array().is_some_and(|v| v.len() > 100))
+    );
     let none = run(&["embed", "-p", ""]);
     assert!([Some(0), Some(2)].contains(&none.status.code()));
 }

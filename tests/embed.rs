@@ -102,6 +102,17 @@ fn states_are_pooled_and_scaled() {
         .iter()
         .map(|x| f64::from(*x))
         .collect();
+    for raw in [true, false] {
+        let all = embed(&mut session, &tokens, Pooling::None, !raw).expect("it fits");
+        assert_eq!(all.len(), states.len() * mean.len());
+        for (found, state) in all.chunks_exact(mean.len()).zip(&states) {
+            let length = state.iter().map(|x| f64::from(x * x)).sum::<f64>().sqrt();
+            let scale = if raw { 1.0 } else { length };
+            for (x, y) in found.iter().zip(state) {
+                assert!((f64::from(*x) - f64::from(*y) / scale).abs() < 1e-5 * length);
+            }
+        }
+    }
     for (pooling, expected) in [(Pooling::Mean, &mean), (Pooling::Last, &last)] {
         let length = expected.iter().map(|x| x * x).sum::<f64>().sqrt();
         assert!((length - 1.0).abs() > 0.1, "else scaling would not show");

@@ -284,10 +284,11 @@ kinglet_status kinglet_session_set_messages(kinglet_session *session, const char
 /* The tools that the model may call, a JSON list as templates expect it: [{"type":"function","function":{"name":"...",
  * "description":"...","parameters":{...a schema...}}}, ...]; the empty text or list: none. The template tells the model, if
  * it knows of tools. From then on calls are no text of the reply but chunks of their own, KINGLET_CHUNK_CALL, each told
- * when it is whole, and part of the message as "tool_calls". Calls are found between <|tool_call_start|> and
- * <|tool_call_end|> (LFM2), or <tool_call> and </tool_call> (Hermes, Qwen), in Python's syntax or as JSON; what cannot be
- * read is text. Nothing is called: that is the caller's, who then says with kinglet_session_answer what came of it.
- * Arguments are the model's words: check them. KINGLET_E_ARGUMENT (no such JSON), _TEMPLATE, _BUSY. */
+ * when it is whole, and part of the message: as "tool_calls", or as the model wrote them if the template knows none. Calls
+ * are found between <|tool_call_start|> and <|tool_call_end|> (LFM2), or <tool_call> and </tool_call> (Hermes, Qwen), in
+ * Python's syntax or as JSON; what cannot be read is text. Nothing is called: that is the caller's, who then says with
+ * kinglet_session_answer what came of it. Arguments are the model's words: check them.
+ * KINGLET_E_ARGUMENT (no such JSON), _TEMPLATE, _BUSY. */
 kinglet_status kinglet_session_set_tools(kinglet_session *session, const char *json, size_t json_len);
 
 /* Goes back: keeps the first `n_messages`. Costs nothing; what is kept is not read again.
@@ -398,7 +399,8 @@ kinglet_status kinglet_session_load(kinglet_session *session, const char *path, 
 
 typedef enum kinglet_pooling {
     KINGLET_POOLING_MEAN = 1,   /* the mean of all tokens; the default */
-    KINGLET_POOLING_LAST = 2    /* the last token, which alone has seen all */
+    KINGLET_POOLING_LAST = 2,   /* the last token, which alone has seen all */
+    KINGLET_POOLING_NONE = 3    /* every token: so many vectors, one after the other */
 } kinglet_pooling;
 
 typedef struct kinglet_embed_params {
@@ -408,9 +410,10 @@ typedef struct kinglet_embed_params {
     kinglet_cancel *cancel;     /* ends the work */
 } kinglet_embed_params;
 
-/* `text` as one vector of kinglet_model_info.hidden floats: what the model thinks of its tokens after the last norm,
- * pooled, scaled to length 1. `*out_len` says how many; with room for less, `out_cap`, KINGLET_E_SPACE. The session holds
- * the text then: its messages stay, but the next reply reads them again, so take a session of its own.
+/* `text` as one vector of kinglet_model_info.hidden floats: what the model thinks of its tokens after the last norm (hidden
+ * states), pooled, scaled to length 1; or one of each token, of which kinglet_model_tokenize with KINGLET_TOKENIZE_ENDS
+ * tells the number. `*out_len` says how many floats there are; with room for less, `out_cap`, KINGLET_E_SPACE before any work.
+ * The session holds the text then: its messages stay, but the next reply reads them again, so take a session of its own.
  * KINGLET_E_ARGUMENT (no token), _CONTEXT_FULL, _CANCELLED, _FILE (no vocabulary), _MEMORY, _IO, _BACKEND, _BUSY. */
 kinglet_status kinglet_session_embed(kinglet_session *session, const char *text, size_t text_len,
                                      const kinglet_embed_params *params, float *out, size_t out_cap,

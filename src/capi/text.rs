@@ -36,17 +36,22 @@ impl<T: Copy> Array<T> {
         Ok(Self { out, cap, len })
     }
 
-    /// Writes the items, and how many there are or would be.
-    fn set(self, items: &[T]) -> Outcome {
+    /// Writes how many items there are or would be; an error if there is no room for them.
+    fn reserve(&self, n: usize) -> Outcome {
         // SAFETY: `of` was promised the place.
-        unsafe { self.len.write_unaligned(items.len()) };
-        if items.len() > self.cap {
-            let (found, needed) = (self.cap, items.len());
+        unsafe { self.len.write_unaligned(n) };
+        if n > self.cap {
             return Err(Failure::new(
                 Status::Space,
-                format!("out: expected room for {needed} items, found {found}"),
+                format!("out: expected room for {n} items, found {}", self.cap),
             ));
         }
+        Ok(())
+    }
+
+    /// Writes the items, and how many there are or would be.
+    fn set(self, items: &[T]) -> Outcome {
+        self.reserve(items.len())?;
         if !items.is_empty() {
             let bytes = size_of_val(items);
             // SAFETY: `of` was promised room for `cap` items, and there are no more.
@@ -131,7 +136,7 @@ pub unsafe extern "C" fn kinglet_model_detokenize(
 /// Tokens in a call at most.
 const MAX_TOKENS: usize = 1 << 26;
 
-/// A text as one vector.
+/// A text as vectors.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kinglet_session_embed(
     session: *mut kinglet_session,
@@ -156,6 +161,7 @@ pub unsafe extern "C" fn kinglet_session_embed(
                 let pooling = match params.pooling {
                     0 | 1 => Pooling::Mean,
                     2 => Pooling::Last,
+                    3 => Pooling::None,
                     other => {
                         return Err(Failure::argument(format!(
                             "pooling: expected a kinglet_pooling, found {other}"
@@ -171,16 +177,17 @@ pub unsafe extern "C" fn kinglet_session_embed(
             .tokenizer()?
             .encode_with_bos(text, Special::Text);
         let hidden = cell.model.model.info().config.hidden;
-        if out.cap < hidden {
-            return out.set(&vec![0.0; hidden]); // says how much room it takes, before the work
+        let n_vectors = pooling.n_vectors(tokens.len());
+        if out.cap < n_vectors * hidden {
+            return out.reserve(n_vectors * hidden); // says how much room it takes, before the work
         }
-        let vector = cell.take()?.work(|state| {
+        let vectors = cell.take()?.work(|state| {
             let session = state.session_mut();
             session.set_cancel(&cancel);
-            let vector = embed(session, &tokens, pooling, !raw);
+            let vectors = embed(session, &tokens, pooling, !raw);
             session.set_cancel(&Cancel::default());
-            Ok(vector?)
+            Ok(vectors?)
         })?;
-        out.set(&vector)
+        out.set(&vectors)
     })
 }

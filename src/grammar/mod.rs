@@ -26,7 +26,6 @@ pub enum ReplyFormat<'a> {
 
 impl ReplyFormat<'_> {
     /// What messages call it.
-    #[cfg_attr(not(feature = "grammar"), allow(dead_code))]
     pub(crate) fn name(&self) -> &'static str {
         match self {
             ReplyFormat::JsonSchema(_) => "JSON schema",

@@ -1,11 +1,11 @@
-//! A text as one vector: the hidden states of its tokens, pooled.
+//! A text as vectors: the hidden states of its tokens, pooled to one or as they are.
 
 use std::ops::ControlFlow;
 
 use super::Session;
 use crate::error::{Error, Result};
 
-/// How the states of tokens become one.
+/// What the states of tokens become.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Pooling {
     /// Their mean.
@@ -13,23 +13,34 @@ pub enum Pooling {
     Mean,
     /// That of the last token, which alone has seen all of the text.
     Last,
+    /// Themselves, one after the other.
+    None,
 }
 
 impl Pooling {
     /// All of them.
-    pub const ALL: [Pooling; 2] = [Pooling::Mean, Pooling::Last];
+    pub const ALL: [Pooling; 3] = [Pooling::Mean, Pooling::Last, Pooling::None];
 
     /// The name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Pooling::Mean => "mean",
             Pooling::Last => "last",
+            Pooling::None => "none",
+        }
+    }
+
+    /// Vectors that `n_tokens` become.
+    pub fn n_vectors(self, n_tokens: usize) -> usize {
+        match self {
+            Pooling::Mean | Pooling::Last => 1,
+            Pooling::None => n_tokens,
         }
     }
 }
 
-/// The embedding of `tokens`, `(hidden)`: states after the final norm, pooled, and if `normalize` scaled to length 1, so
-/// that the product of two is their cosine. `session` holds these tokens then, whatever it held.
+/// The embedding of `tokens`, `(n_vectors, hidden)`: states after the final norm, pooled, and if `normalize` scaled to
+/// length 1, so that the product of two is their cosine. `session` holds these tokens then, whatever it held.
 ///
 /// # Errors
 /// [`Error::Invalid`] if there are none; as [`Session::prefill`].
@@ -51,21 +62,31 @@ pub fn embed(
         });
     }
     session.truncate(0)?;
-    let mut sums = vec![0f64; session.model().info().config.hidden];
-    let last = tokens.len() - 1;
+    let hidden = session.model().info().config.hidden;
+    let n_tokens = tokens.len();
+    let mut vectors = Vec::with_capacity(pooling.n_vectors(n_tokens) * hidden);
+    let mut sums = vec![0f64; hidden];
     session.hidden_states(tokens, &mut |position, state| {
-        if pooling == Pooling::Mean || position == last {
-            let pairs = sums.iter_mut().zip(state);
-            pairs.for_each(|(sum, x)| *sum += f64::from(*x));
+        let pairs = sums.iter_mut().zip(state);
+        pairs.for_each(|(sum, x)| *sum += f64::from(*x));
+        let is_whole = match pooling {
+            Pooling::Mean | Pooling::Last => position == n_tokens - 1,
+            Pooling::None => true,
+        };
+        if is_whole {
+            let scale = match (normalize, pooling) {
+                (true, _) => sums.iter().map(|x| x * x).sum::<f64>().sqrt(),
+                (false, Pooling::Mean) => n_tokens as f64,
+                (false, Pooling::Last | Pooling::None) => 1.0,
+            };
+            // A vector of zeros has no direction.
+            let scale = if scale > 0.0 { scale } else { 1.0 };
+            vectors.extend(sums.iter().map(|x| (x / scale) as f32));
+        }
+        if pooling != Pooling::Mean {
+            sums.fill(0.0);
         }
         ControlFlow::Continue(())
     })?;
-    let scale = match (normalize, pooling) {
-        (true, _) => sums.iter().map(|x| x * x).sum::<f64>().sqrt(),
-        (false, Pooling::Mean) => tokens.len() as f64,
-        (false, Pooling::Last) => 1.0,
-    };
-    // A vector of zeros has no direction.
-    let scale = if scale > 0.0 { scale } else { 1.0 };
-    Ok(sums.iter().map(|x| (x / scale) as f32).collect())
+    Ok(vectors)
 }

@@ -380,11 +380,11 @@ impl Model {
         }
         #[cfg(not(feature = "grammar"))]
         {
-            let _ = (tokenizer, format);
+            let _ = tokenizer;
             Err(Error::Unsupported {
-                kind: "constraint",
-                found: "a schema or grammar".into(),
-                supported: "none, without the feature `grammar`".into(),
+                kind: "form of replies",
+                found: format.name().into(),
+                supported: "any text (this library was built without the feature `grammar`)".into(),
             })
         }
     }

@@ -643,7 +643,7 @@ pub struct EmbedArgs {
     /// A text; may be given several times. Without one each line of stdin is one
     #[arg(short = 'p', long = "prompt", value_name = "TEXT")]
     pub texts: Vec<String>,
-    /// How the states of tokens become one vector
+    /// How the states of tokens become one vector; none: one for each token
     #[arg(long, value_name = "HOW", default_value = Pooling::default().name(), value_parser = poolings())]
     pub pooling: Pooling,
     /// Leave vectors as long as they are

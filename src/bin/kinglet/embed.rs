@@ -1,8 +1,8 @@
-//! `kinglet embed`: each text as one vector, a JSON object on a line.
+//! `kinglet embed`: each text as one vector or more, a JSON object on a line.
 
 use std::io::{self, IsTerminal, Write};
 
-use kinglet::session::embed;
+use kinglet::session::{Pooling, embed};
 use kinglet::tokenizer::Special;
 use serde_json::json;
 
@@ -23,6 +23,7 @@ pub fn run(args: &EmbedArgs) -> Outcome {
     let model = locate::load_within(&args.model, &args.budget)?;
     let mut session = args.session.open(&model)?;
     let tokenizer = model.tokenizer()?;
+    let hidden = model.info().config.hidden;
     let mut out = io::stdout().lock();
     let _busy = interrupt::busy();
     for text in texts {
@@ -30,8 +31,12 @@ pub fn run(args: &EmbedArgs) -> Outcome {
             return Err(Failure::Interrupted);
         }
         let tokens = tokenizer.encode_with_bos(&text, Special::Text);
-        let vector = embed(&mut session, &tokens, args.pooling, !args.no_normalize)?;
-        let json = json!({ "text": text, "n_tokens": tokens.len(), "embedding": vector });
+        let vectors = embed(&mut session, &tokens, args.pooling, !args.no_normalize)?;
+        let embedding = match args.pooling {
+            Pooling::None => json!(vectors.chunks_exact(hidden).collect::<Vec<_>>()),
+            Pooling::Mean | Pooling::Last => json!(vectors),
+        };
+        let json = json!({ "text": text, "n_tokens": tokens.len(), "embedding": embedding });
         writeln!(out, "{json}")?;
         out.flush()?;
     }
