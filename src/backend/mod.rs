@@ -374,6 +374,9 @@ pub trait Backend {
     /// A pass begins that uses the kernels of `step`, however many tokens it has.
     fn begin(&mut self, step: Step);
 
+    /// A pass was stopped: what it held for its next operations, and other sessions may wait for, is let go of.
+    fn stopped(&mut self) {}
+
     /// A pass ends between two operations where `cancel` says so. A backend that takes no notice runs it to its end.
     fn set_cancel(&mut self, _cancel: &Cancel) {}
 

@@ -342,6 +342,10 @@ impl<B: Backend> Backend for Tracer<B> {
         self.inner.set_cancel(cancel);
     }
 
+    fn stopped(&mut self) {
+        self.inner.stopped();
+    }
+
     fn begin(&mut self, step: Step) {
         let reserved = self.reserved.take();
         self.inner.begin(step);

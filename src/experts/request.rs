@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::Class;
 use super::arena::Pin;
 use super::layout::Place;
-use super::store::Shared;
+use super::store::{Room, Shared};
 use crate::Result;
 
 /// One expert of a request.
@@ -136,7 +136,8 @@ impl Drop for Request {
     }
 }
 
-/// Experts of a layer that are more than the slots hold, in groups: while one is computed, the next is read.
+/// Experts of a layer that are more than the slots hold, in groups: while one is computed, the next is read, if there is
+/// room for it. For one of several sessions, as [`ExpertStore::begin_in_turn`](super::ExpertStore::begin_in_turn).
 ///
 /// ```text
 /// for wave in store.waves(layer, &ids, &weights)? {
@@ -151,17 +152,11 @@ pub struct Waves {
     weights: Vec<f32>,
     /// Experts that were not asked for so far begin here.
     at: usize,
-    size: usize,
-    next: Option<Result<Request>>,
+    next: Option<Request>,
 }
 
 impl Waves {
-    pub(super) fn new(
-        shared: Arc<Shared>,
-        layer: usize,
-        order: Vec<(u32, f32)>,
-        size: usize,
-    ) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, layer: usize, order: Vec<(u32, f32)>) -> Self {
         let (ids, weights) = order.into_iter().unzip();
         Self {
             shared,
@@ -169,7 +164,6 @@ impl Waves {
             ids,
             weights,
             at: 0,
-            size,
             next: None,
         }
     }
@@ -179,16 +173,25 @@ impl Waves {
         &self.ids
     }
 
-    fn begin(&mut self) -> Option<Result<Request>> {
-        let end = self.ids.len().min(self.at + self.size);
-        if self.at == end {
-            return None;
+    fn begin(&mut self, room: Room) -> Option<Result<Request>> {
+        loop {
+            // Slots may have become fewer.
+            let size = self.shared.wave();
+            let end = self.ids.len().min(self.at + size);
+            let wave = self.at..end;
+            if wave.is_empty() {
+                return None;
+            }
+            let (ids, weights) = (&self.ids[wave.clone()], &self.weights[wave]);
+            let (shared, layer) = (&self.shared, self.layer);
+            let request = Shared::begin(shared, layer, ids, weights, Class::Exact, room);
+            if request.is_ok() {
+                self.at = end;
+            } else if room == Room::InTurn && self.shared.wave() < size {
+                continue;
+            }
+            return Some(request);
         }
-        let wave = self.at..end;
-        self.at = end;
-        let (ids, weights) = (&self.ids[wave.clone()], &self.weights[wave]);
-        let (shared, layer) = (&self.shared, self.layer);
-        Some(Shared::begin(shared, layer, ids, weights, Class::Exact))
     }
 }
 
@@ -196,9 +199,12 @@ impl Iterator for Waves {
     type Item = Result<Request>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let wave = self.next.take().or_else(|| self.begin())?;
+        let wave = match self.next.take() {
+            Some(wave) => Ok(wave),
+            None => self.begin(Room::InTurn)?,
+        };
         if wave.is_ok() {
-            self.next = self.begin();
+            self.next = self.begin(Room::Now).and_then(Result::ok);
         }
         Some(wave)
     }

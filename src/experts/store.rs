@@ -55,6 +55,15 @@ pub(super) struct Shared {
     landed: Condvar,
 }
 
+/// What a request does for which there is no room.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Room {
+    /// It is an error.
+    Now,
+    /// It waits until others have ended. Only for who holds no other request, or two would wait for each other.
+    InTurn,
+}
+
 /// The load of the expert in a slot.
 #[derive(Clone, Copy, Default)]
 struct Load {
@@ -278,7 +287,21 @@ impl ExpertStore {
         weights: &[f32],
         class: Class,
     ) -> Result<Request> {
-        Shared::begin(&self.shared, layer, ids, weights, class)
+        Shared::begin(&self.shared, layer, ids, weights, class, Room::Now)
+    }
+
+    /// The same for one of several sessions, which holds no other request: waits while those of others hold the slots.
+    ///
+    /// # Errors
+    /// As [`ExpertStore::begin`], but too many experts are more than there are slots.
+    pub fn begin_in_turn(
+        &self,
+        layer: usize,
+        ids: &[u32],
+        weights: &[f32],
+        class: Class,
+    ) -> Result<Request> {
+        Shared::begin(&self.shared, layer, ids, weights, class, Room::InTurn)
     }
 
     /// The experts `ids` of `layer` will be needed if a guess is right. Nothing happens unless guesses are read. They
@@ -320,11 +343,8 @@ impl ExpertStore {
         let there = |id: u32| core.slots.find(shared.layout.key(layer, id)).is_some();
         let mut order: Vec<(u32, f32)> = ids.iter().copied().zip(weights.iter().copied()).collect();
         order.sort_by_key(|(id, _)| !there(*id));
-        // Two groups at once, and room for what one more token needs.
-        let limit = core.slots.limit();
-        let size = limit.saturating_sub(shared.layout.n_used()) / 2;
         drop(core);
-        Ok(Waves::new(Arc::clone(shared), layer, order, size.max(1)))
+        Ok(Waves::new(Arc::clone(shared), layer, order))
     }
 
     /// Changes the memory of the experts, at any time. Experts that are too many and not in use go at once, those in
@@ -535,6 +555,12 @@ impl Shared {
         }
     }
 
+    /// Experts in a group of [`Waves`]: two groups at once, and room for what one more token needs.
+    pub fn wave(&self) -> usize {
+        let limit = self.lock().slots.limit();
+        (limit.saturating_sub(self.layout.n_used()) / 2).max(1)
+    }
+
     /// See [`ExpertStore::begin`].
     pub fn begin(
         this: &Arc<Self>,
@@ -542,6 +568,7 @@ impl Shared {
         ids: &[u32],
         weights: &[f32],
         class: Class,
+        room: Room,
     ) -> Result<Request> {
         this.check(layer, ids, weights)?;
         // Its end gives back what it holds, on every way out.
@@ -571,25 +598,41 @@ impl Shared {
         request.opened(core.n_requests, entries, held);
         core.n_requests += 1;
         let class = (!held).then_some(class);
-        for entry in request.entries_mut() {
-            let slot = match &entry.pin {
-                Some(pin) => pin.slot(),
-                None => {
-                    let key = this.layout.key(layer, entry.expert);
-                    let (again, slot) = this.slot_for(core, key);
-                    core = again;
-                    let Some(slot) = slot else {
-                        this.kick(&mut core); // those that have got a slot are read all the same
-                        let n_slots = core.slots.limit();
-                        return Err(Error::Invalid(format!(
-                            "layer {layer}: open requests hold too many of the {n_slots} slots"
-                        )));
-                    };
-                    entry.pin = Some(core.pin(slot));
-                    slot
-                }
-            };
-            core.issue(slot, class);
+        let mut j = 0;
+        while j < ids.len() {
+            let entry = &mut request.entries_mut()[j];
+            if entry.pin.is_none() {
+                let key = this.layout.key(layer, entry.expert);
+                let (again, slot) = this.slot_for(core, key);
+                core = again;
+                entry.pin = slot.map(|slot| core.pin(slot));
+            }
+            if let Some(pin) = &entry.pin {
+                core.issue(pin.slot(), class);
+                j += 1;
+                continue;
+            }
+            this.kick(&mut core); // those that have got a slot are read all the same
+            let n_slots = core.slots.limit();
+            let is_imagined = matches!(core.time, Time::Imagined(_));
+            if room == Room::Now || ids.len() > n_slots || core.closed || is_imagined {
+                return Err(Error::Invalid(format!(
+                    "layer {layer}: open requests hold too many of the {n_slots} slots"
+                )));
+            }
+            // Who waits holds nothing, so that the others come to their end.
+            let entries = request.entries_mut();
+            entries
+                .iter_mut()
+                .filter_map(|entry| entry.pin.take())
+                .for_each(|pin| core.unpin(pin));
+            this.notify_landed(&core);
+            core = this.wait_landed(core);
+            for entry in entries {
+                let slot = core.slots.find(this.layout.key(layer, entry.expert));
+                entry.pin = slot.map(|slot| core.pin(slot));
+            }
+            j = 0;
         }
         this.kick(&mut core);
         drop(core);

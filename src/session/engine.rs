@@ -249,7 +249,7 @@ impl<B: Backend + Send + 'static> Engine for Runner<B> {
     ) -> Result<()> {
         self.backend.begin(pass.step);
         top.clear();
-        caught(|| {
+        let done = caught(|| {
             let wanted = self
                 .network
                 .forward(&mut self.backend, &mut self.state, pass);
@@ -264,7 +264,11 @@ impl<B: Backend + Send + 'static> Engine for Runner<B> {
                     self.backend.flush()
                 }
             }
-        })
+        });
+        if done.is_err() {
+            self.backend.stopped();
+        }
+        done
     }
 
     fn set_cancel(&mut self, cancel: &Cancel) {

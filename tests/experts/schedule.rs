@@ -245,6 +245,78 @@ fn a_thousand_faults_under_threads() {
     assert_eq!(stats.n_held, stats.n_slots);
 }
 
+/// Sessions whose experts are together far more than there are slots, which also come and go: each gets its turn.
+#[test]
+fn many_share_the_fewest_slots() {
+    let shape = Shape {
+        n_layers: 3,
+        n_experts: 16,
+        n_used: 3,
+        parts: vec![5000, 4096, 9000],
+        residue: 64,
+        step: 32,
+    };
+    let image = shape.image();
+    let disk = FakeDisk::new(vec![image.clone()], None);
+    let store = ExpertStore::with_disk(Box::new(disk), shape.layout(), &slots(9));
+    let store = store.expect("a store");
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..6)
+            .map(|seed| {
+                let (store, shape, image) = (&store, &shape, &image);
+                scope.spawn(move || {
+                    let mut random = Random(seed);
+                    for _ in 0..100 {
+                        let layer = random.below(shape.n_layers);
+                        if random.below(3) > 0 {
+                            let ids = random.choose(3, 16, 1.0);
+                            let request =
+                                store.begin_in_turn(layer, &ids, &ones(&ids), Class::Exact);
+                            shape.check(image, &request.expect("its turn comes"));
+                            continue;
+                        }
+                        // A prompt, which takes two groups where there is room for them.
+                        let mut ids = random.choose(12, 16, 1.0);
+                        let waves = store.waves(layer, &ids, &ones(&ids)).expect("experts");
+                        let mut seen = Vec::new();
+                        for wave in waves {
+                            let wave = wave.expect("its turn comes");
+                            shape.check(image, &wave);
+                            seen.extend((0..wave.len()).map(|j| wave.expert(j)));
+                        }
+                        ids.sort_unstable();
+                        seen.sort_unstable();
+                        assert_eq!(seen, ids);
+                    }
+                })
+            })
+            .collect();
+        scope.spawn(|| {
+            let mut random = Random(99);
+            while !stop.load(Ordering::Relaxed) {
+                let slots = Budget::Slots(9 + random.below(40));
+                store.set_budget(slots).expect("enough");
+                store.trim(u64::MAX);
+                store.check();
+                std::thread::sleep(Duration::from_micros(200));
+            }
+        });
+        let ended: Vec<_> = workers.into_iter().map(|worker| worker.join()).collect();
+        stop.store(true, Ordering::Relaxed);
+        for worker in ended {
+            worker.expect("every check holds");
+        }
+    });
+    store.settle();
+    store.check();
+    // More than there are slots are never had, and nobody waits for that.
+    store.trim(u64::MAX);
+    let ids: Vec<u32> = (0..10).collect();
+    let request = store.begin_in_turn(0, &ids, &ones(&ids), Class::Exact);
+    assert!(matches!(request, Err(Error::Invalid(_))));
+}
+
 #[test]
 fn an_error_names_the_file_and_the_next_request_tries_again() {
     let shape = Shape {

@@ -547,14 +547,16 @@ impl Backend for Cpu {
         self.cancel = cancel.clone();
     }
 
+    fn stopped(&mut self) {
+        self.named = None;
+    }
+
     fn begin(&mut self, step: Step) {
         self.step = step;
         self.pool = Arc::clone(match step {
             Step::Decode => &self.decode_pool,
             Step::Prefill => &self.prefill_pool,
         });
-        // Of a pass that was stopped.
-        self.named = None;
         if let Some(experts) = &self.experts {
             experts.store().next_token();
         }

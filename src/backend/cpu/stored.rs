@@ -77,7 +77,7 @@ impl StoredExperts {
     pub(super) fn token(&self, layer: usize, (ids, weights): (&[f32], &[f32])) -> Request {
         let mut list = [0; MAX_USED];
         let ids = whole(ids, &mut list);
-        read(self.store.begin(layer, ids, weights, Class::Exact))
+        read(self.store.begin_in_turn(layer, ids, weights, Class::Exact))
     }
 
     /// Holds the experts of many rows of routes, `n_used` experts each, group by group.
