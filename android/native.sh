@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Builds kinglet/src/main/jniLibs/<abi>/libkinglet_jni.so for Gradle, with a real NDK: android/native.sh
+# Builds kinglet/src/main/jniLibs/<abi>/libkinglet_jni.so for Gradle, with a real NDK: android/native.sh [FEATURES]
+# FEATURES are capi,grammar; capi alone is 2 MB smaller, and replies by a schema or grammar fail then.
 # Wants ANDROID_NDK_HOME (r27 or later), cargo-ndk (cargo install cargo-ndk) and, once,
 # rustup target add aarch64-linux-android x86_64-linux-android.
 set -euo pipefail
 ndk=${ANDROID_NDK_HOME:?the folder of the NDK}
+features=${1:-capi,grammar}
 cd "$(dirname "$0")/.."
 
 platform=23 # minSdk of kinglet/build.gradle.kts
@@ -11,7 +13,7 @@ target=$(cargo metadata --format-version 1 --no-deps | sed 's/.*"target_director
 tools=$(echo "$ndk"/toolchains/llvm/prebuilt/*/bin)
 for pair in arm64-v8a:aarch64-linux-android x86_64:x86_64-linux-android; do
     abi=${pair%%:*} triple=${pair#*:}
-    cargo ndk --target "$abi" --platform "$platform" rustc --profile dist --lib --no-default-features --features capi \
+    cargo ndk --target "$abi" --platform "$platform" rustc --profile dist --lib --no-default-features --features "$features" \
         --crate-type staticlib
     out=android/kinglet/src/main/jniLibs/$abi
     mkdir -p "$out"

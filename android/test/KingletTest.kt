@@ -9,8 +9,11 @@ import dev.kinglet.Finish
 import dev.kinglet.Kinglet
 import dev.kinglet.KingletException
 import dev.kinglet.Model
+import dev.kinglet.ModelOptions
 import dev.kinglet.ModelSource
+import dev.kinglet.Pooling
 import dev.kinglet.Reply
+import dev.kinglet.ReplyFormat
 import dev.kinglet.ReplyOptions
 import dev.kinglet.Session
 import dev.kinglet.SessionOptions
@@ -20,6 +23,8 @@ import java.lang.management.ManagementFactory
 import java.nio.file.Files
 import java.util.concurrent.atomic.AtomicInteger
 import javax.management.ObjectName
+import kotlin.math.abs
+import kotlin.math.sqrt
 import kotlin.time.Duration
 import kotlin.time.Duration.Companion.milliseconds
 import kotlin.time.Duration.Companion.seconds
@@ -207,6 +212,130 @@ suspend fun loads(kinglet: Kinglet, file: File) {
     kinglet.notify(Event.THERMAL_NOMINAL)
 }
 
+/** Replies that must be something, calls of tools, and what they answered. */
+suspend fun formats(model: Model) {
+    val session = model.open()
+    val schema = ReplyFormat.JsonSchema(
+        """{"type":"object","properties":{"sound":{"enum":["mäh","🦊"]}},"required":["sound"],"additionalProperties":false}""",
+    )
+    val (json, reply) = session.send(QUESTION, ReplyOptions(maxTokens = 64, format = schema)).all()
+    expectSame(Finish.STOP, reply.finish)
+    expect(Regex("""\{\s*"sound"\s*:\s*"(mäh|🦊)"\s*}""").matches(json)) { json }
+    val wrong = expectStatus(Status.ARGUMENT) {
+        session.send("x", ReplyOptions(format = ReplyFormat.JsonSchema("""{"type":"strin"}"""))).toList()
+    }
+    expect("JSON schema at `/`" in wrong.message!!) { wrong }
+
+    session.rewind(0)
+    session.setTools("""[{"type":"function","function":{"name":"sky"}}]""")
+    val called = ReplyFormat.Grammar(
+        """start: "Hm.<tool_call>{\"name\":\"sky\",\"arguments\":{\"at\":\"Zürich 🦊\"}}</tool_call>"""" ,
+    )
+    val chunks = session.send("How is the sky?", ReplyOptions(maxTokens = 200, format = called)).toList()
+    expectSame("Hm.", chunks.filterIsInstance<Chunk.Text>().joinToString("") { it.text })
+    expectSame(
+        listOf(Chunk.Call("""{"name":"sky","arguments":{"at":"Zürich 🦊"}}""")), chunks.filterIsInstance<Chunk.Call>(),
+    )
+    // As the model wrote it, since this model's template knows no calls.
+    expectSame("Hm.<tool_call>{\"name\":\"sky\",\"arguments\":{\"at\":\"Zürich 🦊\"}}</tool_call>", lastReply(session))
+    val answer = """[{"role":"tool","content":"blue 🦊","tool_call_id":"call_0"}]"""
+    expectSame(24L, session.answer(answer, few).all().second.replyTokens)
+    expect("blue 🦊" in session.messages()) { session.messages() }
+    expectSame(4L, session.info().nMessages)
+    expectStatus(Status.ARGUMENT) { session.answer("[]", few).toList() }
+    expectStatus(Status.ARGUMENT) { session.setTools("{}") }
+    session.setTools("")
+    session.close()
+}
+
+fun length(vector: FloatArray) = sqrt(vector.fold(0.0) { sum, x -> sum + x * x })
+
+/** Texts as tokens and as vectors. */
+suspend fun vectors(model: Model) {
+    val text = "Naïve 🦊, <|im_end|>"
+    val tokens = model.tokenize(text)
+    expectSame(text, model.detokenize(tokens))
+    expect(model.tokenize(text, control = true).size < tokens.size) { "a control token is one" }
+    expectSame(0, model.tokenize("").size)
+    expectSame("", model.detokenize(IntArray(0)))
+    expectStatus(Status.ARGUMENT) { model.detokenize(intArrayOf(-1)) }
+
+    val session = model.session(SessionOptions(nCtx = 2048))
+    val hidden = model.info().hidden.toInt()
+    val mean = session.embed(QUESTION)
+    expect(mean.size == hidden && abs(length(mean) - 1) < 1e-3) { "${mean.size}, ${length(mean)}" }
+    val states = session.hiddenStates(QUESTION)
+    expectSame(model.tokenize(QUESTION, ends = true).size, states.size)
+    val raw = session.embed(QUESTION, normalize = false)
+    val means = FloatArray(hidden) { i -> states.sumOf { it[i].toDouble() }.toFloat() / states.size }
+    expect(raw.indices.all { abs(raw[it] - means[it]) < 1e-4 * length(raw) }) { "the mean of its states" }
+    val last = session.embed(QUESTION, Pooling.LAST)
+    expect(last.indices.all { abs(last[it] - states.last()[it] / length(states.last())) < 1e-4 }) { "the last state" }
+    coroutineScope {
+        val job = async { session.embed("a fox and a small bird ".repeat(250)) }
+        delay(10.milliseconds)
+        val since = TimeSource.Monotonic.markNow()
+        job.cancelAndJoin()
+        expect(since.elapsedNow() < 2.seconds) { since.elapsedNow() }
+    }
+    expectSame(mean.toList(), session.embed(QUESTION).toList())
+    expectStatus(Status.CONTEXT_FULL) { session.embed("a fox and a small bird ".repeat(500)) }
+    session.close()
+}
+
+/** The descriptor of this process for a file that is open, which Java keeps to itself. */
+fun descriptor(file: File): Int =
+    File("/proc/self/fd").listFiles()!!.first { it.canonicalPath == file.canonicalPath }.name.toInt()
+
+/** Models in the middle of an open file, and with a budget that changes. */
+suspend fun sources(kinglet: Kinglet, model: Model, file: File, folder: File) {
+    val packed = File(folder, "packed 🦊").apply { writeBytes(ByteArray(1000) + file.readBytes() + ByteArray(1000)) }
+    val stream = packed.inputStream()
+    val fd = descriptor(packed)
+    val plan = Kinglet.planFd(fd, 1000, file.length(), session = SessionOptions(nCtx = 512))
+    expectSame(Kinglet.plan(file, session = SessionOptions(nCtx = 512)).let { it.kv to it.nCtx }, plan.kv to plan.nCtx)
+    expectStatus(Status.ARGUMENT) { kinglet.loadFd(fd, 1002, file.length()) }
+    expectStatus(Status.FILE) { kinglet.loadFd(fd) }
+    expectStatus(Status.ARGUMENT) { kinglet.loadFd(-1) }
+    kinglet.loadFd(fd, 1000, file.length()).use { other ->
+        stream.close()
+        expect(packed.delete()) { packed }
+        expectSame(model.info().nParams, other.info().nParams)
+        val expected = model.open().use { it.send(QUESTION, few).all().first }
+        expectSame(expected, other.open().use { it.send(QUESTION, few).all().first })
+    }
+
+    val none = expectStatus(Status.ARGUMENT) { model.setMemory(1L shl 30) }
+    expect("without a budget" in none.message!!) { none }
+    kinglet.load(file, ModelOptions(memory = 4L shl 30)).use { other ->
+        val session = other.open()
+        val text = StringBuilder()
+        session.send(QUESTION, few).collect { // whatever runs
+            if (it is Chunk.Text) text.append(it.text)
+            other.setMemory((4L shl 30) + text.length)
+        }
+        expectStatus(Status.BUDGET) { other.setMemory(1) }
+        expectSame(model.open().use { it.send(QUESTION, few).all().first }, text.toString())
+        session.close()
+    }
+}
+
+suspend fun profiles(file: File) {
+    val profile = Kinglet.profile(file, nPrompt = 16, nGen = 4)
+    val json = profile.json()
+    expect(json.startsWith("{") && "decode" in json && "prefill" in json) { json.take(200) }
+    expect(profile.trace().length > 1000) { profile.trace() }
+    profile.close()
+    expectStatus(Status.HANDLE) { profile.json() }
+    coroutineScope {
+        val job = async(Dispatchers.Default) { Kinglet.profile(file, nPrompt = 60_000) }
+        delay(30.milliseconds)
+        val since = TimeSource.Monotonic.markNow()
+        job.cancelAndJoin()
+        expect(since.elapsedNow() < 5.seconds) { since.elapsedNow() }
+    }
+}
+
 /** What a callback or a collector throws reaches the caller, and the session goes on. */
 suspend fun throwing(model: Model) {
     class OnPurpose(val at: Int) : RuntimeException("on purpose 🦊")
@@ -338,6 +467,11 @@ fun main(args: Array<String>) = runBlocking {
     test("history") { history(model, folder) }
     test("texts") { texts(kinglet, model, file, folder) }
     test("cancels") { cancels(model) }
+    test("formats") { formats(model) }
+    test("vectors") { vectors(model) }
+    test("sources") { sources(kinglet, model, file, folder) }
+    test("profiles") { profiles(file) }
+    expectSame(handlesBefore, handles())
     test("throwing") { throwing(model) }
     test("busy") { busy(model) }
     test("together") { together(model) }

@@ -49,6 +49,7 @@ func all(_ stream: AsyncThrowingStream<Chunk, Error>, line: Int = #line) async t
         switch chunk {
         case .prefill: try expectSame(0, pieces, line: line)
         case .text(let piece): (text, pieces) = (text + piece, pieces + 1)
+        case .call(let json): throw Failed(description: "line \(line): expected no call, found \(json)")
         case .end(let it): reply = it
         }
     }
@@ -157,6 +158,120 @@ func cancels(_ model: Model) async throws {
     try expectSame(fresh, try await all(session.send(question, options: few)).0)
 }
 
+/// Replies that must be something, calls of tools, and what they answered.
+func formats(_ model: Model) async throws {
+    let session = try await open(model)
+    let schema = """
+        {"type":"object","properties":{"sound":{"enum":["mäh","🦊"]}},"required":["sound"],"additionalProperties":false}
+        """
+    struct Sound: Decodable { let sound: String }
+    let (json, reply) = try await all(
+        session.send(question, options: ReplyOptions(maxTokens: 64, format: .jsonSchema(schema))))
+    try expectSame(Finish.stop, reply.finish)
+    let sound = try JSONDecoder().decode(Sound.self, from: Data(json.utf8)).sound
+    try expect(["mäh", "🦊"].contains(sound), sound)
+    let why = try await expectStatus(.argument) {
+        let wrong = ReplyOptions(format: .jsonSchema(#"{"type":"strin"}"#))
+        for try await _ in await session.send("x", options: wrong) {}
+    }
+    try expect(why.contains("JSON schema at `/`"), why)
+    _ = try await expectStatus(.argument) {
+        for try await _ in await session.send("x", options: ReplyOptions(format: .grammar(""))) {}
+    }
+
+    try await session.rewind(to: 0)
+    try await session.setTools(#"[{"type":"function","function":{"name":"sky"}}]"#)
+    let called = #"start: "Hm.<tool_call>{\"name\":\"sky\",\"arguments\":{\"at\":\"Zürich 🦊\"}}</tool_call>""#
+    var (text, calls) = ("", [String]())
+    let options = ReplyOptions(maxTokens: 200, format: .grammar(called))
+    for try await chunk in await session.send("How is the sky?", options: options) {
+        if case .text(let piece) = chunk { text += piece }
+        if case .call(let json) = chunk { calls.append(json) }
+    }
+    try expectSame("Hm.", text)
+    try expectSame([#"{"name":"sky","arguments":{"at":"Zürich 🦊"}}"#], calls)
+    let answer = #"[{"role":"tool","content":"blue 🦊","tool_call_id":"call_0"}]"#
+    try expectSame(24, try await all(session.answer(answer, options: few)).1.replyTokens)
+    let messages = try await session.messages()
+    try expect(messages.contains("<tool_call>") && messages.contains("blue 🦊"), messages)
+    _ = try await expectStatus(.argument) { try await session.setTools("{}") }
+}
+
+func length(_ vector: [Float]) -> Float {
+    vector.reduce(0) { $0 + $1 * $1 }.squareRoot()
+}
+
+/// Texts as tokens and as vectors.
+func vectors(_ model: Model) async throws {
+    let text = "Naïve 🦊, <|im_end|>"
+    let tokens = try model.tokenize(text)
+    try expectSame(text, try model.detokenize(tokens))
+    try expect(try model.tokenize(text, control: true).count < tokens.count, "a control token is one")
+    try expectSame([], try model.tokenize(""))
+    try expectSame("", try model.detokenize([]))
+    _ = try await expectStatus(.argument) { _ = try model.detokenize([.max]) }
+
+    let session = try await model.session(SessionOptions(nCtx: 2048))
+    let hidden = Int(try model.info().hidden)
+    let mean = try await session.embed(question)
+    try expect(mean.count == hidden && abs(length(mean) - 1) < 1e-3, mean.count)
+    let states = try await session.hiddenStates(question)
+    try expectSame(try model.tokenize(question, ends: true).count, states.count)
+    let raw = try await session.embed(question, normalize: false)
+    let scale = length(raw)
+    for i in 0..<hidden {
+        let sum = states.reduce(0) { $0 + Double($1[i]) }
+        try expect(abs(raw[i] - Float(sum / Double(states.count))) < 1e-4 * scale, i)
+    }
+    let last = try await session.embed(question, pooling: .last)
+    let end = states[states.count - 1]
+    try expect(zip(last, end).allSatisfy { abs($0 - $1 / length(end)) < 1e-4 }, "the last state")
+    let task = Task { try await session.embed(String(repeating: "a fox and a small bird ", count: 250)) }
+    try await Task.sleep(nanoseconds: 10_000_000)
+    task.cancel()
+    do {
+        _ = try await task.value
+    } catch {
+        try expect(error is CancellationError, error)
+    }
+    try expectSame(mean, try await session.embed(question))
+}
+
+/// Models in the middle of an open file, with a budget that changes, and where their time goes.
+func sources(_ runtime: Runtime, _ model: Model, _ file: URL, _ folder: URL) async throws {
+    let packed = folder.appendingPathComponent("packed 🦊")
+    let bytes = try Data(contentsOf: file)
+    try (Data(count: 1000) + bytes + Data(count: 1000)).write(to: packed)
+    let handle = try FileHandle(forReadingFrom: packed)
+    let size = UInt64(bytes.count)
+    let plan = try await Runtime.plan(handle, offset: 1000, length: size, session: SessionOptions(nCtx: 512))
+    try expectSame(try await Runtime.plan(file, session: SessionOptions(nCtx: 512)).kv, plan.kv)
+    _ = try await expectStatus(.argument) { _ = try await runtime.load(handle, offset: 1002, length: size) }
+    _ = try await expectStatus(.file) { _ = try await runtime.load(handle) }
+    let other = try await runtime.load(handle, offset: 1000, length: size)
+    try handle.close()
+    try FileManager.default.removeItem(at: packed)
+    let expected = try await all(open(model).send(question, options: few)).0
+    try expectSame(expected, try await all(open(other).send(question, options: few)).0)
+
+    _ = try await expectStatus(.argument) { try await model.setMemory(1 << 30) }
+    let bounded = try await runtime.load(file, options: ModelOptions(memory: 4 << 30))
+    let session = try await open(bounded)
+    var said = ""
+    for try await chunk in await session.send(question, options: few) {
+        guard case .text(let piece) = chunk else { continue }
+        said += piece
+        try await bounded.setMemory((4 << 30) + UInt64(said.utf8.count)) // whatever runs
+    }
+    try expectSame(expected, said)
+    _ = try await expectStatus(.budget) { try await bounded.setMemory(1) }
+
+    let profile = try await Runtime.profile(file, nPrompt: 16, nGen: 4)
+    let json = try profile.json()
+    try expect(json.hasPrefix("{") && json.contains("prefill"), json)
+    try expect(try profile.trace().utf8.count > 1000, "a trace")
+}
+
 func throwing(_ model: Model) async throws {
     let session = try await open(model)
     do {
@@ -256,6 +371,9 @@ do {
     try await test("history") { try await history(model, folder) }
     try await test("texts") { try await texts(runtime, model, file, folder) }
     try await test("cancels") { try await cancels(model) }
+    try await test("formats") { try await formats(model) }
+    try await test("vectors") { try await vectors(model) }
+    try await test("sources") { try await sources(runtime, model, file, folder) }
     try await test("throwing") { try await throwing(model) }
     try await test("together") { try await together(model) }
     try await test("loads") { try await loads(runtime, file) }

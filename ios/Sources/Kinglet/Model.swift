@@ -47,4 +47,30 @@ public final class Model: Sendable {
         try check(kinglet_model_trim(handle.pointer, bytes, &freed))
         return freed
     }
+
+    /// Changes the ``ModelOptions/memory`` that the model was loaded with, whatever runs: sessions keep what they have,
+    /// weights or experts get what that leaves. No bit of a reply depends on it. ``Status/budget``: it does not suffice,
+    /// and nothing has changed; ``Status/argument``: the model was loaded without one.
+    public func setMemory(_ bytes: UInt64) async throws {
+        try await Runtime.queue.blocking { [handle] _ in
+            try check(kinglet_model_set_memory(handle.pointer, bytes))
+        }
+    }
+
+    /// The tokens of `text`. With `ends` those too that begin and end a text, where the model wants them; with `control`
+    /// control tokens that are spelled out become such, which is not for what users or tools say.
+    public func tokenize(_ text: String, ends: Bool = false, control: Bool = false) throws -> [UInt32] {
+        let flags = (ends ? KINGLET_TOKENIZE_ENDS.rawValue : 0) | (control ? KINGLET_TOKENIZE_CONTROL.rawValue : 0)
+        return try withText(text) { bytes, count in
+            try [UInt32](unsafeUninitializedCapacity: count + 2) { tokens, n in // there are no more
+                try check(
+                    kinglet_model_tokenize(handle.pointer, bytes, count, flags, tokens.baseAddress, tokens.count, &n))
+            }
+        }
+    }
+
+    /// The text of `tokens`. Control tokens have none, and bytes that are no UTF-8 become U+FFFD.
+    public func detokenize(_ tokens: [UInt32]) throws -> String {
+        try bufferText { kinglet_model_detokenize(handle.pointer, $0, tokens, tokens.count) }
+    }
 }

@@ -62,6 +62,12 @@ func withText<T>(_ text: String, _ body: (UnsafePointer<CChar>?, Int) throws -> 
     }
 }
 
+/// The UTF-8 of a text during a call; of none, nothing.
+func withText<T>(_ text: String?, _ body: (UnsafePointer<CChar>?, Int) throws -> T) rethrows -> T {
+    guard let text else { return try body(nil, 0) }
+    return try withText(text, body)
+}
+
 /// A text that the library gives.
 func text(_ bytes: UnsafePointer<CChar>?, _ count: Int) -> String {
     UnsafeBufferPointer(start: bytes, count: count).withMemoryRebound(to: UInt8.self) {

@@ -124,14 +124,54 @@ public actor Runtime {
         }
     }
 
+    /// The same of a model that is `length` bytes from `offset` on in an open file; 0: up to its end. The library keeps a
+    /// descriptor of its own: the caller may close the file when this returns.
+    public nonisolated func load(
+        _ file: FileHandle, offset: UInt64 = 0, length: UInt64 = 0, options: ModelOptions = ModelOptions()
+    ) async throws -> Model {
+        let fd = file.fileDescriptor
+        return try await Runtime.queue.blocking { [handle] cancel in
+            var params = options.native(cancel: cancel.handle.pointer)
+            let model = try withExtendedLifetime((cancel, file)) {
+                try Handle(release: kinglet_model_release) {
+                    kinglet_model_load_fd($0, handle.pointer, fd, offset, length, &params)
+                }
+            }
+            return Model(handle: model)
+        }
+    }
+
     /// What a session on the model in `file` will take, from its header alone.
     public static func plan(
         _ file: URL, model: ModelOptions = ModelOptions(), session: SessionOptions = SessionOptions()
     ) async throws -> Plan {
+        try await plan(model, session) { p, model, session in
+            withText(file.path) { kinglet_plan_make(p, $0, $1, model, session) }
+        }
+    }
+
+    /// The same of a model in an open file.
+    public static func plan(
+        _ file: FileHandle, offset: UInt64 = 0, length: UInt64 = 0, model: ModelOptions = ModelOptions(),
+        session: SessionOptions = SessionOptions()
+    ) async throws -> Plan {
+        let fd = file.fileDescriptor
+        return try await plan(model, session) { p, model, session in
+            withExtendedLifetime(file) { kinglet_plan_make_fd(p, fd, offset, length, model, session) }
+        }
+    }
+
+    private static func plan(
+        _ model: ModelOptions, _ session: SessionOptions,
+        _ make: @escaping @Sendable (
+            UnsafeMutablePointer<kinglet_plan>, UnsafePointer<kinglet_model_params>,
+            UnsafePointer<kinglet_session_params>
+        ) -> kinglet_status
+    ) async throws -> Plan {
         try await queue.blocking { _ in
             var (model, session, p) = (model.native(), session.native, kinglet_plan())
             p.struct_size = MemoryLayout<kinglet_plan>.size
-            try withText(file.path) { try check(kinglet_plan_make(&p, $0, $1, &model, &session)) }
+            try check(make(&p, &model, &session))
             return Plan(
                 total: p.total, weights: p.weights, ownWeights: p.own_weights, experts: p.experts, kv: p.kv,
                 conv: p.conv, scratch: p.scratch, tokenizer: p.tokenizer, runtime: p.runtime, program: p.program,
@@ -139,5 +179,44 @@ public actor Runtime {
                 values: KVType(rawValue: p.values) ?? .standard, nConcessions: p.n_concessions
             )
         }
+    }
+
+    /// Loads the model in `file`, reads a prompt, writes a reply, and notes each operation. Takes as long as that takes, or
+    /// until the task is cancelled. The numbers of tokens are at most 65,536; 0: 512 and 64.
+    public static func profile(
+        _ file: URL, model: ModelOptions = ModelOptions(), nPrompt: UInt32 = 0, nGen: UInt32 = 0
+    ) async throws -> Profile {
+        try await queue.blocking { cancel in
+            var (model, params) = (model.native(cancel: cancel.handle.pointer), kinglet_profile_params())
+            params.struct_size = MemoryLayout<kinglet_profile_params>.size
+            params.n_prompt = nPrompt
+            params.n_gen = nGen
+            let handle = try withExtendedLifetime(cancel) {
+                try Handle(release: kinglet_profile_release) { out in
+                    withText(file.path) { kinglet_profile_make(out, $0, $1, &model, &params) }
+                }
+            }
+            return Profile(handle: handle)
+        }
+    }
+}
+
+/// Where the time of a run went. Made by ``Runtime/profile(_:model:nPrompt:nGen:)``.
+public final class Profile: Sendable {
+    private let handle: Handle
+
+    init(handle: Handle) {
+        self.handle = handle
+    }
+
+    /// The report as JSON: phases (load, prefill, decode), in each the time, bytes and kernel of each operation; memory;
+    /// the time of a token.
+    public func json() throws -> String {
+        try bufferText { kinglet_profile_json(handle.pointer, $0) }
+    }
+
+    /// Every operation one by one, as Perfetto and `chrome://tracing` read it.
+    public func trace() throws -> String {
+        try bufferText { kinglet_profile_trace(handle.pointer, $0) }
     }
 }

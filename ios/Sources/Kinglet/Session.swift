@@ -2,7 +2,17 @@ import CKinglet
 import Dispatch
 import Foundation
 
-/// When a reply ends.
+/// What a reply must be. Tokens are allowed one by one, so that a reply which ends by itself is one of the texts, and one
+/// that is cut short the beginning of one. One that is wrong fails with ``Status/argument``, and says where; a library that
+/// was built without the feature `grammar` fails with ``Status/unsupported``.
+public enum ReplyFormat: Sendable, Equatable {
+    /// JSON that a schema (draft 2020-12, `$ref` within it) describes.
+    case jsonSchema(String)
+    /// A text of a grammar, in llguidance's variant of Lark.
+    case grammar(String)
+}
+
+/// What a reply may be, and when it ends.
 public struct ReplyOptions: Sendable {
     /// Tokens of the reply; 0: until it ends or the context is full.
     public var maxTokens: UInt64
@@ -10,11 +20,14 @@ public struct ReplyOptions: Sendable {
     public var stops: [String]
     /// The model may not end.
     public var ignoreEnd: Bool
+    /// What the reply must be; anything by default.
+    public var format: ReplyFormat?
 
-    public init(maxTokens: UInt64 = 0, stops: [String] = [], ignoreEnd: Bool = false) {
+    public init(maxTokens: UInt64 = 0, stops: [String] = [], ignoreEnd: Bool = false, format: ReplyFormat? = nil) {
         self.maxTokens = maxTokens
         self.stops = stops
         self.ignoreEnd = ignoreEnd
+        self.format = format
     }
 }
 
@@ -46,8 +59,19 @@ public enum Chunk: Sendable {
     case prefill(done: UInt64, total: UInt64)
     /// Whole characters, in order.
     case text(String)
+    /// A call of a tool, `{"name":"...","arguments":{...}}`, when it is whole; see ``Session/setTools(_:)``. Arguments are
+    /// the model's words: check them.
+    case call(String)
     /// The last one.
     case end(Reply)
+}
+
+/// How the hidden states of tokens become one vector.
+public enum Pooling: UInt32, Sendable {
+    /// Their mean.
+    case mean = 1
+    /// That of the last token, which alone has seen all.
+    case last
 }
 
 /// What a session holds.
@@ -75,6 +99,14 @@ public actor Session {
     /// Replaces the last reply by another one.
     public func regenerate(options: ReplyOptions = ReplyOptions()) -> AsyncThrowingStream<Chunk, Error> {
         stream(.regenerate, options)
+    }
+
+    /// Appends `messages`, JSON as ``messages()`` gives it, and replies to them: what tools have answered,
+    /// `[{"role":"tool","tool_call_id":"call_0","content":"..."}, ...]`.
+    public func answer(
+        _ messages: String, options: ReplyOptions = ReplyOptions()
+    ) -> AsyncThrowingStream<Chunk, Error> {
+        stream(.answer(messages), options)
     }
 
     /// Continues `text` as it is, without template and messages.
@@ -150,6 +182,14 @@ public actor Session {
         try await with { session in try withText(json) { try check(kinglet_session_set_messages(session, $0, $1)) } }
     }
 
+    /// The tools that the model may call, as JSON in the form of templates:
+    /// `[{"type":"function","function":{"name":"...","description":"...","parameters":{...a schema...}}}, ...]`; the empty
+    /// text: none. From then on calls are no text of the reply but a ``Chunk/call(_:)`` each. Nothing is called: that is the
+    /// app's, which then says with ``answer(_:options:)`` what came of it.
+    public func setTools(_ json: String) async throws {
+        try await with { session in try withText(json) { try check(kinglet_session_set_tools(session, $0, $1)) } }
+    }
+
     /// Goes back: keeps the first `nMessages`. Costs nothing; what is kept is not read again.
     public func rewind(to nMessages: UInt64) async throws {
         try await with { session in try check(kinglet_session_rewind(session, nMessages)) }
@@ -159,6 +199,22 @@ public actor Session {
     public func fork() async throws -> Session {
         try await with { session in
             Session(handle: try Handle(release: kinglet_session_release) { kinglet_session_fork($0, session) })
+        }
+    }
+
+    /// `text` as one vector of ``ModelInfo/hidden`` numbers, of length 1 if `normalize` says so. The session holds the text
+    /// then: its messages stay, but the next reply reads them again, so take a session of its own.
+    public func embed(_ text: String, pooling: Pooling = .mean, normalize: Bool = true) async throws -> [Float] {
+        try await queue.blocking { [handle] in
+            try handle.embed(text, kinglet_pooling(pooling.rawValue), normalize, cancel: $0).all
+        }
+    }
+
+    /// The same with a vector for each token: those of ``Model/tokenize(_:ends:control:)`` with `ends`.
+    public func hiddenStates(_ text: String, normalize: Bool = false) async throws -> [[Float]] {
+        try await queue.blocking { [handle] in
+            let (all, hidden) = try handle.embed(text, KINGLET_POOLING_NONE, normalize, cancel: $0)
+            return stride(from: 0, to: all.count, by: hidden).map { Array(all[$0..<$0 + hidden]) }
         }
     }
 
@@ -182,7 +238,7 @@ public actor Session {
 
 /// What replies are made to.
 enum Prompt: Sendable {
-    case send(String), regenerate, complete(String)
+    case send(String), regenerate, answer(String), complete(String)
 }
 
 /// Who is told about a reply, and what it threw.
@@ -200,6 +256,8 @@ private final class Listener {
                 try onChunk(.prefill(done: chunk.done, total: chunk.total))
             } else if chunk.kind == KINGLET_CHUNK_TEXT.rawValue, chunk.text_len > 0 { // empty where no character ends
                 try onChunk(.text(text(chunk.text, chunk.text_len)))
+            } else if chunk.kind == KINGLET_CHUNK_CALL.rawValue {
+                try onChunk(.call(text(chunk.text, chunk.text_len)))
             }
             return 0
         } catch {
@@ -210,6 +268,34 @@ private final class Listener {
 }
 
 extension Handle {
+    /// Vectors of a text, one after the other, and the size of one; on this thread.
+    fileprivate func embed(
+        _ text: String, _ pooling: kinglet_pooling, _ normalize: Bool, cancel: Cancel
+    ) throws -> (all: [Float], hidden: Int) {
+        var params = kinglet_embed_params()
+        params.struct_size = MemoryLayout<kinglet_embed_params>.size
+        params.raw = normalize ? 0 : 1
+        params.cancel = cancel.handle.pointer
+        return try withExtendedLifetime((self, cancel)) {
+            try withText(text) { bytes, count in
+                // Without room it says how many there are, and does nothing.
+                let size = { (pooling: kinglet_pooling) throws -> Int in
+                    var n = 0
+                    params.pooling = pooling.rawValue
+                    let status = kinglet_session_embed(self.pointer, bytes, count, &params, nil, 0, &n)
+                    if status != KINGLET_E_SPACE { try check(status) }
+                    return n
+                }
+                let hidden = try size(KINGLET_POOLING_LAST)
+                let n = try size(pooling)
+                let all = try [Float](unsafeUninitializedCapacity: n) { floats, n in
+                    try check(kinglet_session_embed(pointer, bytes, count, &params, floats.baseAddress, floats.count, &n))
+                }
+                return (all, hidden)
+            }
+        }
+    }
+
     /// A reply on this thread.
     fileprivate func reply(
         _ prompt: Prompt, _ options: ReplyOptions, cancel: Cancel, _ onChunk: @escaping (Chunk) throws -> Void
@@ -227,17 +313,35 @@ extension Handle {
         params.max_tokens = options.maxTokens
         params.ignore_end = options.ignoreEnd ? 1 : 0
         params.cancel = cancel.handle.pointer
+        var (schema, grammar): (String?, String?)
+        switch options.format {
+        case .jsonSchema(""), .grammar(""): // would be none
+            throw KingletError(status: .argument, message: "format: expected a schema or grammar, found an empty text")
+        case .jsonSchema(let text): schema = text
+        case .grammar(let text): grammar = text
+        case nil: break
+        }
         let status = withExtendedLifetime((self, cancel, listener)) {
             withTexts(options.stops) { stops in
-                params.stops = stops.baseAddress
-                params.n_stops = stops.count
-                switch prompt {
-                case .send(let text):
-                    return withText(text) { kinglet_session_send(pointer, $0, $1, &params, &r, told, user) }
-                case .regenerate:
-                    return kinglet_session_regenerate(pointer, &params, &r, told, user)
-                case .complete(let text):
-                    return withText(text) { kinglet_session_complete(pointer, $0, $1, &params, &r, told, user) }
+                withText(schema) { schema, schemaCount in
+                    withText(grammar) { grammar, grammarCount in
+                        params.stops = stops.baseAddress
+                        params.n_stops = stops.count
+                        params.json_schema = schema
+                        params.json_schema_len = schemaCount
+                        params.grammar = grammar
+                        params.grammar_len = grammarCount
+                        switch prompt {
+                        case .send(let text):
+                            return withText(text) { kinglet_session_send(pointer, $0, $1, &params, &r, told, user) }
+                        case .regenerate:
+                            return kinglet_session_regenerate(pointer, &params, &r, told, user)
+                        case .answer(let json):
+                            return withText(json) { kinglet_session_answer(pointer, $0, $1, &params, &r, told, user) }
+                        case .complete(let text):
+                            return withText(text) { kinglet_session_complete(pointer, $0, $1, &params, &r, told, user) }
+                        }
+                    }
                 }
             }
         }

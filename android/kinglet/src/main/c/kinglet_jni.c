@@ -9,6 +9,7 @@
  */
 #include <jni.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "kinglet.h"
@@ -41,6 +42,14 @@ static int good(JNIEnv *env, kinglet_status status) {
     jobject thrown = message ? (*env)->NewObject(env, failure, failure_of, (jint)status, message) : NULL;
     if (thrown) (*env)->Throw(env, (jthrowable)thrown);
     return 0;
+}
+
+/* Room that a call fills; NULL and an OutOfMemoryError if there is none. */
+static void *room(JNIEnv *env, size_t n, size_t size) {
+    void *items = n > INT32_MAX ? NULL : calloc(n + 1, size);
+    jclass error = items ? NULL : (*env)->FindClass(env, "java/lang/OutOfMemoryError");
+    if (error) (*env)->ThrowNew(env, error, "an array for the library");
+    return items;
 }
 
 static jlong handle(JNIEnv *env, kinglet_status status, void *made) {
@@ -167,6 +176,16 @@ static jlong model_load(JNIEnv *env, jclass class, jlong runtime, jbyteArray pat
     return handle(env, status, model);
 }
 
+static jlong model_load_fd(JNIEnv *env, jclass class, jlong runtime, jint fd, jlong offset, jlong len, jlong memory,
+                           jboolean degrade, jint threads, jint threads_batch, jlong cancel) {
+    kinglet_model_params params = model_params(memory, degrade, threads, threads_batch, cancel);
+    kinglet_model *model = NULL;
+    (void)class;
+    kinglet_status status =
+        kinglet_model_load_fd(&model, HANDLE(runtime, runtime), fd, (uint64_t)offset, (uint64_t)len, &params);
+    return handle(env, status, model);
+}
+
 static void model_release(JNIEnv *env, jclass class, jlong model) {
     (void)env, (void)class;
     kinglet_model_release(HANDLE(model, model));
@@ -195,10 +214,50 @@ static jlong model_trim(JNIEnv *env, jclass class, jlong model, jlong bytes) {
     return good(env, kinglet_model_trim(HANDLE(model, model), (uint64_t)bytes, &freed)) ? (jlong)freed : 0;
 }
 
+static void model_set_memory(JNIEnv *env, jclass class, jlong model, jlong memory) {
+    (void)class;
+    good(env, kinglet_model_set_memory(HANDLE(model, model), (uint64_t)memory));
+}
+
+static jintArray model_tokenize(JNIEnv *env, jclass class, jlong model, jbyteArray array, jint flags) {
+    jintArray numbers = NULL;
+    text t;
+    (void)class;
+    if (!hold(env, &t, array)) return NULL;
+    size_t cap = t.len + 2, n = 0; /* there are no more */
+    uint32_t *tokens = (uint32_t *)room(env, cap, sizeof *tokens);
+    if (tokens && good(env, kinglet_model_tokenize(HANDLE(model, model), BYTES(t), (uint32_t)flags, tokens, cap, &n))) {
+        numbers = (*env)->NewIntArray(env, (jsize)n);
+        if (numbers) (*env)->SetIntArrayRegion(env, numbers, 0, (jsize)n, (const jint *)tokens);
+    }
+    free(tokens);
+    let_go(env, &t);
+    return numbers;
+}
+
+static jbyteArray model_detokenize(JNIEnv *env, jclass class, jlong model, jintArray numbers) {
+    kinglet_buffer *buffer = NULL;
+    jsize n = (*env)->GetArrayLength(env, numbers);
+    uint32_t *tokens = (uint32_t *)room(env, (size_t)n, sizeof *tokens);
+    (void)class;
+    if (!tokens) return NULL;
+    (*env)->GetIntArrayRegion(env, numbers, 0, n, (jint *)tokens);
+    kinglet_status status = kinglet_model_detokenize(HANDLE(model, model), &buffer, tokens, (size_t)n);
+    free(tokens);
+    return bytes_of(env, status, buffer);
+}
+
+static jlongArray plan(JNIEnv *env, const kinglet_plan *p) {
+    jlong values[] = {(jlong)p->total,   (jlong)p->weights,   (jlong)p->own_weights, (jlong)p->experts, (jlong)p->kv,
+                      (jlong)p->conv,    (jlong)p->scratch,   (jlong)p->tokenizer,   (jlong)p->runtime, (jlong)p->program,
+                      (jlong)p->n_ctx,   p->batch,            p->keys,               p->values,         p->n_concessions};
+    return numbers(env, values, COUNT(values));
+}
+
 static jlongArray plan_make(JNIEnv *env, jclass class, jbyteArray path, jlong memory, jboolean degrade, jint threads,
-                            jint threads_batch, jlong n_ctx, jint batch, jint keys, jint values_type) {
+                            jint threads_batch, jlong n_ctx, jint batch, jint keys, jint values) {
     kinglet_model_params model = model_params(memory, degrade, threads, threads_batch, 0);
-    kinglet_session_params session = session_params(n_ctx, batch, keys, values_type);
+    kinglet_session_params session = session_params(n_ctx, batch, keys, values);
     kinglet_plan p = {0};
     text t;
     (void)class;
@@ -206,11 +265,56 @@ static jlongArray plan_make(JNIEnv *env, jclass class, jbyteArray path, jlong me
     if (!hold(env, &t, path)) return NULL;
     kinglet_status status = kinglet_plan_make(&p, BYTES(t), &model, &session);
     let_go(env, &t);
-    if (!good(env, status)) return NULL;
-    jlong values[] = {(jlong)p.total,   (jlong)p.weights,   (jlong)p.own_weights, (jlong)p.experts, (jlong)p.kv,
-                      (jlong)p.conv,    (jlong)p.scratch,   (jlong)p.tokenizer,   (jlong)p.runtime, (jlong)p.program,
-                      (jlong)p.n_ctx,   p.batch,            p.keys,               p.values,         p.n_concessions};
-    return numbers(env, values, COUNT(values));
+    return good(env, status) ? plan(env, &p) : NULL;
+}
+
+static jlongArray plan_make_fd(JNIEnv *env, jclass class, jint fd, jlong offset, jlong len, jlong memory,
+                               jboolean degrade, jint threads, jint threads_batch, jlong n_ctx, jint batch, jint keys,
+                               jint values) {
+    kinglet_model_params model = model_params(memory, degrade, threads, threads_batch, 0);
+    kinglet_session_params session = session_params(n_ctx, batch, keys, values);
+    kinglet_plan p = {0};
+    (void)class;
+    p.struct_size = sizeof p;
+    kinglet_status status = kinglet_plan_make_fd(&p, fd, (uint64_t)offset, (uint64_t)len, &model, &session);
+    return good(env, status) ? plan(env, &p) : NULL;
+}
+
+/* --- Profile ------------------------------------------------------------------------------------------------------ */
+
+static jlong profile_make(JNIEnv *env, jclass class, jbyteArray path, jlong memory, jboolean degrade, jint threads,
+                          jint threads_batch, jint n_prompt, jint n_gen, jlong cancel) {
+    kinglet_model_params model = model_params(memory, degrade, threads, threads_batch, cancel);
+    kinglet_profile_params params = {0};
+    kinglet_profile *profile = NULL;
+    text t;
+    (void)class;
+    params.struct_size = sizeof params;
+    params.n_prompt = (uint32_t)n_prompt;
+    params.n_gen = (uint32_t)n_gen;
+    if (!hold(env, &t, path)) return 0;
+    kinglet_status status = kinglet_profile_make(&profile, BYTES(t), &model, &params);
+    let_go(env, &t);
+    return handle(env, status, profile);
+}
+
+static jbyteArray profile_json(JNIEnv *env, jclass class, jlong profile) {
+    kinglet_buffer *json = NULL;
+    (void)class;
+    kinglet_status status = kinglet_profile_json(HANDLE(profile, profile), &json);
+    return bytes_of(env, status, json);
+}
+
+static jbyteArray profile_trace(JNIEnv *env, jclass class, jlong profile) {
+    kinglet_buffer *json = NULL;
+    (void)class;
+    kinglet_status status = kinglet_profile_trace(HANDLE(profile, profile), &json);
+    return bytes_of(env, status, json);
+}
+
+static void profile_release(JNIEnv *env, jclass class, jlong profile) {
+    (void)env, (void)class;
+    kinglet_profile_release(HANDLE(profile, profile));
 }
 
 /* --- Session ------------------------------------------------------------------------------------------------------ */
@@ -267,6 +371,11 @@ static void session_set_messages(JNIEnv *env, jclass class, jlong session, jbyte
     with_text(env, session, json, kinglet_session_set_messages);
 }
 
+static void session_set_tools(JNIEnv *env, jclass class, jlong session, jbyteArray json) {
+    (void)class;
+    with_text(env, session, json, kinglet_session_set_tools);
+}
+
 static void session_rewind(JNIEnv *env, jclass class, jlong session, jlong n_messages) {
     (void)class;
     good(env, kinglet_session_rewind(HANDLE(session, session), (uint64_t)n_messages));
@@ -289,6 +398,32 @@ static void session_load(JNIEnv *env, jclass class, jlong session, jbyteArray pa
     with_text(env, session, path, kinglet_session_load);
 }
 
+static jfloatArray session_embed(JNIEnv *env, jclass class, jlong session, jbyteArray array, jint pooling, jboolean raw,
+                                 jlong cancel) {
+    kinglet_embed_params params = {0};
+    kinglet_session *of = HANDLE(session, session);
+    jfloatArray vectors = NULL;
+    size_t n = 0;
+    text t;
+    (void)class;
+    params.struct_size = sizeof params;
+    params.pooling = (uint32_t)pooling;
+    params.raw = raw == JNI_TRUE;
+    params.cancel = HANDLE(cancel, cancel);
+    if (!hold(env, &t, array)) return NULL;
+    kinglet_status status = kinglet_session_embed(of, BYTES(t), &params, NULL, 0, &n); /* says how many */
+    float *floats = NULL;
+    if (status == KINGLET_E_SPACE && (floats = (float *)room(env, n, sizeof *floats)) != NULL)
+        status = kinglet_session_embed(of, BYTES(t), &params, floats, n, &n);
+    if (good(env, status) && floats) {
+        vectors = (*env)->NewFloatArray(env, (jsize)n);
+        if (vectors) (*env)->SetFloatArrayRegion(env, vectors, 0, (jsize)n, floats);
+    }
+    free(floats);
+    let_go(env, &t);
+    return vectors;
+}
+
 /* Who is told about a reply. */
 typedef struct listener {
     JNIEnv *env;
@@ -298,7 +433,7 @@ typedef struct listener {
 static int on_chunk(const kinglet_chunk *chunk, void *user) {
     JNIEnv *env = ((listener *)user)->env;
     jbyteArray text = NULL;
-    if (chunk->kind == KINGLET_CHUNK_TEXT) {
+    if (chunk->kind == KINGLET_CHUNK_TEXT || chunk->kind == KINGLET_CHUNK_CALL) {
         text = array_of(env, chunk->text, chunk->text_len);
         if (!text) return 1;
     }
@@ -309,22 +444,25 @@ static int on_chunk(const kinglet_chunk *chunk, void *user) {
     return more != JNI_TRUE;
 }
 
-enum { SEND, REGENERATE, COMPLETE };
+enum { SEND, REGENERATE, COMPLETE, ANSWER };
 
 /* One stop text more than are allowed, for the library to refuse. */
 enum { MOST_STOPS = 65 };
 
 static jlongArray session_reply(JNIEnv *env, jclass class, jlong session, jint how, jbyteArray prompt, jlong max_tokens,
-                                jbyteArray stop_texts, jintArray stop_lengths, jboolean ignore_end, jlong cancel,
-                                jobject sink) {
+                                jbyteArray stop_texts, jintArray stop_lengths, jboolean ignore_end, jbyteArray schema,
+                                jbyteArray grammar, jlong cancel, jobject sink) {
     kinglet_generate_params params = {0};
     kinglet_reply r = {0};
     kinglet_text stops[MOST_STOPS];
     jint lengths[MOST_STOPS];
     listener user = {env, sink};
-    text p, s;
+    enum { PROMPT, STOPS, SCHEMA, GRAMMAR, N_TEXTS };
+    jbyteArray arrays[N_TEXTS] = {prompt, stop_texts, schema, grammar};
+    text texts[N_TEXTS];
+    int n_held = 0;
     kinglet_session *to = HANDLE(session, session);
-    kinglet_status status;
+    kinglet_status status = KINGLET_OK;
     (void)class;
     r.struct_size = sizeof r;
     params.struct_size = sizeof params;
@@ -334,25 +472,28 @@ static jlongArray session_reply(JNIEnv *env, jclass class, jlong session, jint h
     jsize n_stops = (*env)->GetArrayLength(env, stop_lengths);
     if (n_stops > MOST_STOPS) n_stops = MOST_STOPS;
     (*env)->GetIntArrayRegion(env, stop_lengths, 0, n_stops, lengths);
-    if (!hold(env, &p, prompt)) return NULL;
-    if (!hold(env, &s, stop_texts)) {
-        let_go(env, &p);
-        return NULL;
+    while (n_held < N_TEXTS && hold(env, &texts[n_held], arrays[n_held])) n_held++;
+    if (n_held == N_TEXTS) {
+        const char *at = (const char *)texts[STOPS].bytes;
+        for (jsize i = 0; i < n_stops; at += lengths[i++]) {
+            stops[i].text = at;
+            stops[i].text_len = (size_t)lengths[i];
+        }
+        params.stops = stops;
+        params.n_stops = (size_t)n_stops;
+        params.json_schema = (const char *)texts[SCHEMA].bytes;
+        params.json_schema_len = texts[SCHEMA].len;
+        params.grammar = (const char *)texts[GRAMMAR].bytes;
+        params.grammar_len = texts[GRAMMAR].len;
+        text p = texts[PROMPT];
+        switch (how) {
+        case SEND: status = kinglet_session_send(to, BYTES(p), &params, &r, on_chunk, &user); break;
+        case REGENERATE: status = kinglet_session_regenerate(to, &params, &r, on_chunk, &user); break;
+        case ANSWER: status = kinglet_session_answer(to, BYTES(p), &params, &r, on_chunk, &user); break;
+        default: status = kinglet_session_complete(to, BYTES(p), &params, &r, on_chunk, &user); break;
+        }
     }
-    const char *at = (const char *)s.bytes;
-    for (jsize i = 0; i < n_stops; at += lengths[i++]) {
-        stops[i].text = at;
-        stops[i].text_len = (size_t)lengths[i];
-    }
-    params.stops = stops;
-    params.n_stops = (size_t)n_stops;
-    switch (how) {
-    case SEND: status = kinglet_session_send(to, BYTES(p), &params, &r, on_chunk, &user); break;
-    case REGENERATE: status = kinglet_session_regenerate(to, &params, &r, on_chunk, &user); break;
-    default: status = kinglet_session_complete(to, BYTES(p), &params, &r, on_chunk, &user); break;
-    }
-    let_go(env, &s);
-    let_go(env, &p);
+    while (n_held > 0) let_go(env, &texts[--n_held]);
     if (!good(env, status)) return NULL;
     jlong values[] = {r.finish,
                       (jlong)r.prompt_tokens,
@@ -377,11 +518,20 @@ static const JNINativeMethod methods[] = {
     METHOD("runtimeRelease", "(J)V", runtime_release),
     METHOD("runtimeNotify", "(JI)V", runtime_notify),
     METHOD("modelLoad", "(J[BJZIIJ)J", model_load),
+    METHOD("modelLoadFd", "(JIJJJZIIJ)J", model_load_fd),
     METHOD("modelRelease", "(J)V", model_release),
     METHOD("modelDescribe", "(J)[J", model_describe),
     METHOD("modelName", "(J)[B", model_name),
     METHOD("modelTrim", "(JJ)J", model_trim),
+    METHOD("modelSetMemory", "(JJ)V", model_set_memory),
+    METHOD("modelTokenize", "(J[BI)[I", model_tokenize),
+    METHOD("modelDetokenize", "(J[I)[B", model_detokenize),
     METHOD("planMake", "([BJZIIJIII)[J", plan_make),
+    METHOD("planMakeFd", "(IJJJZIIJIII)[J", plan_make_fd),
+    METHOD("profileMake", "([BJZIIIIJ)J", profile_make),
+    METHOD("profileJson", "(J)[B", profile_json),
+    METHOD("profileTrace", "(J)[B", profile_trace),
+    METHOD("profileRelease", "(J)V", profile_release),
     METHOD("sessionCreate", "(JJIII)J", session_create),
     METHOD("sessionRelease", "(J)V", session_release),
     METHOD("sessionDescribe", "(J)[J", session_describe),
@@ -389,11 +539,13 @@ static const JNINativeMethod methods[] = {
     METHOD("sessionSetSystem", "(J[B)V", session_set_system),
     METHOD("sessionMessages", "(J)[B", session_messages),
     METHOD("sessionSetMessages", "(J[B)V", session_set_messages),
+    METHOD("sessionSetTools", "(J[B)V", session_set_tools),
     METHOD("sessionRewind", "(JJ)V", session_rewind),
     METHOD("sessionFork", "(J)J", session_fork),
     METHOD("sessionSave", "(J[B)V", session_save),
     METHOD("sessionLoad", "(J[B)V", session_load),
-    METHOD("sessionReply", "(JI[BJ[B[IZJLdev/kinglet/Native$Sink;)[J", session_reply),
+    METHOD("sessionEmbed", "(J[BIZJ)[F", session_embed),
+    METHOD("sessionReply", "(JI[BJ[B[IZ[B[BJLdev/kinglet/Native$Sink;)[J", session_reply),
 };
 
 JNIEXPORT jint JNICALL JNI_OnLoad(JavaVM *vm, void *reserved) {

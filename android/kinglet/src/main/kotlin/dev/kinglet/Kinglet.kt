@@ -102,6 +102,22 @@ class Kinglet : AutoCloseable {
             with(options) { Model(Native.modelLoad(handle, path, memory, degrade, threads, threadsBatch, cancel)) }
         }
 
+    /**
+     * The same of a model that is [length] bytes from [offset] on in the open file whose descriptor is [fd]; 0: up to its
+     * end. An asset that is not compressed is one: `dev.kinglet.android` has a [load] for Android's descriptors. The
+     * library keeps a descriptor of its own, so that [fd] may be closed when this returns.
+     */
+    suspend fun loadFd(
+        fd: Int, offset: Long = 0, length: Long = 0, options: ModelOptions = ModelOptions(),
+    ): Model {
+        requireRange(offset, length)
+        return blocking(undo = Model::close) { cancel ->
+            with(options) {
+                Model(Native.modelLoadFd(handle, fd, offset, length, memory, degrade, threads, threadsBatch, cancel))
+            }
+        }
+    }
+
     /** The same with a file that may have to be fetched. */
     suspend fun load(
         source: ModelSource,
@@ -124,14 +140,54 @@ class Kinglet : AutoCloseable {
             model: ModelOptions = ModelOptions(),
             session: SessionOptions = SessionOptions(),
         ): Plan = blocking {
-            val n = Native.planMake(
-                file.path.encodeToByteArray(), model.memory, model.degrade, model.threads, model.threadsBatch,
-                session.nCtx, session.batch, session.keys.code, session.values.code,
-            )
-            Plan(
-                n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11].toInt(),
-                KvType.entries[n[12].toInt()], KvType.entries[n[13].toInt()], n[14].toInt(),
+            planOf(
+                Native.planMake(
+                    file.path.encodeToByteArray(), model.memory, model.degrade, model.threads, model.threadsBatch,
+                    session.nCtx, session.batch, session.keys.code, session.values.code,
+                ),
             )
         }
+
+        /** The same of a model in an open file, as [loadFd]. */
+        suspend fun planFd(
+            fd: Int,
+            offset: Long = 0,
+            length: Long = 0,
+            model: ModelOptions = ModelOptions(),
+            session: SessionOptions = SessionOptions(),
+        ): Plan {
+            requireRange(offset, length)
+            return blocking {
+                planOf(
+                    Native.planMakeFd(
+                        fd, offset, length, model.memory, model.degrade, model.threads, model.threadsBatch,
+                        session.nCtx, session.batch, session.keys.code, session.values.code,
+                    ),
+                )
+            }
+        }
+
+        /**
+         * Loads the model in [file], reads a prompt, writes a reply, and notes each operation. Takes as long as that
+         * takes, or until it is cancelled. The numbers of tokens are at most 65,536; 0: 512 and 64.
+         */
+        suspend fun profile(
+            file: File, model: ModelOptions = ModelOptions(), nPrompt: Int = 0, nGen: Int = 0,
+        ): Profile = blocking(undo = Profile::close) { cancel ->
+            val path = file.path.encodeToByteArray()
+            with(model) {
+                Profile(
+                    Native.profileMake(path, memory, degrade, threads, threadsBatch, nPrompt, nGen, cancel),
+                )
+            }
+        }
+
+        private fun requireRange(offset: Long, length: Long) =
+            require(offset >= 0 && length >= 0) { "offset, length: expected 0 or more, found $offset, $length" }
+
+        private fun planOf(n: LongArray) = Plan(
+            n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11].toInt(),
+            KvType.entries[n[12].toInt()], KvType.entries[n[13].toInt()], n[14].toInt(),
+        )
     }
 }

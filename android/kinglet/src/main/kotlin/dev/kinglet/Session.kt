@@ -7,7 +7,28 @@ import kotlinx.coroutines.channels.trySendBlocking
 import kotlinx.coroutines.flow.Flow
 import kotlinx.coroutines.flow.channelFlow
 
-/** When a reply ends. */
+/**
+ * What a reply must be. Tokens are allowed one by one, so that a reply which ends by itself is one of the texts, and one
+ * that is cut short the beginning of one. One that is wrong fails with [Status.ARGUMENT], and says where; a native library
+ * that was built without the feature `grammar` fails with [Status.UNSUPPORTED].
+ */
+sealed interface ReplyFormat {
+    /** JSON that [schema] (draft 2020-12, `$ref` within it) describes. */
+    data class JsonSchema(val schema: String) : ReplyFormat {
+        init {
+            require(schema.isNotEmpty()) { "schema: expected JSON, found an empty text" }
+        }
+    }
+
+    /** A text of the grammar [lark], in llguidance's variant of Lark. */
+    data class Grammar(val lark: String) : ReplyFormat {
+        init {
+            require(lark.isNotEmpty()) { "lark: expected a grammar, found an empty text" }
+        }
+    }
+}
+
+/** What a reply may be, and when it ends. */
 data class ReplyOptions(
     /** Tokens of the reply; 0: until it ends or the context is full. */
     val maxTokens: Long = 0,
@@ -15,6 +36,8 @@ data class ReplyOptions(
     val stops: List<String> = emptyList(),
     /** The model may not end. */
     val ignoreEnd: Boolean = false,
+    /** What the reply must be; anything by default. */
+    val format: ReplyFormat? = null,
 ) {
     init {
         require(maxTokens >= 0) { "maxTokens: expected 0 or more, found $maxTokens" }
@@ -58,8 +81,23 @@ sealed interface Chunk {
     /** Whole characters, in order. */
     data class Text(val text: String) : Chunk
 
+    /**
+     * A call of a tool, `{"name":"...","arguments":{...}}`, when it is whole; see [Session.setTools]. Arguments are the
+     * model's words: check them.
+     */
+    data class Call(val json: String) : Chunk
+
     /** The last one. */
     data class End(val reply: Reply) : Chunk
+}
+
+/** How the hidden states of tokens become one vector. */
+enum class Pooling(internal val code: Int) {
+    /** Their mean. */
+    MEAN(1),
+
+    /** That of the last token, which alone has seen all. */
+    LAST(2),
 }
 
 /** What a session holds. */
@@ -76,7 +114,7 @@ data class SessionInfo(
  * One conversation. It does one thing at a time: a second call meanwhile fails with [Status.BUSY] and changes nothing.
  * Made by [Model.session].
  */
-class Session internal constructor(internal val handle: Long) : AutoCloseable {
+class Session internal constructor(internal val handle: Long, private val hidden: Int) : AutoCloseable {
     /**
      * Replies to [text], anew for each collector. Whoever stops to collect stops the reply: what came is part of the
      * conversation, and the session is free when the collector's call has ended. A collector that is slow slows the
@@ -86,6 +124,13 @@ class Session internal constructor(internal val handle: Long) : AutoCloseable {
 
     /** Replaces the last reply by another one. */
     fun regenerate(options: ReplyOptions = ReplyOptions()): Flow<Chunk> = flow(Native.REGENERATE, null, options)
+
+    /**
+     * Appends [messages], JSON as [messages] gives it, and replies to them: what tools have answered,
+     * `[{"role":"tool","tool_call_id":"call_0","content":"..."}, ...]`.
+     */
+    fun answer(messages: String, options: ReplyOptions = ReplyOptions()): Flow<Chunk> =
+        flow(Native.ANSWER, messages, options)
 
     /** Continues [text] as it is, without template and messages. */
     fun complete(text: String, options: ReplyOptions = ReplyOptions()): Flow<Chunk> =
@@ -113,12 +158,14 @@ class Session internal constructor(internal val handle: Long) : AutoCloseable {
         val n = Native.sessionReply(
             handle, how, text?.encodeToByteArray(), options.maxTokens,
             stops.fold(ByteArray(0), ByteArray::plus), IntArray(stops.size) { stops[it].size },
-            options.ignoreEnd, cancel,
+            options.ignoreEnd, (options.format as? ReplyFormat.JsonSchema)?.schema?.encodeToByteArray(),
+            (options.format as? ReplyFormat.Grammar)?.lark?.encodeToByteArray(), cancel,
         ) { kind, bytes, done, total ->
             when {
                 kind == Native.PREFILL -> onChunk(Chunk.Prefill(done, total))
                 // Empty where a token completed no character.
                 kind == Native.TEXT && bytes?.isNotEmpty() == true -> onChunk(Chunk.Text(bytes.decodeToString()))
+                kind == Native.CALL && bytes != null -> onChunk(Chunk.Call(bytes.decodeToString()))
                 else -> true
             }
         }
@@ -146,11 +193,34 @@ class Session internal constructor(internal val handle: Long) : AutoCloseable {
     /** Replaces the conversation. The next reply reads what is different, from the first token that is. */
     fun setMessages(json: String) = Native.sessionSetMessages(handle, json.encodeToByteArray())
 
+    /**
+     * The tools that the model may call, as JSON in the form of templates:
+     * `[{"type":"function","function":{"name":"...","description":"...","parameters":{...a schema...}}}, ...]`; the empty
+     * text: none. From then on calls are no text of the reply but a [Chunk.Call] each. Nothing is called: that is the
+     * app's, which then says with [answer] what came of it.
+     */
+    fun setTools(json: String) = Native.sessionSetTools(handle, json.encodeToByteArray())
+
     /** Goes back: keeps the first [nMessages]. Costs nothing; what is kept is not read again. */
     fun rewind(nMessages: Long) = Native.sessionRewind(handle, nMessages)
 
     /** Another session that holds the same and goes its own way. */
-    suspend fun fork(): Session = blocking(undo = Session::close) { Session(Native.sessionFork(handle)) }
+    suspend fun fork(): Session = blocking(undo = Session::close) { Session(Native.sessionFork(handle), hidden) }
+
+    /**
+     * [text] as one vector of [ModelInfo.hidden] numbers, of length 1 if [normalize] says so. The session holds the text
+     * then: its messages stay, but the next reply reads them again, so take a session of its own.
+     */
+    suspend fun embed(text: String, pooling: Pooling = Pooling.MEAN, normalize: Boolean = true): FloatArray =
+        blocking { cancel ->
+            Native.sessionEmbed(handle, text.encodeToByteArray(), pooling.code, !normalize, cancel)
+        }
+
+    /** The same with a vector for each token: those of [Model.tokenize] with `ends`. */
+    suspend fun hiddenStates(text: String, normalize: Boolean = false): List<FloatArray> = blocking { cancel ->
+        val all = Native.sessionEmbed(handle, text.encodeToByteArray(), Native.EACH, !normalize, cancel)
+        List(all.size / hidden) { all.copyOfRange(it * hidden, (it + 1) * hidden) }
+    }
 
     /**
      * Writes the conversation and all that the model remembers of it; a file there is replaced when the new one is
