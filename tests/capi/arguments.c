@@ -312,7 +312,12 @@ static void more(kinglet_runtime *runtime, const char *path) {
     STATUS(KINGLET_E_SPACE, kinglet_session_embed(session, "x", 1, NULL, NULL, 0, &n));
     CHECK(n == info.hidden);
     STATUS(KINGLET_E_SPACE, kinglet_session_embed(session, "x", 1, NULL, vector, info.hidden - 1, &n));
-    embed.pooling = 3;
+    embed.pooling = KINGLET_POOLING_NONE;
+    STATUS(KINGLET_E_SPACE, kinglet_session_embed(session, "A fox.", 6, &embed, vector, info.hidden, &n));
+    CHECK(n % info.hidden == 0 && n > 2 * info.hidden);
+    vector = (float *)realloc(vector, n * sizeof *vector);
+    OK(kinglet_session_embed(session, "A fox.", 6, &embed, vector, n, &n));
+    embed.pooling = 4;
     STATUS(KINGLET_E_ARGUMENT, kinglet_session_embed(session, "x", 1, &embed, vector, info.hidden, &n));
     embed.pooling = KINGLET_POOLING_LAST;
     embed.raw = 2;
@@ -514,6 +519,72 @@ static void sessions(kinglet_runtime *runtime, const char *path, const char *fol
     kinglet_session_release(fork);
 }
 
+/* Every struct with sizes that none has in any version, by each function that takes it; every text longer than any. */
+static void sizes(kinglet_runtime *runtime, const char *path) {
+    static const size_t wrong[] = {0, 1, sizeof(size_t), 4097, SIZE_MAX};
+    size_t len = strlen(path), n;
+    kinglet_model *model = load(runtime, path), *another;
+    kinglet_session *session = open_session(model), *other;
+    kinglet_request *request;
+    kinglet_profile *profile;
+    float number;
+    kinglet_model_params load_params;
+    kinglet_session_params open_params;
+    kinglet_generate_params params;
+    kinglet_embed_params embed;
+    kinglet_profile_params run;
+    kinglet_model_info model_info;
+    kinglet_session_info session_info;
+    kinglet_plan plan;
+    kinglet_reply reply;
+#define SIZES(of, call)                                                                                                \
+    memset(&of, 0, sizeof of);                                                                                         \
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {                                                        \
+        of.struct_size = wrong[i];                                                                                     \
+        STATUS(KINGLET_E_ARGUMENT, call);                                                                              \
+        CHECK(strstr(kinglet_error_last(), "struct_size") != NULL && of.struct_size == wrong[i]);                      \
+    }
+    memset(&plan, 0, sizeof plan);
+    plan.struct_size = sizeof plan;
+    SIZES(load_params, kinglet_model_load(&another, runtime, path, len, &load_params))
+    SIZES(load_params, kinglet_model_load_fd(&another, runtime, 0, 0, 0, &load_params))
+    SIZES(load_params, kinglet_plan_make(&plan, path, len, &load_params, NULL))
+    SIZES(load_params, kinglet_plan_make_fd(&plan, 0, 0, 0, &load_params, NULL))
+    SIZES(load_params, kinglet_profile_make(&profile, path, len, &load_params, NULL))
+    SIZES(open_params, kinglet_session_create(&other, model, &open_params))
+    SIZES(open_params, kinglet_plan_make(&plan, path, len, NULL, &open_params))
+    SIZES(open_params, kinglet_plan_make_fd(&plan, 0, 0, 0, NULL, &open_params))
+    SIZES(plan, kinglet_plan_make(&plan, path, len, NULL, NULL))
+    SIZES(plan, kinglet_plan_make_fd(&plan, 0, 0, 0, NULL, NULL))
+    SIZES(run, kinglet_profile_make(&profile, path, len, NULL, &run))
+    SIZES(model_info, kinglet_model_describe(model, &model_info))
+    SIZES(session_info, kinglet_session_describe(session, &session_info))
+    SIZES(embed, kinglet_session_embed(session, "x", 1, &embed, &number, 1, &n))
+    SIZES(params, kinglet_session_send(session, "x", 1, &params, NULL, NULL, NULL))
+    SIZES(params, kinglet_session_answer(session, "[{\"role\":\"tool\"}]", 17, &params, NULL, NULL, NULL))
+    SIZES(params, kinglet_session_regenerate(session, &params, NULL, NULL, NULL))
+    SIZES(params, kinglet_session_complete(session, "x", 1, &params, NULL, NULL, NULL))
+    SIZES(params, kinglet_request_start(&request, session, "x", 1, &params, NULL, NULL))
+    SIZES(reply, kinglet_session_send(session, "x", 1, NULL, &reply, NULL, NULL))
+    SIZES(reply, kinglet_session_answer(session, "[{\"role\":\"tool\"}]", 17, NULL, &reply, NULL, NULL))
+    SIZES(reply, kinglet_session_regenerate(session, NULL, &reply, NULL, NULL))
+    SIZES(reply, kinglet_session_complete(session, "x", 1, NULL, &reply, NULL, NULL))
+    CHECK(another == NULL && other == NULL && request == NULL && profile == NULL);
+
+    plan.struct_size = sizeof plan;
+    STATUS(KINGLET_E_ARGUMENT, kinglet_plan_make(&plan, path, SIZE_MAX, NULL, NULL));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_set(session, "temp", SIZE_MAX, "1", 1));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_set(session, "temp", 4, "1", SIZE_MAX));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_set_messages(session, "[]", SIZE_MAX));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_send(session, "x", SIZE_MAX, NULL, NULL, NULL, NULL));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_complete(session, "x", SIZE_MAX, NULL, NULL, NULL, NULL));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_save(session, "x", SIZE_MAX));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_session_load(session, "x", SIZE_MAX));
+    STATUS(KINGLET_E_ARGUMENT, kinglet_request_start(&request, session, "x", SIZE_MAX, NULL, NULL, NULL));
+    kinglet_session_release(session);
+    kinglet_model_release(model);
+}
+
 /* A model that can only continue texts. */
 static void plain(kinglet_runtime *runtime, const char *path) {
     kinglet_model *model = load(runtime, path);
@@ -548,6 +619,7 @@ int main(int argc, char **argv) {
     open_files(runtime, argv[1], argv[2]);
     more(runtime, argv[1]);
     sessions(runtime, argv[1], argv[2]);
+    sizes(runtime, argv[1]);
     plain(runtime, argv[3]);
     releases();
     kinglet_runtime_release(runtime);

@@ -1,6 +1,7 @@
 /* How soon work ends that is cancelled, at random instants of loading, prefill and decode, and what is left of it: nothing.
- * Sessions of one model on many threads, each of which comes to what it comes to alone.
- * Usage: bounds MODEL CANCELS BOUND-MS THREADS TOKENS */
+ * Sessions of one model on many threads, each of which comes to what it comes to alone, whatever else is done to the model
+ * and its runtime. Usage: bounds MODEL CANCELS BOUND-MS THREADS TOKENS [least]
+ * With the last word the model is loaded in the least memory that does: experts are read when they are used. */
 #define _DEFAULT_SOURCE
 #include "clock.h"
 #include "common.h"
@@ -49,32 +50,38 @@ static void reply(kinglet_session *session, const char *prompt, uint64_t n, king
     OK(kinglet_session_complete(session, prompt, strlen(prompt), &params, out, append, &found));
 }
 
-/* One piece of work, cancelled `after` ms: how long it went on, or less than 0 if it had ended before. */
-static double cut(bench *b, phase phase, double after) {
+/* Loading, cancelled `after` ms: how long it went on, or less than 0 if it had ended before. */
+static double cut_loading(kinglet_runtime *runtime, const char *path, double after) {
     stopper s = {NULL, after, 0};
     pthread_t thread;
-    kinglet_session *session = NULL;
-    kinglet_reply said = {sizeof said, 0, 0, 0, 0, 0, 0, 0, 0};
-    int was_cut;
+    kinglet_model *model;
+    kinglet_model_params params = {sizeof params, 0, 0, 2, 0, 0, NULL};
     OK(kinglet_cancel_create(&s.cancel));
-    if (phase != LOAD) session = open_session(b->model);
+    params.cancel = s.cancel;
     CHECK(pthread_create(&thread, NULL, stop, &s) == 0);
-    if (phase == LOAD) {
-        kinglet_model *model;
-        kinglet_model_params params = {sizeof params, 0, 0, 2, 0, 0, s.cancel};
-        kinglet_status status = kinglet_model_load(&model, b->runtime, b->path, strlen(b->path), &params);
-        CHECK(status == KINGLET_OK || status == KINGLET_E_CANCELLED);
-        was_cut = status == KINGLET_E_CANCELLED;
-        double ended = now();
-        kinglet_model_release(model);
-        CHECK(pthread_join(thread, NULL) == 0);
-        kinglet_cancel_release(s.cancel);
-        return was_cut && ended > s.asked ? ended - s.asked : was_cut ? 0 : -1;
-    }
+    kinglet_status status = kinglet_model_load(&model, runtime, path, strlen(path), &params);
+    CHECK(status == KINGLET_OK || status == KINGLET_E_CANCELLED);
+    double ended = now();
+    kinglet_model_release(model);
+    CHECK(pthread_join(thread, NULL) == 0);
+    kinglet_cancel_release(s.cancel);
+    return status == KINGLET_OK ? -1 : ended > s.asked ? ended - s.asked : 0;
+}
+
+/* The same of any piece of work. */
+static double cut(bench *b, phase phase, double after) {
+    if (phase == LOAD) return cut_loading(b->runtime, b->path, after);
+    stopper s = {NULL, after, 0};
+    pthread_t thread;
+    kinglet_session *session;
+    kinglet_reply said = {sizeof said, 0, 0, 0, 0, 0, 0, 0, 0};
+    OK(kinglet_cancel_create(&s.cancel));
+    session = open_session(b->model);
+    CHECK(pthread_create(&thread, NULL, stop, &s) == 0);
     reply(session, phase == PREFILL ? b->prompt : "Once", phase == PREFILL ? 1 : 100000, s.cancel, &said);
     double ended = now();
     CHECK(pthread_join(thread, NULL) == 0);
-    was_cut = said.finish == KINGLET_FINISH_CANCELLED;
+    int was_cut = said.finish == KINGLET_FINISH_CANCELLED;
     kinglet_cancel_release(s.cancel);
     /* What comes next, in the same session, is what a fresh one says. */
     if ((int)after % 4 == 0) {
@@ -174,9 +181,66 @@ static void *work(void *user) {
     return NULL;
 }
 
-static void threads(kinglet_model *model, int n, int n_tokens) {
+/* What an app does meanwhile, until it is told to stop. */
+typedef struct disturber {
+    kinglet_runtime *runtime;
+    kinglet_model *model;
+    const char *path;
+    uint64_t memory; /* a budget, if the model has one */
+    kinglet_cancel *stop; /* set: enough */
+    int n;
+} disturber;
+
+static int nothing(const kinglet_chunk *chunk, void *user) {
+    CHECK(chunk->kind != KINGLET_CHUNK_END || ++*(int *)user == 1);
+    return 0;
+}
+
+static void *disturb(void *user) {
+    static const kinglet_event events[] = {KINGLET_EVENT_LOW_MEMORY, KINGLET_EVENT_BACKGROUND, KINGLET_EVENT_FOREGROUND,
+                                           KINGLET_EVENT_THERMAL_SERIOUS, KINGLET_EVENT_THERMAL_NOMINAL};
+    disturber *d = (disturber *)user;
+    uint64_t seed = 362436069;
+    kinglet_session *session = open_session(d->model);
+    kinglet_embed_params until = {sizeof until, 0, 0, d->stop};
+    kinglet_generate_params params = {sizeof params, 6, NULL, 0, 1, 0, NULL, NULL, 0, NULL, 0};
+    kinglet_model_info info = {sizeof info, 0, 0, 0, 0, 0, 0, 0, 0};
+    OK(kinglet_model_describe(d->model, &info));
+    float *vector = (float *)malloc(info.hidden * sizeof *vector);
+    for (d->n = 0;; d->n++) {
+        uint32_t tokens[16];
+        size_t n;
+        uint64_t freed;
+        OK(kinglet_runtime_notify(d->runtime, events[d->n % 5]));
+        OK(kinglet_model_trim(d->model, (uint64_t)(1e6 * chance(&seed)), &freed));
+        STATUS(d->memory ? KINGLET_OK : KINGLET_E_ARGUMENT, kinglet_model_set_memory(d->model, d->memory));
+        OK(kinglet_model_tokenize(d->model, "a fox", 5, 0, tokens, 16, &n));
+        cut_loading(d->runtime, d->path, 20 * chance(&seed));
+        int n_ends = 0;
+        kinglet_request *request;
+        OK(kinglet_request_start(&request, session, "And a bird?", 11, &params, nothing, &n_ends));
+        if (chance(&seed) < 0.5) OK(kinglet_request_cancel(request));
+        if (chance(&seed) < 0.5) {
+            kinglet_status expected = info.has_chat_template ? KINGLET_OK : KINGLET_E_TEMPLATE;
+            STATUS(expected, kinglet_request_wait(request, 600000, NULL));
+        }
+        kinglet_request_release(request);
+        CHECK(n_ends == 1);
+        if (info.has_chat_template) OK(kinglet_session_rewind(session, 0));
+        kinglet_status embedded = kinglet_session_embed(session, "a fox", 5, &until, vector, info.hidden, &n);
+        if (embedded == KINGLET_E_CANCELLED) break;
+        STATUS(KINGLET_OK, embedded);
+    }
+    OK(kinglet_runtime_notify(d->runtime, KINGLET_EVENT_THERMAL_NOMINAL));
+    kinglet_session_release(session);
+    free(vector);
+    return NULL;
+}
+
+static void threads(disturber *d, int n, int n_tokens) {
     static worker workers[MOST];
-    pthread_t all[MOST];
+    kinglet_model *model = d->model;
+    pthread_t all[MOST], other;
     int n_cuts = 0;
     CHECK(n <= MOST);
     listener *to = (listener *)calloc(1, sizeof *to);
@@ -191,17 +255,49 @@ static void threads(kinglet_model *model, int n, int n_tokens) {
     }
     free(to);
     double began = now();
+    OK(kinglet_cancel_create(&d->stop));
+    CHECK(pthread_create(&other, NULL, disturb, d) == 0);
     for (int i = 0; i < n; i++) CHECK(pthread_create(&all[i], NULL, work, &workers[i]) == 0);
     for (int i = 0; i < n; i++) {
         CHECK(pthread_join(all[i], NULL) == 0);
         n_cuts += workers[i].n_cuts;
     }
-    printf("%d sessions on %d threads, %d tokens each: %d cut short, all as alone, %.1f s\n", n, n, n_tokens, n_cuts,
-           (now() - began) / 1e3);
+    OK(kinglet_cancel_set(d->stop));
+    CHECK(pthread_join(other, NULL) == 0);
+    kinglet_cancel_release(d->stop);
+    uint64_t freed = 0;
+    OK(kinglet_model_trim(model, UINT64_MAX, &freed));
+    CHECK((freed > 0) == (d->memory > 0)); /* experts that were read when they were used */
+    printf("%d sessions on %d threads, %d tokens each, disturbed %d times: %d cut short, all as alone, %.1f s\n", n, n,
+           n_tokens, d->n, n_cuts, (now() - began) / 1e3);
+}
+
+/* A model in the least memory that does, more or less: what the program takes grows meanwhile. */
+static kinglet_model *load_least(bench *b) {
+    kinglet_model_params params = {sizeof params, 0, 1, 2, 0, 0, NULL};
+    size_t len = strlen(b->path);
+    uint64_t too_little = 0;
+    kinglet_plan plan;
+    kinglet_model *model;
+    memset(&plan, 0, sizeof plan);
+    plan.struct_size = sizeof plan;
+    OK(kinglet_plan_make(&plan, b->path, len, NULL, NULL));
+    uint64_t enough = 2 * plan.total;
+    while (enough - too_little > 65536) {
+        params.memory = (enough + too_little) / 2;
+        kinglet_status status = kinglet_plan_make(&plan, b->path, len, &params, NULL);
+        CHECK(status == KINGLET_OK || status == KINGLET_E_BUDGET);
+        *(status == KINGLET_OK ? &enough : &too_little) = params.memory;
+    }
+    for (params.memory = enough;; params.memory += 65536) {
+        kinglet_status status = kinglet_model_load(&model, b->runtime, b->path, len, &params);
+        if (status == KINGLET_OK) return model;
+        CHECK(status == KINGLET_E_BUDGET);
+    }
 }
 
 int main(int argc, char **argv) {
-    CHECK(argc == 6);
+    CHECK(argc == 6 || argc == 7);
     setvbuf(stdout, NULL, _IOLBF, BUFSIZ);
     int n = atoi(argv[2]);
     double bound = atof(argv[3]);
@@ -211,6 +307,7 @@ int main(int argc, char **argv) {
     double began = now();
     b.model = load(b.runtime, b.path);
     double loading = now() - began;
+    disturber d = {b.runtime, b.model, b.path, 0, NULL, 0};
     if (n > 0) {
         for (int i = 0; i < 150; i++) strcat(b.prompt, "a fox and a small bird ");
         kinglet_session *session = open_session(b.model);
@@ -223,7 +320,13 @@ int main(int argc, char **argv) {
         cancels(&b, PREFILL, n, reading, bound);
         cancels(&b, DECODE, n, 60, bound);
     }
-    threads(b.model, atoi(argv[4]), atoi(argv[5]));
+    if (argc == 7) {
+        d.model = load_least(&b);
+        d.memory = UINT64_C(8) << 30; /* for sessions: experts come as they are used, and leave when they are trimmed */
+        OK(kinglet_model_set_memory(d.model, d.memory));
+    }
+    threads(&d, atoi(argv[4]), atoi(argv[5]));
+    if (d.model != b.model) kinglet_model_release(d.model);
     kinglet_model_release(b.model);
     kinglet_runtime_release(b.runtime);
     return 0;
