@@ -2,7 +2,8 @@
 // (NORM), rotary embedding (ROPE 1: pairs of halves, 2: of neighbours), and into the cache.
 //
 // q (n_tokens, n_heads, n), k and v (n_tokens, n_kv_heads, n); gains (n); angles (n_tokens, 2 * half): cosines, sines.
-// Cache: (n_positions, n_kv_heads, n), from position start. Lane i has the elements 2i, 2i + 1 and every 128th after.
+// Cache: (n_positions, n_kv_heads, n), from position start, of what KEYS and VALUES say, 0: floats, 1: half floats, 2:
+// blocks of 32 of eight bits, see kv/keys_q8_0.wgsl. Lane i has the elements 2i, 2i + 1 and every 128th after.
 // Grid: (heads of q, k, v in this order, tokens).
 
 struct Params {
@@ -31,6 +32,8 @@ struct Params {
 
 var<workgroup> head: array<f32, MAX_HEAD>;
 var<workgroup> sums: array<f32, 64>;
+// What becomes codes.
+var<workgroup> blocks: array<f32, CODED>;
 
 @compute @workgroup_size(64)
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) tid: u32) {
@@ -82,14 +85,20 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) t
             q_out[(token * p.n_heads + h) * p.n + i] = a;
             q_out[(token * p.n_heads + h) * p.n + i + 1u] = b;
         } else if kind == 1u {
-            if KEYS_F16 {
+            if KEYS == 2u {
+                blocks[i] = a;
+                blocks[i + 1u] = b;
+            } else if KEYS == 1u {
                 keys[at / 2u] = pack2x16float(vec2(a, b));
             } else {
                 keys[at] = bitcast<u32>(a);
                 keys[at + 1u] = bitcast<u32>(b);
             }
         } else {
-            if VALUES_F16 {
+            if VALUES == 2u {
+                blocks[i] = a;
+                blocks[i + 1u] = b;
+            } else if VALUES == 1u {
                 values[at / 2u] = pack2x16float(vec2(a, b));
             } else {
                 values[at] = bitcast<u32>(a);
@@ -97,6 +106,40 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) t
             }
         }
     }
+    if KEYS == 2u || VALUES == 2u {
+        workgroupBarrier();
+        let is_coded = (kind == 1u && KEYS == 2u) || (kind == 2u && VALUES == 2u);
+        let row = ((p.start + token) * p.n_kv_heads + h) * (p.n / 32u) * 9u;
+        for (var i = tid; is_coded && i < p.n / 4u; i += 64u) {
+            let word = coded(i);
+            let at = row + i / 8u * 9u;
+            if kind == 1u {
+                keys[at + 1u + i % 8u] = word.y;
+                if i % 8u == 0u {
+                    keys[at] = word.x;
+                }
+            } else {
+                values[at + 1u + i % 8u] = word.y;
+                if i % 8u == 0u {
+                    values[at] = word.x;
+                }
+            }
+        }
+    }
+}
+
+// Word i of a head that becomes codes: four codes, with the scale of their block.
+fn coded(i: u32) -> vec2<u32> {
+    var most = 0.0;
+    for (var j = 0u; j < 32u; j++) {
+        most = max(most, abs(blocks[i / 8u * 32u + j]));
+    }
+    let scale = most / 127.0;
+    let inverse = select(0.0, 1.0 / scale, scale > 0.0);
+    let x = inverse * vec4(blocks[4u * i], blocks[4u * i + 1u], blocks[4u * i + 2u], blocks[4u * i + 3u]);
+    // Halves away from zero, as files have it.
+    let codes = vec4<i32>(sign(x) * floor(abs(x) + 0.5));
+    return vec2(pack2x16float(vec2(scale, 0.0)), pack4xI8(codes));
 }
 
 // Element i of the head, turned.

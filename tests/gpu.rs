@@ -21,6 +21,7 @@ use kinglet::backend::{
 use kinglet::quant::{self, Bytes, DType, Tensor};
 use kinglet::sampler::{Sampler, Settings, Source};
 use kinglet::session::{Extra, StateFile};
+use kinglet::tokenizer::Special;
 use kinglet::{
     BackendKind, DeviceFault, Error, KvType, KvTypes, LoadOptions, Model, Session, SessionOptions,
 };
@@ -218,7 +219,7 @@ fn what_the_gpu_cannot_do_and_a_lost_device_are_errors() {
     }
     let model = load("tests/data/lfm2-tiny-random.gguf", BackendKind::Gpu);
     let quantized = SessionOptions {
-        kv: KvType::Q8_0.into(),
+        kv: KvType::Q4_0.into(),
         ..SessionOptions::default()
     };
     assert!(Session::new(&model, &quantized).is_err());
@@ -246,6 +247,171 @@ fn what_the_gpu_cannot_do_and_a_lost_device_are_errors() {
     assert!(lost(&error), "{error}");
     assert!(gpu.flush().is_err_and(|error| lost(&error)));
 }
+
+/// The tokens of the best logits after a prompt, and by how much each is ahead of the next best.
+fn greedy(session: &mut Session, prompt: &[u32], n: usize) -> Vec<(u32, f32)> {
+    prefill(session, prompt);
+    let mut reply = Vec::new();
+    for _ in 0..n {
+        let logits = session.logits();
+        let best = argmax(logits);
+        let others = (0..logits.len()).filter(|i| *i != best as usize);
+        let next = others.fold(f32::NEG_INFINITY, |max, i| max.max(logits[i]));
+        reply.push((best, logits[best as usize] - next));
+        session.decode(best).expect("decode");
+    }
+    reply
+}
+
+#[test]
+fn layers_and_experts_stay_on_the_cpu() {
+    if !adapter() {
+        return;
+    }
+    for name in ["lfm2", "lfm2moe", "smallthinker"] {
+        let file = format!("tests/data/{name}-tiny-random.gguf");
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(&file);
+        let cpu = load(&file, BackendKind::Cpu);
+        let n_layers = cpu.info().config.n_layers;
+        let prompt: Vec<u32> = (0..40).map(|i| (i * 37 + 11) % 320).collect();
+        let run = |session: &mut Session| {
+            let reply = greedy(session, &prompt, 6);
+            session.truncate(43).expect("back");
+            let mut fork = session.fork().expect("a fork");
+            prefill(&mut fork, &[1, 2, 3]);
+            session.truncate(41).expect("back");
+            prefill(session, &[4, 5]);
+            let logits = [fork.logits(), session.logits()].concat();
+            (
+                reply
+                    .into_iter()
+                    .map(|(token, _)| token)
+                    .collect::<Vec<_>>(),
+                logits,
+            )
+        };
+        let expected = run(&mut session(&cpu, KvType::F32, 16));
+        for cpu_moe in [false, true] {
+            for n in 0..=n_layers + 1 {
+                if cpu_moe && ![1, n_layers].contains(&n) {
+                    continue;
+                }
+                let options = LoadOptions {
+                    threads: 2,
+                    backend: BackendKind::Gpu,
+                    gpu_layers: Some(n),
+                    cpu_moe,
+                    ..LoadOptions::default()
+                };
+                let model = Model::load(&path, &options).expect("the model loads");
+                let mut session = session(&model, KvType::F32, 16);
+                let found = run(&mut session);
+                let what =
+                    format!("{name}, {n} of {n_layers} layers, experts on the CPU: {cpu_moe}");
+                assert_eq!(found.0, expected.0, "{what}");
+                let d = distance(&found.1, &expected.1);
+                assert!(d < 1e-3, "{what}: {d:e}");
+                assert_eq!(session.device_fault(), None, "{what}");
+                // A file of one is a file of all.
+                if n == 1 {
+                    let file = format!("kinglet-split-{}-{name}.state", std::process::id());
+                    let file = std::env::temp_dir().join(file);
+                    session.save(&file, &Extra::default()).expect("room");
+                    for model in [&cpu, &model] {
+                        let found = StateFile::open(&file)
+                            .and_then(|file| file.load(model, &session.options()));
+                        let (mut found, _) = found.expect("what was saved");
+                        found.decode(9).expect("decode");
+                        let mut fork = session.fork().expect("a fork");
+                        fork.decode(9).expect("decode");
+                        let d = distance(found.logits(), fork.logits());
+                        assert!(d < 1e-3, "{what}: {d:e}");
+                    }
+                    std::fs::remove_file(file).expect("a file");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn caches_of_eight_bits_are_those_of_files() {
+    if !adapter() {
+        return;
+    }
+    // Heads of the tiny models are no whole blocks.
+    let file = "models/lfm2-smol-Q4_0.gguf";
+    let (gpu, cpu) = (load(file, BackendKind::Gpu), load(file, BackendKind::Cpu));
+    let tokens: Vec<u32> = (100..370).collect();
+    let mut session = session(&gpu, KvType::Q8_0, 128);
+    prefill(&mut session, &tokens);
+    let file = std::env::temp_dir().join(format!("kinglet-q8-{}.state", std::process::id()));
+    session.save(&file, &Extra::default()).expect("room");
+    session.decode(7).expect("decode");
+    for model in [&gpu, &cpu] {
+        let found = StateFile::open(&file).and_then(|file| file.load(model, &session.options()));
+        let (mut found, _) = found.expect("what was saved");
+        found.decode(7).expect("decode");
+        let d = distance(found.logits(), session.logits());
+        // The same bits are read; activations are rounded to eight bits on both sides, not to the same.
+        let bound = if model.backend() == BackendKind::Gpu {
+            0.0
+        } else {
+            3e-2
+        };
+        println!("{}: {d:e}", model.backend().name());
+        assert!(d <= bound, "{}: {d:e}", model.backend().name());
+    }
+    std::fs::remove_file(file).expect("a file");
+}
+
+/// Greedy tokens of both backends, up to where they part: there the two best were near each other on the CPU.
+#[test]
+fn greedy_tokens_part_at_near_ties_alone() {
+    if !adapter() {
+        return;
+    }
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let smol = ".cache/models/SmolLM2-135M-Instruct.Q4_1.gguf";
+    let named = std::env::var("KINGLET_GPU_MODEL").ok();
+    let mut files = vec!["models/lfm2-smol-Q4_0.gguf".to_owned()];
+    match &named {
+        Some(named) => files = vec![named.clone()],
+        None if path.join(smol).exists() => files.push(smol.to_owned()),
+        None => {
+            let required = std::env::var_os("KINGLET_REQUIRE_MODELS").is_some();
+            assert!(!required, "{smol} is missing");
+            println!("skipped: {smol} is missing");
+        }
+    }
+    let n = if named.is_some() { 64 } else { 24 };
+    for file in files {
+        let run = |backend| {
+            let model = load(&file, backend);
+            let tokenizer = model.tokenizer().expect("a vocabulary");
+            let prompt = "The capital of France is Paris. The capital of Italy is";
+            let prompt = tokenizer.encode_with_bos(prompt, Special::Text);
+            let mut session = session(&model, KvType::F16, 512);
+            (greedy(&mut session, &prompt, n), session.logits().to_vec())
+        };
+        let ((expected, _), (found, _)) = (run(BackendKind::Cpu), run(BackendKind::Gpu));
+        let parts = expected.iter().zip(&found).position(|(a, b)| a.0 != b.0);
+        match parts {
+            None => println!("{file}: {n} tokens are the same"),
+            Some(at) => {
+                let (gap, other) = (expected[at].1, found[at].1);
+                println!("{file}: {at} tokens are the same, then gaps of {gap:.3} and {other:.3}");
+                assert!(
+                    gap < NEAR,
+                    "{file}: token {at} is ahead by {gap} on the CPU"
+                );
+            }
+        }
+    }
+}
+
+/// Logits that two roundings of activations to eight bits may take for each other.
+const NEAR: f32 = 0.3;
 
 #[test]
 fn the_largest_of_a_row_are_those_that_sorting_finds() {
@@ -334,7 +500,7 @@ fn the_largest_logits_choose_the_tokens_that_all_of_them_would() {
             prefill(&mut session, &prompt);
             let mut reply = Vec::new();
             let mut n_top = 0;
-            for _ in 0..100 {
+            for _ in 0..40 {
                 let token = match session.top() {
                     [] => sampler.sample(session.logits()),
                     top => sampler.sample_top(top, 320),
@@ -356,7 +522,7 @@ fn the_largest_logits_choose_the_tokens_that_all_of_them_would() {
         let (found, n_top) = reply(true);
         assert_eq!(found, expected, "{values:?}");
         assert_eq!(none, 0);
-        assert_eq!(n_top, if i < 5 { 99 } else { 0 }, "{values:?}");
+        assert_eq!(n_top, if i < 5 { 39 } else { 0 }, "{values:?}");
     }
 }
 
@@ -661,13 +827,32 @@ fn attention_of_every_shape() {
         case(shape(8, 1, 64, None), 700, 2, KvType::F16, halves, true),
         case(shape(4, 1, 256, Some(40)), 60, 3, KvType::F16, halves, true),
         case(shape(2, 2, 80, Some(300)), 500, 1, KvType::F16, None, false),
+        case(shape(4, 2, 32, None), 70, 5, KvType::Q8_0, halves, true),
+        case(
+            shape(9, 3, 64, None),
+            400,
+            1,
+            KvType::Q8_0,
+            neighbours,
+            false,
+        ),
+        case(
+            shape(4, 1, 256, Some(40)),
+            60,
+            3,
+            KvType::Q8_0,
+            halves,
+            true,
+        ),
     ] {
         // The tiles of AMX, which read prompts, round more than the GPU does.
         let expected = run(&mut cpu(), case, Step::Decode);
         for step in [Step::Decode, Step::Prefill] {
             let what = format!("{case:?} {step:?}");
             // Keys are rounded to half floats after a rotation that may differ in its last bit.
-            near(&run(&mut gpu(), case, step), &expected, 3e-3, &what);
+            // Of eight bits a code may be the next one then: half a per cent of the largest of its block.
+            let share = if case.kv.is_quantized() { 1e-2 } else { 3e-3 };
+            near(&run(&mut gpu(), case, step), &expected, share, &what);
         }
     }
 }

@@ -272,6 +272,7 @@ fn policies_choose_what_their_definitions_say_on_a_real_model() {
         state.reserve(&cpu, 0..tokens.len()).expect("room");
         let pass = Pass {
             tokens: &tokens,
+            input: None,
             start: 0,
             output: model::Output::Logits,
             output_from: tokens.len(),

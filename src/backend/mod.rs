@@ -81,6 +81,17 @@ impl BackendKind {
         }
     }
 
+    /// Whether it can keep keys and values in these types, where heads are whole blocks of them.
+    pub fn caches(self, kinds: KvTypes) -> bool {
+        match (self, kinds) {
+            (BackendKind::Cpu, _) => true,
+            #[cfg(feature = "gpu")]
+            (BackendKind::Gpu, kinds) => ![kinds.keys, kinds.values].contains(&KvType::Q4_0),
+            #[cfg(feature = "ggml")]
+            (BackendKind::Ggml | BackendKind::GgmlRepack, kinds) => !kinds.is_quantized(),
+        }
+    }
+
     /// The backend called `name`, if this build has it.
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.iter().copied().find(|kind| kind.name() == name)
@@ -382,6 +393,9 @@ pub trait Backend {
 
     /// The rows `tokens` of a table, times `scale`.
     fn embed(&mut self, table: &Self::Matrix, tokens: &[u32], scale: f32) -> Self::Tensor;
+
+    /// Rows of numbers that another backend has computed.
+    fn import(&mut self, rows: &[f32], n_cols: usize) -> Self::Tensor;
 
     /// `x / sqrt(mean(x^2) + eps) * gain`, over each run of `gain` length in a row (so over each head for a gain of
     /// `head_dim`).

@@ -253,6 +253,10 @@ impl Backend for Planner {
         self.elementwise(Operation::Embed, tokens.len(), table.n_in)
     }
 
+    fn import(&mut self, rows: &[f32], n_cols: usize) -> Tensor {
+        self.elementwise(Operation::Embed, rows.len() / n_cols, n_cols)
+    }
+
     fn rms_norm(&mut self, x: &Tensor, _: &usize, _: f32) -> Tensor {
         self.elementwise(Operation::RmsNorm, x.n_tokens, x.n_cols)
     }

@@ -90,7 +90,11 @@ pub(super) fn load<B: Backend + 'static>(w: &Weights<B>) -> Result<Box<dyn Netwo
             post_ffn_norm: norm("post_ffw_norm")?,
         })
     };
-    let layers = (0..config.n_layers).map(layer).collect::<Result<_>>()?;
+    let layers = w
+        .part(config.n_layers)
+        .layers
+        .map(layer)
+        .collect::<Result<_>>()?;
     let embedding = Embedding::load(w, &config, "output_norm.weight")?;
     Ok(Box::new(Gemma3 {
         config,
@@ -107,10 +111,8 @@ impl<B: Backend> Network<B> for Gemma3<B> {
     }
 
     fn state(&self, backend: &B, kv: &KvOptions) -> State<B> {
-        let layers = self
-            .layers
-            .iter()
-            .enumerate()
+        let layers = (self.embedding.first()..)
+            .zip(&self.layers)
             .map(|(i, l)| LayerState::Kv(backend.kv(&l.attention.shape, &kv.of_layer(i))));
         State {
             layers: layers.collect(),
@@ -123,8 +125,9 @@ impl<B: Backend> Network<B> for Gemma3<B> {
         let local = b.rope_angles(&self.local, pass.start, pass.tokens.len());
         let mut x = self
             .embedding
-            .embed(b, pass.tokens, (self.config.hidden as f32).sqrt());
-        for (i, (layer, state)) in self.layers.iter().zip(&mut state.layers).enumerate() {
+            .begin(b, pass, (self.config.hidden as f32).sqrt());
+        let layers = self.layers.iter().zip(&mut state.layers);
+        for (i, (layer, state)) in (self.embedding.first()..).zip(layers) {
             let angles = if layer.attention.shape.window.is_some() {
                 &local
             } else {
@@ -134,7 +137,7 @@ impl<B: Backend> Network<B> for Gemma3<B> {
             let h = layer.attention.forward(b, state.kv(), &h, angles, pass);
             let h = b.rms_norm(&h, &layer.post_attention_norm, eps);
             b.add(&mut x, &h);
-            if i + 1 == self.layers.len() {
+            if self.embedding.is_last(i) {
                 x = pass.wanted(b, x)?;
             }
             let h = b.rms_norm(&x, &layer.ffn_norm, eps);
@@ -142,6 +145,6 @@ impl<B: Backend> Network<B> for Gemma3<B> {
             let h = b.rms_norm(&h, &layer.post_ffn_norm, eps);
             b.add(&mut x, &h);
         }
-        Some(self.embedding.output(b, &x, pass.output))
+        Some(self.embedding.output(b, x, pass.output))
     }
 }

@@ -107,7 +107,11 @@ fn layers<B: Backend + 'static>(
             },
         })
     };
-    let layers = (0..config.n_layers).map(layer).collect::<Result<_>>()?;
+    let layers = w
+        .part(config.n_layers)
+        .layers
+        .map(layer)
+        .collect::<Result<_>>()?;
     // The final norm is stored under the embedding's name; early converters called it what others do.
     let norm = if w.has("token_embd_norm.weight") {
         "token_embd_norm.weight"
@@ -133,10 +137,8 @@ impl<B: Backend> Network<B> for Lfm2<B> {
     }
 
     fn state(&self, backend: &B, kv: &KvOptions) -> State<B> {
-        let layers = self
-            .layers
-            .iter()
-            .enumerate()
+        let layers = (self.embedding.first()..)
+            .zip(&self.layers)
             .map(|(i, layer)| match &layer.mixer {
                 Mixer::Attention(attention) => {
                     LayerState::Kv(backend.kv(&attention.shape, &kv.of_layer(i)))
@@ -153,8 +155,9 @@ impl<B: Backend> Network<B> for Lfm2<B> {
     fn forward(&self, b: &mut B, state: &mut State<B>, pass: &Pass) -> Option<B::Tensor> {
         let eps = self.config.eps;
         let angles = b.rope_angles(&self.rope, pass.start, pass.tokens.len());
-        let mut x = self.embedding.embed(b, pass.tokens, 1.0);
-        for (i, (layer, state)) in self.layers.iter().zip(&mut state.layers).enumerate() {
+        let mut x = self.embedding.begin(b, pass, 1.0);
+        let layers = self.layers.iter().zip(&mut state.layers);
+        for (i, (layer, state)) in (self.embedding.first()..).zip(layers) {
             layer.ffn.foresee(b, &x, &layer.ffn_norm, eps);
             let h = b.rms_norm(&x, &layer.mixer_norm, eps);
             let h = match &layer.mixer {
@@ -162,13 +165,13 @@ impl<B: Backend> Network<B> for Lfm2<B> {
                 Mixer::ShortConv(conv) => conv.forward(b, state.conv(), &h),
             };
             b.add(&mut x, &h);
-            if i + 1 == self.layers.len() {
+            if self.embedding.is_last(i) {
                 x = pass.wanted(b, x)?;
             }
             let h = b.rms_norm(&x, &layer.ffn_norm, eps);
             let h = layer.ffn.forward(b, &h);
             b.add(&mut x, &h);
         }
-        Some(self.embedding.output(b, &x, pass.output))
+        Some(self.embedding.output(b, x, pass.output))
     }
 }

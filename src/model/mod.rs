@@ -13,6 +13,8 @@ mod qwen2;
 mod qwen3;
 mod smallthinker;
 
+use std::ops::Range;
+
 use self::config::Config;
 use self::state::State;
 use self::weights::Weights;
@@ -36,6 +38,8 @@ pub enum Output {
 pub struct Pass<'a> {
     /// Tokens at positions `start..`, all below the size of the vocabulary.
     pub tokens: &'a [u32],
+    /// What the layers before made of them, `(n_tokens, hidden)`, for a network that has some of the layers.
+    pub input: Option<&'a [f32]>,
     /// Position of the first token.
     pub start: usize,
     /// Index of the first token whose output is wanted; `tokens.len()` for none.
@@ -63,8 +67,31 @@ pub trait Network<B: Backend>: Send + Sync {
     /// Fresh memory for one sequence.
     fn state(&self, backend: &B, kv: &KvOptions) -> State<B>;
 
-    /// Runs `pass` and returns its output, `(n_wanted, …)`, if any is wanted. `state` has room for the positions.
+    /// Runs `pass` and returns its output, `(n_wanted, …)`, if any is wanted; of a network that is not the last part, what
+    /// its layers made of all tokens, `(n_tokens, hidden)`. `state` has room for the positions.
     fn forward(&self, backend: &mut B, state: &mut State<B>, pass: &Pass) -> Option<B::Tensor>;
+}
+
+/// The layers that a network has: all of them, or those that another leaves to it. The first has the embedding, the last
+/// the head.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Part {
+    /// The layers.
+    pub layers: Range<usize>,
+    /// All layers of the model.
+    pub n_layers: usize,
+}
+
+impl Part {
+    /// Whether it begins with tokens.
+    pub fn is_first(&self) -> bool {
+        self.layers.start == 0
+    }
+
+    /// Whether it ends with logits.
+    pub fn is_last(&self) -> bool {
+        self.layers.end == self.n_layers
+    }
 }
 
 type Loader<B> = fn(&Weights<B>) -> Result<Box<dyn Network<B>>>;
@@ -93,6 +120,28 @@ pub fn load<B: Backend + 'static>(
     backend: &B,
     cancel: &Cancel,
 ) -> Result<Box<dyn Network<B>>> {
+    load_part(gguf, backend, cancel, None)
+}
+
+/// The number of layers that the header of a file states.
+///
+/// # Errors
+/// If it states none.
+pub fn n_layers(gguf: &Gguf) -> Result<usize> {
+    let key = format!("{}.block_count", gguf.architecture()?);
+    gguf.metadata().usize(&key)
+}
+
+/// Builds a part of the network of a file on a backend: some of its layers, or all.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_part<B: Backend + 'static>(
+    gguf: &Gguf,
+    backend: &B,
+    cancel: &Cancel,
+    layers: Option<Range<usize>>,
+) -> Result<Box<dyn Network<B>>> {
     let architecture = gguf.architecture()?;
     let table = architectures::<B>();
     let found = table.iter().find(|(name, _)| *name == architecture);
@@ -106,5 +155,6 @@ pub fn load<B: Backend + 'static>(
         backend,
         architecture,
         cancel,
+        layers,
     })
 }

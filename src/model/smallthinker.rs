@@ -70,7 +70,11 @@ pub(super) fn load<B: Backend + 'static>(w: &Weights<B>) -> Result<Box<dyn Netwo
             moe: moe::load(w, &config, i, &sizes, Activation::Relu)?,
         })
     };
-    let layers = (0..config.n_layers).map(layer).collect::<Result<_>>()?;
+    let layers = w
+        .part(config.n_layers)
+        .layers
+        .map(layer)
+        .collect::<Result<_>>()?;
     Ok(Box::new(SmallThinker {
         embedding: Embedding::load(w, &config, "output_norm.weight")?,
         layers,
@@ -85,10 +89,8 @@ impl<B: Backend> Network<B> for SmallThinker<B> {
     }
 
     fn state(&self, backend: &B, kv: &KvOptions) -> State<B> {
-        let layers = self
-            .layers
-            .iter()
-            .enumerate()
+        let layers = (self.embedding.first()..)
+            .zip(&self.layers)
             .map(|(i, l)| LayerState::Kv(backend.kv(&l.attention.shape, &kv.of_layer(i))));
         State {
             layers: layers.collect(),
@@ -98,10 +100,11 @@ impl<B: Backend> Network<B> for SmallThinker<B> {
     fn forward(&self, b: &mut B, state: &mut State<B>, pass: &Pass) -> Option<B::Tensor> {
         let eps = self.config.eps;
         let angles = b.rope_angles(&self.rope, pass.start, pass.tokens.len());
-        let mut x = self.embedding.embed(b, pass.tokens, 1.0);
-        for (i, (layer, state)) in self.layers.iter().zip(&mut state.layers).enumerate() {
+        let mut x = self.embedding.begin(b, pass, 1.0);
+        let layers = self.layers.iter().zip(&mut state.layers);
+        for (i, (layer, state)) in (self.embedding.first()..).zip(layers) {
             // After the last mixer only rows whose logits are wanted go on: the others need no experts.
-            let is_last = i + 1 == self.layers.len();
+            let is_last = self.embedding.is_last(i);
             let from = if is_last { pass.output_from } else { 0 };
             let is_wanted = from < pass.tokens.len();
             let routes = is_wanted.then(|| b.route(&x, from, &layer.moe));
@@ -115,6 +118,6 @@ impl<B: Backend> Network<B> for SmallThinker<B> {
             let h = b.moe(&h, routes?, &layer.moe);
             b.add(&mut x, &h);
         }
-        Some(self.embedding.output(b, &x, pass.output))
+        Some(self.embedding.output(b, x, pass.output))
     }
 }

@@ -1,11 +1,13 @@
 //! Tensors of a file, checked for their shape and given to a backend.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::backend::{Backend, Linear, LinearOf};
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
+use crate::model::Part;
 use crate::quant::{Bytes, DType, Tensor};
 
 /// Where an architecture takes its weights from.
@@ -18,9 +20,19 @@ pub struct Weights<'a, B> {
     pub architecture: &'a str,
     /// Ends the loading, between two tensors.
     pub cancel: &'a Cancel,
+    /// Those that are wanted; `None`: all.
+    pub layers: Option<Range<usize>>,
 }
 
 impl<B: Backend> Weights<'_, B> {
+    /// The layers that are wanted, of as many.
+    pub fn part(&self, n_layers: usize) -> Part {
+        Part {
+            layers: self.layers.clone().unwrap_or(0..n_layers),
+            n_layers,
+        }
+    }
+
     /// Whether the file has a tensor.
     pub fn has(&self, name: &str) -> bool {
         self.gguf.tensor(name).is_some()

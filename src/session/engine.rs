@@ -7,6 +7,8 @@ use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 
+#[cfg(feature = "gpu")]
+use super::split;
 use super::{LoadOptions, Threads};
 use crate::backend::cpu::Cpu;
 use crate::backend::cpu::pool::Pool;
@@ -99,7 +101,7 @@ pub(super) trait Engine: Send {
 }
 
 /// What the layers of a timeline remember, apart from an engine.
-pub(super) struct Memory(Box<dyn Any + Send>);
+pub(super) struct Memory(pub(super) Box<dyn Any + Send>);
 
 /// Builds the network of a file on the backend that `options` name, which runs `threads`.
 pub(super) fn load(
@@ -109,73 +111,132 @@ pub(super) fn load(
     residency: &Arc<Residency>,
     experts: Option<Arc<StoredExperts>>,
 ) -> Result<Box<dyn Loaded>> {
-    let Threads { decode, prefill } = threads;
+    let cpu = |layers| load_cpu(gguf, options, threads, residency, experts.clone(), layers);
     match options.backend {
-        BackendKind::Cpu => {
-            let pool = |n| match Pool::new(n) {
-                Ok(pool) => Ok(Arc::new(pool)),
-                Err(e) => Err(Error::Invalid(format!("{n} threads: {e}"))),
-            };
-            let for_decode = pool(decode)?;
-            // Of two pools one sleeps; a pool that let some of its workers out would wake them for nothing.
-            let for_prefill = match prefill == decode {
-                true => Arc::clone(&for_decode),
-                false => pool(prefill)?,
-            };
-            let pools = [for_decode, for_prefill];
-            let residency = Arc::clone(residency);
-            placed(gguf, options, move || {
-                Ok(Cpu::within(
-                    pools.clone(),
-                    Arc::clone(&residency),
-                    experts.clone(),
-                ))
-            })
+        BackendKind::Cpu => cpu(None),
+        #[cfg(feature = "ggml")]
+        BackendKind::Ggml => placed(gguf, options, None, move || Ggml::new(threads.decode)),
+        #[cfg(feature = "ggml")]
+        BackendKind::GgmlRepack => {
+            placed(gguf, options, None, move || Ggml::repacking(threads.decode))
         }
-        #[cfg(feature = "ggml")]
-        BackendKind::Ggml => placed(gguf, options, move || Ggml::new(decode)),
-        #[cfg(feature = "ggml")]
-        BackendKind::GgmlRepack => placed(gguf, options, move || Ggml::repacking(decode)),
         #[cfg(feature = "gpu")]
         BackendKind::Gpu => {
+            let n_layers = model::n_layers(gguf)?;
+            let first = match options.gpu_layers {
+                Some(0) => return cpu(None),
+                Some(n) => n_layers.saturating_sub(n),
+                None => 0,
+            };
+            let host = match options.cpu_moe {
+                true => Some(cpu_backend(threads, residency, experts.clone())?),
+                false => None,
+            };
             let device = gpu::shared(options.device)?;
-            // It times its own work: by the host it would be seen recording.
-            match options.trace {
-                true => on_backend(gguf, &options.cancel, move || {
-                    Gpu::timing(Arc::clone(&device))
-                }),
-                false => on_backend(gguf, &options.cancel, move || Gpu::new(Arc::clone(&device))),
+            if let Some(bytes) = options.gpu_memory {
+                device.set_budget(bytes);
             }
+            let timed = options.trace;
+            let backend = move || {
+                // It times its own work: by the host it would be seen recording.
+                let gpu = match timed {
+                    true => Gpu::timing(Arc::clone(&device))?,
+                    false => Gpu::new(Arc::clone(&device))?,
+                };
+                Ok(match &host {
+                    Some(host) => gpu.with_host(host()?),
+                    None => gpu,
+                })
+            };
+            if first == 0 {
+                return on_backend(gguf, &options.cancel, None, backend);
+            }
+            let last = on_backend(gguf, &options.cancel, Some(first..n_layers), backend)?;
+            Ok(Box::new(split::Loaded {
+                first: cpu(Some(0..first))?,
+                last,
+            }))
         }
     }
+}
+
+/// Makes backends on the CPU that share their pools.
+fn cpu_backend(
+    Threads { decode, prefill }: Threads,
+    residency: &Arc<Residency>,
+    experts: Option<Arc<StoredExperts>>,
+) -> Result<impl Fn() -> Result<Cpu> + Send + Sync + 'static> {
+    let pool = |n| match Pool::new(n) {
+        Ok(pool) => Ok(Arc::new(pool)),
+        Err(e) => Err(Error::Invalid(format!("{n} threads: {e}"))),
+    };
+    let for_decode = pool(decode)?;
+    // Of two pools one sleeps; a pool that let some of its workers out would wake them for nothing.
+    let for_prefill = match prefill == decode {
+        true => Arc::clone(&for_decode),
+        false => pool(prefill)?,
+    };
+    let pools = [for_decode, for_prefill];
+    let residency = Arc::clone(residency);
+    Ok(move || {
+        Ok(Cpu::within(
+            pools.clone(),
+            Arc::clone(&residency),
+            experts.clone(),
+        ))
+    })
+}
+
+fn load_cpu(
+    gguf: &Gguf,
+    options: &LoadOptions,
+    threads: Threads,
+    residency: &Arc<Residency>,
+    experts: Option<Arc<StoredExperts>>,
+    layers: Option<Range<usize>>,
+) -> Result<Box<dyn Loaded>> {
+    let backend = cpu_backend(threads, residency, experts)?;
+    placed(gguf, options, layers, backend)
 }
 
 /// Builds the network of a header for sessions that count and do not compute.
 pub(super) fn outline(gguf: &Gguf, threads: Threads) -> Result<Box<dyn Loaded>> {
     let n_threads = threads.decode.max(threads.prefill);
-    on_backend(gguf, &Cancel::default(), move || {
+    on_backend(gguf, &Cancel::default(), None, move || {
         Ok(Planner::new(n_threads))
     })
 }
 
-fn placed<B, F>(gguf: &Gguf, options: &LoadOptions, backend: F) -> Result<Box<dyn Loaded>>
+fn placed<B, F>(
+    gguf: &Gguf,
+    options: &LoadOptions,
+    layers: Option<Range<usize>>,
+    backend: F,
+) -> Result<Box<dyn Loaded>>
 where
     B: Backend + Send + 'static,
     F: Fn() -> Result<B> + Send + Sync + 'static,
 {
     if options.trace {
-        on_backend(gguf, &options.cancel, move || Ok(Tracer::new(backend()?)))
+        on_backend(gguf, &options.cancel, layers, move || {
+            Ok(Tracer::new(backend()?))
+        })
     } else {
-        on_backend(gguf, &options.cancel, backend)
+        on_backend(gguf, &options.cancel, layers, backend)
     }
 }
 
-fn on_backend<B, F>(gguf: &Gguf, cancel: &Cancel, backend: F) -> Result<Box<dyn Loaded>>
+fn on_backend<B, F>(
+    gguf: &Gguf,
+    cancel: &Cancel,
+    layers: Option<Range<usize>>,
+    backend: F,
+) -> Result<Box<dyn Loaded>>
 where
     B: Backend + Send + 'static,
     F: Fn() -> Result<B> + Send + Sync + 'static,
 {
-    let network = caught(|| model::load(gguf, &backend()?, cancel))?;
+    let network = caught(|| model::load_part(gguf, &backend()?, cancel, layers.clone()))?;
     let network = Arc::from(network);
     Ok(Box::new(Placed { network, backend }))
 }

@@ -11,9 +11,13 @@ mod experts;
 mod fallback;
 mod file;
 mod generate;
+#[cfg(feature = "gpu")]
+mod gpu_plan;
 mod plan;
 mod profiled;
 mod replace;
+#[cfg(feature = "gpu")]
+mod split;
 mod timeline;
 
 pub use self::budget::{Concession, OnExceed};
@@ -22,6 +26,8 @@ pub use self::embed::{Pooling, embed};
 pub use self::experts::ExpertOptions;
 pub use self::file::{Extra, MAX_NOTE_BYTES, StateFile};
 pub use self::generate::{Event, Finish, GenerateOptions, Reply, Stats, generate};
+#[cfg(feature = "gpu")]
+pub use self::gpu_plan::GpuPlan;
 pub use self::plan::{ExpertPlan, Footprint, Plan, Rates, Speed, UNCERTAINTY};
 pub use self::profiled::{load_profiled, run_profiled};
 pub use self::timeline::Snapshot;
@@ -78,6 +84,12 @@ pub struct LoadOptions {
     pub backend: BackendKind,
     /// Which GPU, where it is one: its number among [`adapters`](crate::backend::gpu::adapters); `None`: the first.
     pub device: Option<usize>,
+    /// Layers of the model on the GPU, the last ones, with the head; the others run on the CPU before them. `None`: all.
+    pub gpu_layers: Option<usize>,
+    /// Whether experts, and the routers that choose them, stay on the CPU where the rest runs on a GPU.
+    pub cpu_moe: bool,
+    /// Bytes of the GPU's memory that may be used, by all models of the process. `None`: as many as its driver gives.
+    pub gpu_memory: Option<u64>,
     /// Whether sessions keep an account of their time: see [`Session::take_trace`].
     pub trace: bool,
     /// Bytes that the process may have in memory, all together: the model, its sessions, the program and what else the
@@ -597,11 +609,11 @@ impl Session {
                     options.kv.values.name()
                 )));
             }
-            if model.backend() != BackendKind::Cpu {
+            if !model.backend().caches(options.kv) {
                 return Err(Error::Unsupported {
                     kind: "cache type of this backend",
                     found: format!("{}, {}", options.kv.keys.name(), options.kv.values.name()),
-                    supported: "f16, f32".into(),
+                    supported: "f32, f16, on a GPU q8_0".into(),
                 });
             }
         }
@@ -616,7 +628,11 @@ impl Session {
         if let Some(delta) = &options.delta {
             model.check_delta(delta)?;
         }
-        let (engine, fault) = model.engine(&options.kv_options()?)?;
+        let (mut engine, fault) = model.engine(&options.kv_options()?)?;
+        // What may be used of a GPU was shared out for a full context.
+        if model.0.options.gpu_memory.is_some() && fault.is_none() {
+            engine.reserve(0..n_ctx)?;
+        }
         Ok(Self {
             model: model.clone(),
             engine,
@@ -871,6 +887,7 @@ impl Session {
         self.engine.reserve(start..start + tokens.len())?;
         let pass = Pass {
             tokens,
+            input: None,
             start,
             output,
             output_from,

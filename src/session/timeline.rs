@@ -327,6 +327,7 @@ impl Session {
         for same in self.line.steps[start..].chunk_by(|a, b| a == b) {
             let pass = Pass {
                 tokens: &self.line.tokens[start..start + same.len()],
+                input: None,
                 start,
                 output: Output::Logits,
                 output_from: same.len(),
@@ -353,6 +354,7 @@ impl Session {
             for part in same.chunks(self.batch) {
                 let pass = Pass {
                     tokens: &line.tokens[start..start + part.len()],
+                    input: None,
                     start,
                     output: Output::Logits,
                     output_from: part.len(),

@@ -595,6 +595,12 @@ impl Backend for Cpu {
         out
     }
 
+    fn import(&mut self, rows: &[f32], n_cols: usize) -> Tensor {
+        let mut out = self.tensor(rows.len() / n_cols, n_cols);
+        out.data.copy_from_slice(rows);
+        out
+    }
+
     fn rms_norm(&mut self, x: &Tensor, gain: &Vec<f32>, eps: f32) -> Tensor {
         let mut out = self.tensor(x.n_tokens, x.n_cols);
         self.for_rows(&mut out, &|i, out| {

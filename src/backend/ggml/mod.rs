@@ -457,6 +457,12 @@ impl Backend for Ggml {
         Tensor::rows(node, tokens.len(), table.n_in)
     }
 
+    fn import(&mut self, rows: &[f32], n_cols: usize) -> Tensor {
+        let n = rows.len() / n_cols;
+        let node = self.graph.floats([n_cols, n], &rows.into());
+        Tensor::rows(node, n, n_cols)
+    }
+
     fn rms_norm(&mut self, x: &Tensor, gain: &Vector, eps: f32) -> Tensor {
         let n = gain.data.len();
         assert!(x.n_cols.is_multiple_of(n), "rows of whole groups");

@@ -14,7 +14,7 @@ use crate::backend::{Attention, KV_PAGE, KvType, KvTypes, Step};
 use crate::error::{Error, Result};
 
 /// Positions by which a cache grows at least.
-const KV_STEP: usize = 256;
+pub(super) const KV_STEP: usize = 256;
 
 /// Positions of a tile of the attention of one token.
 const TILE: usize = 128;
@@ -60,6 +60,17 @@ struct CacheView {
     values: Arc<Buffer>,
 }
 
+/// Bytes of a block of a file, and of one on the device, where all begin with whole words.
+const BLOCK: (usize, usize) = (34, 36);
+
+/// Bytes of `n` elements of keys or values on a device.
+pub(super) fn row_bytes(kind: KvType, n: usize) -> usize {
+    match kind {
+        KvType::Q8_0 => kind.row_bytes(n) / BLOCK.0 * BLOCK.1,
+        _ => kind.row_bytes(n),
+    }
+}
+
 impl CacheView {
     fn of(kv: &KvCache) -> Self {
         let [keys, values] = kv.memory.as_ref().expect("room was made before");
@@ -97,10 +108,15 @@ impl KvCache {
         memory.map(|buffer| buffer.bytes as usize).sum()
     }
 
-    /// Bytes of `n` positions, one after the other.
+    /// Bytes of a position on the device.
     fn row_bytes(&self, which: usize) -> usize {
         let kind = [self.kinds.keys, self.kinds.values][which];
-        kind.row_bytes(self.n_kv_heads * self.head_dim)
+        row_bytes(kind, self.n_kv_heads * self.head_dim)
+    }
+
+    /// Whether blocks are longer on the device than in a file.
+    fn has_blocks(&self, which: usize) -> bool {
+        [self.kinds.keys, self.kinds.values][which] == KvType::Q8_0
     }
 }
 
@@ -109,11 +125,15 @@ impl Gpu {
         if n <= kv.n_positions {
             return Ok(());
         }
-        if kv.kinds.is_quantized() || kv.head_dim > MAX_HEAD || !kv.head_dim.is_multiple_of(4) {
+        let nibbles = [kv.kinds.keys, kv.kinds.values].contains(&KvType::Q4_0);
+        let whole = if kv.kinds.is_quantized() { 32 } else { 4 };
+        if nibbles || kv.head_dim > MAX_HEAD || !kv.head_dim.is_multiple_of(whole) {
             return Err(Error::Unsupported {
                 kind: "cache on the GPU",
                 found: format!("{}, heads of {}", kv.kinds, kv.head_dim),
-                supported: format!("f16, f32, heads of multiples of 4 up to {MAX_HEAD}"),
+                supported: format!(
+                    "f32, f16, q8_0, heads of multiples of {whole} up to {MAX_HEAD}"
+                ),
             });
         }
         let n = n.max(2 * kv.n_positions).next_multiple_of(KV_STEP);
@@ -169,7 +189,14 @@ impl Gpu {
                 for h in 0..kv.n_kv_heads {
                     span.clear();
                     for p in first..n.min(first + KV_PAGE) {
-                        span.extend_from_slice(&rows[p * row + h * head..][..head]);
+                        let held = &rows[p * row + h * head..][..head];
+                        match kv.has_blocks(which) {
+                            false => span.extend_from_slice(held),
+                            true => held.chunks_exact(BLOCK.1).for_each(|block| {
+                                span.extend_from_slice(&block[..2]);
+                                span.extend_from_slice(&block[4..]);
+                            }),
+                        }
                     }
                     sink(&span)?;
                 }
@@ -195,10 +222,24 @@ impl Gpu {
                 let row = kv.row_bytes(which);
                 let head = row / kv.n_kv_heads;
                 for h in 0..kv.n_kv_heads {
-                    span.resize(positions.len() * head, 0);
+                    let (theirs, ours) = match kv.has_blocks(which) {
+                        false => (head, head),
+                        true => BLOCK,
+                    };
+                    span.resize(positions.len() * (head / ours * theirs), 0);
                     source(&mut span)?;
-                    for (p, from) in positions.clone().zip(span.chunks_exact(head)) {
-                        rows[p * row + h * head..][..head].copy_from_slice(from);
+                    let from = span.chunks_exact(head / ours * theirs);
+                    for (p, from) in positions.clone().zip(from) {
+                        let held = &mut rows[p * row + h * head..][..head];
+                        if theirs == ours {
+                            held.copy_from_slice(from);
+                            continue;
+                        }
+                        let blocks = from.chunks_exact(theirs).zip(held.chunks_exact_mut(ours));
+                        for (from, block) in blocks {
+                            block[..2].copy_from_slice(&from[..2]);
+                            block[4..].copy_from_slice(&from[2..]);
+                        }
                     }
                 }
             }

@@ -174,6 +174,16 @@ pub(super) struct Buffer {
     pub(super) bytes: u64,
     /// The last pass that used it, where it is one for activations.
     pub(super) pass: AtomicU64,
+    /// The account of its device.
+    held: Option<Arc<AtomicU64>>,
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if let Some(held) = &self.held {
+            held.fetch_sub(self.bytes, Ordering::Relaxed);
+        }
+    }
 }
 
 /// A part of a buffer, for a binding.
@@ -208,6 +218,11 @@ pub struct Device {
     /// Holds [`RAN`]: copied behind what is read back, it says that the copies were made.
     pub(super) ran: Buffer,
     faults: Arc<Faults>,
+    /// Bytes of all buffers, and how many there may be.
+    held: Arc<AtomicU64>,
+    budget: AtomicU64,
+    /// Pipelines, bind groups and buffers.
+    pub(super) n_made: AtomicU64,
     /// Submissions until one fails, and how: see [`Device::fail_after`].
     fails: Mutex<Option<(u64, DeviceFault)>>,
     /// Whether the system may leave submissions out without a word, as Metal does with those of an app in the background.
@@ -273,6 +288,7 @@ impl Device {
             }),
             bytes: 256,
             pass: AtomicU64::new(0),
+            held: None,
         };
         let nothing = small(0, BufferUsages::STORAGE);
         let ran = small(1, BufferUsages::COPY_SRC | BufferUsages::COPY_DST);
@@ -287,6 +303,9 @@ impl Device {
             nothing,
             ran,
             fails: Mutex::default(),
+            held: Arc::default(),
+            budget: AtomicU64::new(u64::MAX),
+            n_made: AtomicU64::new(0),
             may_refuse: AtomicBool::new(info.api == wgpu::Backend::Metal.to_str()),
             raw,
             queue,
@@ -380,12 +399,30 @@ impl Device {
                 supported: format!("{} bytes", max_binding(&self.limits)),
             });
         }
-        let raw = self.raw.create_buffer(&wgpu::BufferDescriptor {
+        self.n_made.fetch_add(1, Ordering::Relaxed);
+        let held = self.held.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        let account = |raw| Buffer {
+            id: self.next_id.fetch_add(1, Ordering::Relaxed),
+            raw,
+            bytes,
+            pass: AtomicU64::new(0),
+            held: Some(Arc::clone(&self.held)),
+        };
+        let budget = self.budget.load(Ordering::Relaxed);
+        if held > budget {
+            self.held.fetch_sub(bytes, Ordering::Relaxed);
+            let before = held - bytes;
+            return Err(fault(
+                DeviceFault::OutOfMemory,
+                format!("{bytes} bytes for {what}: {before} of {budget} are in use"),
+            ));
+        }
+        let buffer = account(self.raw.create_buffer(&wgpu::BufferDescriptor {
             label: None,
             size: bytes,
             usage,
             mapped_at_creation: false,
-        });
+        }));
         match self.faults.take() {
             Some(Fault::OutOfMemory) => return Err(no_memory()),
             Some(fault) => {
@@ -394,17 +431,27 @@ impl Device {
             }
             None => {}
         }
-        Ok(Buffer {
-            id: self.next_id.fetch_add(1, Ordering::Relaxed),
-            raw,
-            bytes,
-            pass: AtomicU64::new(0),
-        })
+        Ok(buffer)
+    }
+
+    /// From now on no more than so many bytes are taken of its memory.
+    pub fn set_budget(&self, bytes: u64) {
+        self.budget.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Pipelines, bind groups and buffers that were made so far: what costs time once.
+    pub fn n_made(&self) -> u64 {
+        self.n_made.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of its memory that are in use.
+    pub fn held_bytes(&self) -> u64 {
+        self.held.load(Ordering::Relaxed)
     }
 
     /// A buffer for shaders that holds `data`.
     pub(super) fn buffer_of(&self, data: &[u8], what: &str) -> Result<Buffer> {
-        let usage = BufferUsages::STORAGE | BufferUsages::COPY_DST;
+        let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST;
         let buffer = self.buffer(data.len() as u64, usage, what)?;
         self.queue.write_buffer(&buffer.raw, 0, data);
         Ok(buffer)

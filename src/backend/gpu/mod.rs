@@ -7,6 +7,7 @@
 
 mod attention;
 pub mod device;
+mod host;
 mod ops;
 mod packed;
 pub mod pipeline;
@@ -22,10 +23,13 @@ pub use self::attention::KvCache;
 use self::attention::Waiting;
 use self::device::Buffer;
 pub use self::device::{AdapterInfo, Device, adapters};
+use self::host::Host;
+pub use self::host::is_of_experts;
 use self::packed::Packed;
 use self::record::Recorder;
 use self::weights::Weights;
-use super::{RopePairs, Step};
+pub use self::weights::device_bytes;
+use super::{KvTypes, RopePairs, Step};
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
 use crate::profile::Work;
@@ -39,6 +43,8 @@ pub struct Gpu {
     step: Step,
     cancel: Cancel,
     work: Cell<Work>,
+    /// Who has the experts, where they are not on the device; away while it works.
+    host: Option<Box<Host>>,
 }
 
 /// Weights on the device.
@@ -159,6 +165,7 @@ impl Gpu {
             step: Step::Prefill,
             cancel: Cancel::default(),
             work: Cell::default(),
+            host: None,
         })
     }
 
@@ -176,6 +183,17 @@ impl Gpu {
     pub fn device(&self) -> &Arc<Device> {
         &self.device
     }
+}
+
+/// Bytes of keys and values of `n` elements each for `n_positions`.
+pub fn kv_bytes(kinds: KvTypes, n: usize, n_positions: usize) -> u64 {
+    let rows = attention::row_bytes(kinds.keys, n) + attention::row_bytes(kinds.values, n);
+    (rows * n_positions.next_multiple_of(attention::KV_STEP)) as u64
+}
+
+/// Bytes of the memory of a convolution that reads `n_rows` earlier inputs.
+pub fn conv_bytes(n_rows: usize, n_channels: usize) -> u64 {
+    ((n_rows + REWIND) * n_channels * size_of::<f32>()) as u64
 }
 
 /// The device of this index, or the first, opened once a process: models share it, and a driver opens slowly.

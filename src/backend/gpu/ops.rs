@@ -8,6 +8,7 @@ use wgpu::BufferUsages;
 
 use super::attention::{KvCache, MAX_HEAD};
 use super::device::Span;
+use super::host::is_of_experts;
 use super::packed::Packed;
 use super::pipeline::{Experts, GEMV_LANES, MatrixTile, Shader, UnitsOf, is_float};
 use super::times::Times;
@@ -512,7 +513,11 @@ impl Backend for Gpu {
     type Conv = ConvState;
 
     fn matrix(&self, tensor: &FileTensor) -> Result<Matrix> {
-        Ok(Matrix(Weights::upload(&self.device, tensor)?))
+        let on_host = self.host.is_some() && is_of_experts(&tensor.name);
+        Ok(Matrix(match on_host {
+            true => Weights::on_host(tensor),
+            false => Weights::upload(&self.device, tensor)?,
+        }))
     }
 
     fn vector(&self, data: Vec<f32>) -> Vector {
@@ -621,6 +626,9 @@ impl Backend for Gpu {
     fn begin(&mut self, step: Step) {
         self.step = step;
         self.waiting = None;
+        if let Some(host) = &mut self.host {
+            host.begin(step);
+        }
         let recorder = self.recorder.get_mut();
         recorder.begin();
         if let Some(times) = recorder.times() {
@@ -633,6 +641,9 @@ impl Backend for Gpu {
 
     fn set_cancel(&mut self, cancel: &Cancel) {
         self.cancel = cancel.clone();
+        if let Some(host) = &mut self.host {
+            host.set_cancel(cancel);
+        }
     }
 
     fn embed(&mut self, table: &Matrix, tokens: &[u32], scale: f32) -> Tensor {
@@ -665,6 +676,15 @@ impl Backend for Gpu {
             self.dispatch(Shader::Embed(weights.dtype), &params, &buffers, grid);
         }
         Tensor::new(tokens.len(), weights.n_in, Value::Rows(out))
+    }
+
+    fn import(&mut self, rows: &[f32], n_cols: usize) -> Tensor {
+        let n = rows.len() / n_cols;
+        if let Some(times) = self.recorder.get_mut().times() {
+            times.tokens(n);
+        }
+        let rows = self.upload(bytemuck::cast_slice(rows));
+        Tensor::new(n, n_cols, Value::Rows(rows))
     }
 
     fn rms_norm(&mut self, x: &Tensor, gain: &Vector, eps: f32) -> Tensor {
@@ -896,6 +916,9 @@ impl Backend for Gpu {
 
     fn route(&mut self, x: &Tensor, from: usize, moe: &Moe<Self>) -> Tensor {
         self.check();
+        if moe.router.weight.0.host().is_some() {
+            return self.route_on_host(x, from, moe);
+        }
         let rows = self.rows(x);
         let n_tokens = x.n_tokens - from;
         let at = rows.at + from * x.n_cols;
@@ -924,6 +947,9 @@ impl Backend for Gpu {
 
     fn moe(&mut self, x: &Tensor, routes: Tensor, moe: &Moe<Self>) -> Tensor {
         self.check();
+        if moe.router.weight.0.host().is_some() {
+            return self.moe_on_host(x, moe);
+        }
         if let Some((what, found)) = self.experts(moe) {
             self.unsupported(what, found, "whole matrices, gate and up in one format");
         }
@@ -1037,11 +1063,16 @@ impl Backend for Gpu {
     }
 
     fn scratch_bytes(&self) -> usize {
-        self.recorder.borrow().bytes()
+        let host = self.host.as_ref().map_or(0, |host| host.scratch_bytes());
+        self.recorder.borrow().bytes() + host
     }
 
     fn work(&self) -> Work {
-        self.work.get()
+        let mut work = self.work.get();
+        if let Some(host) = &self.host {
+            work += host.work();
+        }
+        work
     }
 
     fn take_trace(&mut self) -> Option<Trace> {

@@ -9,6 +9,7 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt::Write;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::device::Device;
@@ -441,10 +442,12 @@ impl Text {
     fn cache(&mut self, keys: KvType, values: KvType) {
         self.file(match keys {
             KvType::F32 => file!("kv/keys_f32.wgsl"),
+            KvType::Q8_0 => file!("kv/keys_q8_0.wgsl"),
             _ => file!("kv/keys_f16.wgsl"),
         });
         self.file(match values {
             KvType::F32 => file!("kv/values_f32.wgsl"),
+            KvType::Q8_0 => file!("kv/values_q8_0.wgsl"),
             _ => file!("kv/values_f16.wgsl"),
         });
     }
@@ -660,8 +663,15 @@ impl Shader {
                         Some(RopePairs::Neighbours) => 2,
                     },
                 );
-                text.flag("KEYS_F16", keys == KvType::F16);
-                text.flag("VALUES_F16", values == KvType::F16);
+                let kind = |kind| match kind {
+                    KvType::F32 => 0,
+                    KvType::Q8_0 => 2,
+                    _ => 1,
+                };
+                text.uint("KEYS", kind(keys));
+                text.uint("VALUES", kind(values));
+                let is_coded = [keys, values].contains(&KvType::Q8_0);
+                text.uint("CODED", if is_coded { max_head } else { 32 });
                 text.file(file!("heads.wgsl"));
             }
             Shader::AttentionOne {
@@ -769,7 +779,7 @@ impl Shader {
     /// One of every operation in every way that it is specialized, for tests.
     pub fn all() -> Vec<Shader> {
         let mut all = Vec::new();
-        let (halves, floats) = (KvType::F16, KvType::F32);
+        let (halves, floats, blocks) = (KvType::F16, KvType::F32, KvType::Q8_0);
         for &dtype in DType::ALL {
             let units = UnitsOf::new(64);
             let plain = |matrices, rows, flags: [bool; 3]| Shader::Gemv {
@@ -833,7 +843,13 @@ impl Shader {
         for residual in [false, true] {
             all.push(Shader::RmsNorm { residual });
         }
-        for (keys, values) in [(halves, halves), (floats, floats), (halves, floats)] {
+        for (keys, values) in [
+            (halves, halves),
+            (floats, floats),
+            (halves, floats),
+            (blocks, blocks),
+            (blocks, halves),
+        ] {
             let ropes = [None, Some(RopePairs::Halves), Some(RopePairs::Neighbours)];
             for rope in ropes {
                 for norm in [false, true] {
@@ -926,6 +942,7 @@ impl Device {
     }
 
     fn make(&self, shader: Shader, id: u64) -> Result<Pipeline> {
+        self.n_made.fetch_add(1, Ordering::Relaxed);
         let source = shader.source(&self.target);
         let entries = bindings(&source);
         let label = format!("{shader:?}");

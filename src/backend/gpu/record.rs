@@ -212,6 +212,7 @@ impl Recorder {
     }
 
     fn group(&self, pipeline: &Pipeline, buffers: &[Option<device::Span>]) -> wgpu::BindGroup {
+        self.device.n_made.fetch_add(1, Ordering::Relaxed);
         let nothing = self.device.nothing.all();
         let uniforms = device::Span {
             bytes: SLOT as u64,

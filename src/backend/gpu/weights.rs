@@ -32,6 +32,8 @@ pub(super) struct Weights {
     pub(super) n_out: usize,
     /// Adjacent rows; one part unless it is larger than a binding may be.
     pub(super) parts: Vec<Part>,
+    /// The matrix itself, where it stays on the host; it has no parts then.
+    host: Option<Tensor>,
     /// Bytes in the file.
     pub(super) file_bytes: usize,
     /// Where it came from: as long as this is held, no other matrix can be there.
@@ -56,6 +58,13 @@ impl Part {
     pub(super) fn aux(&self) -> Span<'_> {
         self.aux.all()
     }
+}
+
+/// Bytes of a matrix on a device, about: buffers are rounded up.
+pub fn device_bytes(dtype: DType, n_in: usize, n_out: usize) -> u64 {
+    let (main_bytes, aux_words) = sizes(dtype);
+    let groups = (n_out * n_in.div_ceil(UNIT)).div_ceil(GROUP);
+    (groups * (GROUP * main_bytes + 4 * aux_words)) as u64
 }
 
 /// Bytes of `main` of a unit, and words of `aux` of [`GROUP`] of them.
@@ -137,12 +146,32 @@ impl Weights {
             n_in,
             n_out,
             parts,
+            host: None,
             file_bytes: tensor.data.len(),
             _source: tensor.data.clone(),
         });
         known.retain(|_, weights| weights.strong_count() > 0);
         known.insert(place, Arc::downgrade(&weights));
         Ok(weights)
+    }
+
+    /// One that stays on the host.
+    pub(super) fn on_host(tensor: &Tensor) -> Arc<Self> {
+        Arc::new(Self {
+            name: tensor.name.clone(),
+            dtype: tensor.dtype,
+            n_in: tensor.n_in(),
+            n_out: tensor.n_out(),
+            parts: Vec::new(),
+            host: Some(tensor.clone()),
+            file_bytes: tensor.data.len(),
+            _source: tensor.data.clone(),
+        })
+    }
+
+    /// The matrix, if it stays on the host.
+    pub(super) fn host(&self) -> Option<&Tensor> {
+        self.host.as_ref()
     }
 
     /// The only part.

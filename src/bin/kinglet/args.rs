@@ -1174,10 +1174,11 @@ number_lists! { n_prompt n_gen n_depth batch_size ubatch_size threads tokens }
 pub fn spelled_out(mut arguments: Vec<OsString>) -> Vec<OsString> {
     let verb = arguments.get(1).and_then(|verb| verb.to_str());
     let is_bench = verb == Some("bench");
-    if is_bench || matches!(verb, Some("chat" | "run")) {
+    if is_bench || matches!(verb, Some("chat" | "run" | "plan" | "profile" | "embed")) {
         for argument in &mut arguments[2..] {
             let long = match argument.to_str() {
                 Some("-tb") => "--threads-batch",
+                Some("-ngl") => "--gpu-layers",
                 Some("-pg") if is_bench => "--pg",
                 Some("-ub") if is_bench => "--ubatch-size",
                 Some("-ctk") if is_bench => "--cache-type-k",

@@ -46,7 +46,7 @@ const FENCE: &str = "\"\"\"";
 
 pub fn run(args: &ChatArgs) -> Outcome {
     args.sampling.check()?;
-    let model = locate::load_within(&args.model, &args.budget)?;
+    let model = locate::load_within(&args.model, &args.budget, &args.session)?;
     if model.tokenizer()?.chat_template().is_none() {
         return Err(Failure::usage(format!(
             "{}: the file has no chat template, so it is no chat model; `kinglet run --raw` continues a text with it",

@@ -3,7 +3,7 @@
 use std::str::FromStr;
 
 use clap::Args;
-use kinglet::BackendKind;
+use kinglet::{BackendKind, LoadOptions};
 
 #[cfg(not(feature = "gpu"))]
 use crate::failure::Failure;
@@ -16,6 +16,15 @@ pub struct DeviceArgs {
     /// of a GPU as `kinglet doctor` lists them
     #[arg(long, value_name = "WHICH")]
     device: Option<Device>,
+    /// Layers on the GPU, the last ones and the head; also `-ngl` [default: all, or as many as --gpu-memory has room for]
+    #[arg(long, value_name = "N", alias = "n-gpu-layers")]
+    gpu_layers: Option<usize>,
+    /// Keep the experts of a model, and the routers that choose them, on the CPU where the rest runs on the GPU
+    #[arg(long)]
+    cpu_moe: bool,
+    /// Memory of the GPU that may be used: 800M, 2G
+    #[arg(long, value_name = "SIZE", value_parser = crate::args::size)]
+    gpu_memory: Option<u64>,
 }
 
 #[derive(Clone, Copy)]
@@ -43,6 +52,13 @@ impl FromStr for Device {
 }
 
 impl DeviceArgs {
+    /// Adds what goes to the GPU.
+    pub fn share(&self, load: &mut LoadOptions) {
+        load.gpu_layers = self.gpu_layers;
+        load.cpu_moe = self.cpu_moe;
+        load.gpu_memory = self.gpu_memory;
+    }
+
     /// The backend and the number of its device, if the arguments say.
     #[cfg(feature = "gpu")]
     pub fn chosen(&self) -> Outcome<Option<(BackendKind, Option<usize>)>> {

@@ -20,7 +20,7 @@ pub fn run(args: &EmbedArgs) -> Outcome {
         [] => ui::read_stdin()?.lines().map(str::to_owned).collect(),
         texts => texts.to_vec(),
     };
-    let model = locate::load_within(&args.model, &args.budget)?;
+    let model = locate::load_within(&args.model, &args.budget, &args.session)?;
     let mut session = args.session.open(&model)?;
     let tokenizer = model.tokenizer()?;
     let hidden = model.info().config.hidden;

@@ -2,10 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
-use kinglet::{LoadOptions, Model};
+#[cfg(feature = "gpu")]
+use kinglet::BackendKind;
+use kinglet::{LoadOptions, Model, SessionOptions};
 
-use crate::args::{BudgetArgs, ModelArgs};
+use crate::args::{BudgetArgs, ModelArgs, SessionArgs};
 use crate::failure::{Failure, Outcome};
+#[cfg(feature = "gpu")]
+use crate::ui;
 
 /// The file of the small model.
 const SMALL_MODEL: &str = "models/lfm2-smol-Q4_0.gguf";
@@ -19,9 +23,11 @@ pub fn load(args: &ModelArgs) -> Outcome<Model> {
 }
 
 /// The same within a budget.
-pub fn load_within(args: &ModelArgs, budget: &BudgetArgs) -> Outcome<Model> {
+pub fn load_within(args: &ModelArgs, budget: &BudgetArgs, session: &SessionArgs) -> Outcome<Model> {
     let path = locate(args.name())?;
-    Ok(Model::load(&path, &options_within(args, budget)?)?)
+    let mut load = options_within(args, budget)?;
+    fit_gpu(&path, &mut load, &session.options())?;
+    Ok(Model::load(&path, &load)?)
 }
 
 /// How it is loaded within a budget.
@@ -38,13 +44,41 @@ pub fn options_within(args: &ModelArgs, budget: &BudgetArgs) -> Outcome<LoadOpti
 pub fn options(args: &ModelArgs) -> Outcome<LoadOptions> {
     let chosen = args.device.chosen()?;
     let (backend, device) = chosen.unwrap_or((args.backend(), None));
-    Ok(LoadOptions {
+    let mut load = LoadOptions {
         threads: args.n_threads(),
         threads_batch: args.n_threads_batch(),
         backend,
         device,
         ..LoadOptions::default()
-    })
+    };
+    args.device.share(&mut load);
+    Ok(load)
+}
+
+/// Where a GPU may use so much memory and no more: gives it as many layers as that has room for, with a session as asked
+/// for.
+#[cfg(feature = "gpu")]
+pub fn fit_gpu(path: &Path, load: &mut LoadOptions, session: &SessionOptions) -> Outcome {
+    use kinglet::session::{GpuPlan, Plan};
+    if load.backend != BackendKind::Gpu || load.gpu_memory.is_none() || load.gpu_layers.is_some() {
+        return Ok(());
+    }
+    let model = Model::outline(path, load)?;
+    let plan = GpuPlan::new(&model, &Plan::new(&model, session, 1)?, load)?;
+    load.gpu_layers = Some(plan.layers);
+    if plan.layers < plan.n_layers {
+        let (n, all) = (plan.layers, plan.n_layers);
+        ui::note(&format!(
+            "note: to stay within --gpu-memory, {n} of {all} layers are on the GPU"
+        ));
+    }
+    Ok(())
+}
+
+/// The same in a build without a GPU.
+#[cfg(not(feature = "gpu"))]
+pub fn fit_gpu(_: &Path, _: &mut LoadOptions, _: &SessionOptions) -> Outcome {
+    Ok(())
 }
 
 /// The file that MODEL means.

@@ -3,8 +3,12 @@
 use std::io::{self, Write};
 use std::time::Duration;
 
+#[cfg(feature = "gpu")]
+use kinglet::BackendKind;
 use kinglet::profile::roofline::Resource;
 use kinglet::profile::{Roofline, machine};
+#[cfg(feature = "gpu")]
+use kinglet::session::GpuPlan;
 use kinglet::session::{Plan, Rates, Speed, UNCERTAINTY};
 use kinglet::{Error, Model};
 use serde_json::{Value, json};
@@ -21,6 +25,8 @@ pub fn run(args: &PlanArgs) -> Outcome {
     let asked = args.session.options();
     let whole = Plan::new(&model, &asked, args.n_prompt)?;
     let fitted = Plan::within(&model, &asked, args.n_prompt, &load);
+    #[cfg(feature = "gpu")]
+    let asked_plan = &whole;
     let report = Report {
         // What is told is what would run; where nothing would, what was asked for.
         plan: match &fitted {
@@ -33,6 +39,10 @@ pub fn run(args: &PlanArgs) -> Outcome {
         memory: args.budget.memory(),
         available: machine::memory_available(),
         rates: rates(&model)?,
+        #[cfg(feature = "gpu")]
+        gpu: (load.backend == BackendKind::Gpu)
+            .then(|| GpuPlan::new(&model, asked_plan, &load))
+            .transpose()?,
         model: &model,
     };
     let mut out = io::stdout().lock();
@@ -69,6 +79,8 @@ struct Report<'a> {
     memory: Option<u64>,
     available: Option<u64>,
     rates: Option<Rates>,
+    #[cfg(feature = "gpu")]
+    gpu: Option<GpuPlan>,
 }
 
 impl Report<'_> {
@@ -108,6 +120,7 @@ impl Report<'_> {
             ui::bytes(bytes.anonymous()),
             ui::bytes(bytes.file())
         );
+        self.gpu_text(&mut text);
         text += "Speed, the file in the system's cache\n";
         match self.rates.map(|rates| plan.speed(&rates)) {
             Some(speed) => {
@@ -121,6 +134,43 @@ impl Report<'_> {
         let changes = plan.concessions.iter();
         changes.for_each(|change| text += &format!("  {change}\n"));
         text
+    }
+
+    /// What lies on the GPU.
+    #[cfg(feature = "gpu")]
+    fn gpu_text(&self, text: &mut String) {
+        let Some(gpu) = &self.gpu else {
+            return;
+        };
+        let (n, all) = (gpu.layers, gpu.n_layers);
+        *text += &format!("Memory of the GPU, {n} of {all} layers\n");
+        for (name, n) in gpu_rows(gpu) {
+            *text += &format!("  {name:<16} {:>11}\n", ui::bytes(n));
+        }
+    }
+
+    #[cfg(not(feature = "gpu"))]
+    fn gpu_text(&self, _: &mut String) {}
+
+    #[cfg(feature = "gpu")]
+    fn gpu_json(&self) -> Value {
+        let Some(gpu) = &self.gpu else {
+            return Value::Null;
+        };
+        json!({
+            "layers": gpu.layers,
+            "n_layers": gpu.n_layers,
+            "weights": gpu.weights,
+            "kv": gpu.kv,
+            "conv": gpu.conv,
+            "scratch": gpu.scratch,
+            "total": gpu.total(),
+        })
+    }
+
+    #[cfg(not(feature = "gpu"))]
+    fn gpu_json(&self) -> Value {
+        Value::Null
     }
 
     fn verdict(&self) -> String {
@@ -186,6 +236,7 @@ impl Report<'_> {
                 "file": bytes.file(),
                 "total": bytes.total(),
             },
+            "gpu_bytes": self.gpu_json(),
             "asked_bytes": self.needed,
             "memory": self.memory,
             "fits": fits,
@@ -206,6 +257,17 @@ impl Report<'_> {
             "decode": tallies(&plan.decode),
         })
     }
+}
+
+#[cfg(feature = "gpu")]
+fn gpu_rows(gpu: &GpuPlan) -> [(&'static str, u64); 5] {
+    [
+        ("weights", gpu.weights),
+        ("keys and values", gpu.kv),
+        ("convolutions", gpu.conv),
+        ("scratch, at most", gpu.scratch),
+        ("total", gpu.total()),
+    ]
 }
 
 /// Times and rates with their ranges.

@@ -50,17 +50,19 @@ pub fn run(args: &ProfileArgs) -> Outcome {
 /// Loads the model, reads a prompt, decodes a reply.
 fn profile(args: &ProfileArgs) -> Outcome<Profile> {
     let path = locate::locate(args.model.name())?;
-    let load = locate::options_within(&args.model, &args.budget)?;
+    let mut load = locate::options_within(&args.model, &args.budget)?;
     let n_gen = args.n_gen as usize;
     let mut options = args.session.options();
     if options.n_ctx == 0 {
         options.n_ctx = args.n_prompt + n_gen;
     }
+    locate::fit_gpu(&path, &mut load, &options)?;
     let mut recorder = Recorder::default();
     let mut session = load_profiled(&mut recorder, &path, &load, &options)?;
     let prompt = Tokens::of(session.model(), None).run(args.n_prompt);
     let stop = &interrupt::hit;
     let about = run_profiled(&mut recorder, &mut session, &prompt, n_gen, stop)?;
+    ui::note_fault(&session);
     // Afterwards, as it makes the file warm.
     let limits = limits(session.model(), args.no_measure)?;
     Ok(recorder.finish(about, limits))

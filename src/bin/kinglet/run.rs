@@ -27,7 +27,7 @@ pub fn run(args: &RunArgs) -> Outcome {
         }
         (None, None) => ui::read_prompt(Path::new("-"))?,
     };
-    let model = locate::load_within(&args.model, &args.budget)?;
+    let model = locate::load_within(&args.model, &args.budget, &args.session)?;
     let mut sampler = Sampler::new(&args.sampling.settings(&model)?);
     let session = match &args.prompt_cache {
         Some(path) if path.exists() => cached(path, &model, args)?,

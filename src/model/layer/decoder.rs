@@ -55,7 +55,11 @@ impl<B: Backend> Decoder<B> {
                 },
             })
         };
-        let layers = (0..config.n_layers).map(layer).collect::<Result<_>>()?;
+        let layers = w
+            .part(config.n_layers)
+            .layers
+            .map(layer)
+            .collect::<Result<_>>()?;
         Ok(Self {
             embedding: Embedding::load(w, &config, "output_norm.weight")?,
             layers,
@@ -71,10 +75,8 @@ impl<B: Backend> Network<B> for Decoder<B> {
     }
 
     fn state(&self, backend: &B, kv: &KvOptions) -> State<B> {
-        let layers = self
-            .layers
-            .iter()
-            .enumerate()
+        let layers = (self.embedding.first()..)
+            .zip(&self.layers)
             .map(|(i, l)| LayerState::Kv(backend.kv(&l.attention.shape, &kv.of_layer(i))));
         State {
             layers: layers.collect(),
@@ -84,19 +86,20 @@ impl<B: Backend> Network<B> for Decoder<B> {
     fn forward(&self, b: &mut B, state: &mut State<B>, pass: &Pass) -> Option<B::Tensor> {
         let eps = self.config.eps;
         let angles = b.rope_angles(&self.rope, pass.start, pass.tokens.len());
-        let mut x = self.embedding.embed(b, pass.tokens, 1.0);
-        for (i, (layer, state)) in self.layers.iter().zip(&mut state.layers).enumerate() {
+        let mut x = self.embedding.begin(b, pass, 1.0);
+        let layers = self.layers.iter().zip(&mut state.layers);
+        for (i, (layer, state)) in (self.embedding.first()..).zip(layers) {
             layer.ffn.foresee(b, &x, &layer.ffn_norm, eps);
             let h = b.rms_norm(&x, &layer.attention_norm, eps);
             let h = layer.attention.forward(b, state.kv(), &h, &angles, pass);
             b.add(&mut x, &h);
-            if i + 1 == self.layers.len() {
+            if self.embedding.is_last(i) {
                 x = pass.wanted(b, x)?;
             }
             let h = b.rms_norm(&x, &layer.ffn_norm, eps);
             let h = layer.ffn.forward(b, &h);
             b.add(&mut x, &h);
         }
-        Some(self.embedding.output(b, &x, pass.output))
+        Some(self.embedding.output(b, x, pass.output))
     }
 }

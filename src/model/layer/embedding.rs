@@ -1,14 +1,21 @@
-//! Both ends of a decoder: tokens to rows, and the final norm and head.
+//! Both ends of a decoder: tokens to rows, and the final norm and head. Of a part of one, those that it has.
 
 use crate::backend::{Backend, Linear, LinearOf};
 use crate::error::Result;
-use crate::model::Output;
 use crate::model::config::Config;
 use crate::model::weights::Weights;
+use crate::model::{Output, Part, Pass};
 
 /// Embedding table, final norm, head.
 pub(crate) struct Embedding<B: Backend> {
-    table: B::Matrix,
+    table: Option<B::Matrix>,
+    head: Option<Head<B>>,
+    hidden: usize,
+    /// The layers between.
+    part: Part,
+}
+
+struct Head<B: Backend> {
     norm: B::Vector,
     head: Linear<B>,
     eps: f32,
@@ -17,35 +24,57 @@ pub(crate) struct Embedding<B: Backend> {
 impl<B: Backend> Embedding<B> {
     /// Reads `token_embd`, the final norm under `norm`, and `output`; without the latter the table is the head too.
     pub(crate) fn load(w: &Weights<B>, config: &Config, norm: &str) -> Result<Self> {
+        let part = w.part(config.n_layers);
         let table = || w.matrix("token_embd.weight", config.hidden, config.n_vocab);
-        let head = if w.has("output.weight") {
-            w.linear("output", config.hidden, config.n_vocab)?
-        } else {
-            LinearOf {
-                name: "token_embd".into(),
-                weight: table()?,
-                bias: None,
-            }
+        let head = || {
+            let head = if w.has("output.weight") {
+                w.linear("output", config.hidden, config.n_vocab)?
+            } else {
+                LinearOf {
+                    name: "token_embd".into(),
+                    weight: table()?,
+                    bias: None,
+                }
+            };
+            let (norm, eps) = (w.vector(norm, config.hidden)?, config.eps);
+            Ok(Head { norm, head, eps })
         };
         Ok(Self {
-            table: table()?,
-            norm: w.vector(norm, config.hidden)?,
-            head,
-            eps: config.eps,
+            table: part.is_first().then(table).transpose()?,
+            head: part.is_last().then(head).transpose()?,
+            hidden: config.hidden,
+            part,
         })
     }
 
-    /// (n_tokens, hidden), times `scale`.
-    pub(crate) fn embed(&self, b: &mut B, tokens: &[u32], scale: f32) -> B::Tensor {
-        b.embed(&self.table, tokens, scale)
+    /// The number of the first layer.
+    pub(crate) fn first(&self) -> usize {
+        self.part.layers.start
     }
 
-    /// Logits, (n_tokens, n_vocab), of the residual stream `x`, or what they are made of.
-    pub(crate) fn output(&self, b: &mut B, x: &B::Tensor, output: Output) -> B::Tensor {
-        let h = b.rms_norm(x, &self.norm, self.eps);
+    /// Whether layer `i` is the last of the model.
+    pub(crate) fn is_last(&self, i: usize) -> bool {
+        i + 1 == self.part.n_layers
+    }
+
+    /// What the first layer reads, (n_tokens, hidden): embeddings, times `scale`, or what the layers before made of them.
+    pub(crate) fn begin(&self, b: &mut B, pass: &Pass, scale: f32) -> B::Tensor {
+        match (pass.input, &self.table) {
+            (None, Some(table)) => b.embed(table, pass.tokens, scale),
+            (Some(rows), None) => b.import(rows, self.hidden),
+            _ => unreachable!("tokens for the first part, rows for another"),
+        }
+    }
+
+    /// Logits, (n_tokens, n_vocab), of the residual stream `x`, or what they are made of; `x` itself where layers follow.
+    pub(crate) fn output(&self, b: &mut B, x: B::Tensor, output: Output) -> B::Tensor {
+        let Some(Head { norm, head, eps }) = &self.head else {
+            return x;
+        };
+        let h = b.rms_norm(&x, norm, *eps);
         match output {
             Output::Logits => {
-                let [logits] = b.linear(&h, [&self.head]);
+                let [logits] = b.linear(&h, [head]);
                 logits
             }
             Output::Hidden => h,

@@ -29,7 +29,7 @@ use kinglet::{BackendKind, KvType, KvTypes, LoadOptions, Model, Session, Session
 use crate::args::BenchArgs;
 use crate::failure::{Failure, Outcome};
 use crate::limits::{self, Measure};
-use crate::{interrupt, ui};
+use crate::{interrupt, locate, ui};
 
 use self::busy::Busy;
 use self::output::Printer;
@@ -120,7 +120,7 @@ fn run_group(group: &Group, args: &BenchArgs, shown: &Shown, printer: &mut Print
 /// A session with room for all tests of a group.
 fn open(group: &Group, backend: BackendKind, args: &BenchArgs) -> Outcome<Session> {
     let chosen = args.device.chosen()?;
-    let load = LoadOptions {
+    let mut load = LoadOptions {
         device: chosen.and_then(|(_, device)| device),
         threads: group.n_threads,
         threads_batch: group.n_threads_batch,
@@ -141,6 +141,8 @@ fn open(group: &Group, backend: BackendKind, args: &BenchArgs) -> Outcome<Sessio
         delta: group.delta.clone(),
         batch: group.n_ubatch,
     };
+    args.device.share(&mut load);
+    locate::fit_gpu(&group.model, &mut load, &options)?;
     let session = Session::new(&Model::load(&group.model, &load)?, &options)?;
     for concession in session.concessions() {
         ui::note(&format!("{}: {concession}", backend.name()));

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use kinglet::profile::Work;
-use kinglet::{Model, Session};
+use kinglet::{Error, Model, Session};
 
 use crate::bench::plan::Test;
 use crate::failure::{Failure, Outcome};
@@ -28,15 +28,25 @@ impl Timeline for Session {
     }
 
     fn prefill(&mut self, tokens: &[u32]) -> Outcome {
-        Ok(Session::prefill(self, tokens, &mut |_, _| flow())?)
+        Session::prefill(self, tokens, &mut |_, _| flow())?;
+        on_its_device(self)
     }
 
     fn decode(&mut self, token: u32) -> Outcome {
-        Ok(Session::decode(self, token)?)
+        Session::decode(self, token)?;
+        on_its_device(self)
     }
 
     fn work(&self) -> Work {
         Session::work(self)
+    }
+}
+
+/// A session whose GPU fails goes on on the CPU: its times are none of what was asked for.
+fn on_its_device(session: &Session) -> Outcome {
+    match session.device_fault() {
+        None => Ok(()),
+        Some(fault) => Err(Error::Backend(fault.to_owned()).into()),
     }
 }
 

@@ -1,12 +1,13 @@
-//! Sessions whose GPU fails: at any submission, in every way that one can. In a process of its own, since all sessions of
-//! one share the device. Needs an adapter, as `gpu.rs`.
+//! The device as a whole: sessions go on where it fails at any submission, in every way that one can; a budget of its memory
+//! is kept; steady decode makes nothing on it. In a process of its own, since all sessions of one share the device. Needs an
+//! adapter, as `gpu.rs`.
 
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use kinglet::backend::gpu;
-use kinglet::session::{Extra, StateFile};
+use kinglet::session::{Extra, GpuPlan, Plan, StateFile};
 use kinglet::{BackendKind, DeviceFault, KvType, LoadOptions, Model, Session, SessionOptions};
 
 /// One test at a time: they share a device.
@@ -166,5 +167,95 @@ fn what_a_session_held_survives_its_gpu() {
         session.decode(last).expect("decode");
         assert!(session.device_fault().is_some(), "{what}");
         assert_eq!(session.logits(), expected.logits(), "{what}");
+    }
+}
+
+#[test]
+fn a_budget_of_the_gpu_is_planned_and_kept() {
+    if !adapter() {
+        return;
+    }
+    let _alone = DEVICE.lock().unwrap_or_else(PoisonError::into_inner);
+    for (file, n_ctx, batch) in [
+        ("tests/data/lfm2moe-tiny-random.gguf", 700, 256),
+        ("models/lfm2-smol-Q4_0.gguf", 300, 32),
+    ] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
+        let options = SessionOptions {
+            n_ctx,
+            batch,
+            ..SessionOptions::default()
+        };
+        let plan = |load: &LoadOptions| {
+            let model = Model::outline(&path, load).expect("a header");
+            let plan = Plan::new(&model, &options, 1).expect("a plan");
+            GpuPlan::new(&model, &plan, load).expect("a plan")
+        };
+        let mut load = LoadOptions {
+            threads: 2,
+            backend: BackendKind::Gpu,
+            ..LoadOptions::default()
+        };
+        let whole = plan(&load);
+        assert_eq!(whole.layers, whole.n_layers);
+        load.gpu_memory = Some(whole.total());
+        assert_eq!(plan(&load), whole, "all of it fits");
+        load.gpu_memory = Some(whole.total() - 1);
+        let less = plan(&load);
+        assert!(
+            less.layers < whole.layers && less.total() < whole.total(),
+            "{less:?}"
+        );
+        load.gpu_memory = Some(1000);
+        assert_eq!(plan(&load).layers, 0);
+        // What is planned suffices.
+        for plan in [whole, less] {
+            load.gpu_memory = Some(plan.total());
+            load.gpu_layers = Some(plan.layers);
+            let model = Model::load(&path, &load).expect("it fits");
+            let mut session = Session::new(&model, &options).expect("it fits");
+            let (kv, conv) = {
+                let memory = session.memory();
+                (memory.kv as u64, memory.conv as u64)
+            };
+            prefill(&mut session, &vec![5; 2 * batch + 7]);
+            session.decode(6).expect("decode");
+            assert_eq!(session.device_fault(), None, "{file}: {plan:?}");
+            if plan.layers == plan.n_layers {
+                assert_eq!((plan.kv, plan.conv), (kv, conv), "{file}");
+            }
+            let device = gpu::shared(None).expect("the same device");
+            println!("{file}: {} of {} bytes", device.held_bytes(), plan.total());
+            drop((session, model));
+            device.set_budget(u64::MAX);
+        }
+    }
+}
+
+#[test]
+fn steady_decode_makes_nothing_on_the_device() {
+    if !adapter() {
+        return;
+    }
+    let _alone = DEVICE.lock().unwrap_or_else(PoisonError::into_inner);
+    for (file, kv) in [
+        ("models/lfm2-smol-Q4_0.gguf", KvType::Q8_0),
+        ("tests/data/lfm2moe-tiny-random.gguf", KvType::F16),
+        ("tests/data/smallthinker-tiny-random.gguf", KvType::F16),
+    ] {
+        let model = load(file, BackendKind::Gpu);
+        let mut session = new_session(&model, kv, 512);
+        let device = gpu::shared(None).expect("the same device");
+        prefill(&mut session, &(10..140).collect::<Vec<u32>>());
+        for k in [0, 40] {
+            let mut decode = |n: u32| {
+                for token in 0..n {
+                    session.decode_top(token, k).expect("decode");
+                }
+                device.n_made()
+            };
+            let first = decode(6);
+            assert_eq!(decode(12), first, "{file}, {k} logits");
+        }
     }
 }
