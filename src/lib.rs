@@ -38,7 +38,9 @@ pub mod tools;
 pub use backend::{BackendKind, KvType, KvTypes};
 pub use cancel::Cancel;
 pub use error::{DeviceFault, Error, Result};
-pub use session::{LoadOptions, MemoryReport, Model, ModelInfo, OnExceed, Session, SessionOptions};
+pub use session::{
+    LoadOptions, MemoryReport, Model, ModelInfo, OnExceed, Repack, Session, SessionOptions,
+};
 pub use sparsity::Sparsity;
 
 /// The README's example, compiled with the documentation tests.

@@ -164,7 +164,7 @@ fn layouts() -> Vec<(String, String, usize)> {
         )*};
     }
     fields! {
-        kinglet_model_params: struct_size memory degrade threads threads_batch reserved cancel;
+        kinglet_model_params: struct_size memory degrade threads threads_batch reserved cancel repack reserved_2;
         kinglet_model_info: struct_size n_params weight_bytes n_ctx_train n_vocab hidden n_layers has_chat_template threads;
         kinglet_session_params: struct_size n_ctx batch keys values reserved;
         kinglet_plan: struct_size total weights own_weights experts kv conv scratch tokenizer runtime program n_ctx batch

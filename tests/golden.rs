@@ -4,24 +4,28 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use kinglet::tokenizer::Special;
-use kinglet::{BackendKind, KvType, LoadOptions, Model, Session, SessionOptions};
+use kinglet::{BackendKind, KvType, LoadOptions, Model, Repack, Session, SessionOptions};
 use serde_json::Value;
 
-/// The model on every backend of this build.
+/// The model on every backend of this build; on the CPU from the file and from copies of its matrices.
 fn load(path: &str) -> Vec<Model> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
-    let load = |backend: &BackendKind| {
+    let load = |backend: &BackendKind, repack: Repack| {
         let options = LoadOptions {
             // ggml's threads wait by spinning: with another process beside them two take ten times as long as one.
             threads: if *backend == BackendKind::Cpu { 2 } else { 1 },
             backend: *backend,
+            repack,
             ..LoadOptions::default()
         };
         Model::load(&path, &options).expect("the model loads")
     };
     // The GPU has tests of its own, for what it takes a software driver.
     let here = |backend: &&BackendKind| backend.name() != "gpu";
-    BackendKind::ALL.iter().filter(here).map(load).collect()
+    let backends = BackendKind::ALL.iter().filter(here);
+    let mut models: Vec<Model> = backends.map(|kind| load(kind, Repack::Off)).collect();
+    models.push(load(&BackendKind::Cpu, Repack::On));
+    models
 }
 
 fn golden(name: &str) -> Value {

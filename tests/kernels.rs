@@ -28,6 +28,7 @@ fn all_rows() -> Vec<(&'static str, &'static str)> {
         rows.iter().map(|k| (k.name(), k.isa().name()))
     }
     names(table::GEMV)
+        .chain(names(table::GEMV_PANELS))
         .chain(names(table::GEMM))
         .chain(names(table::TILES))
         .chain(names(table::GATED))
@@ -41,6 +42,8 @@ fn all_rows() -> Vec<(&'static str, &'static str)> {
         .chain(names(table::GLU))
         .chain(names(table::ADD))
         .chain(names(table::TO_F16))
+        .chain(names(table::WEIGH))
+        .chain(names(table::LARGEST))
         .chain(names(table::SHORT_CONV))
         .chain(names(table::ATTEND))
         .chain(names(table::READ))

@@ -180,6 +180,7 @@ fn kernels_are_rows_of_the_table() {
         rows.iter().map(Kernel::name)
     }
     let rows: BTreeSet<&str> = names(table::GEMV)
+        .chain(names(table::GEMV_PANELS))
         .chain(names(table::GEMM))
         .chain(names(table::TILES))
         .chain(names(table::GATED))

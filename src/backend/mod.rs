@@ -313,6 +313,14 @@ pub trait Backend {
     /// If this backend has no kernel for the format.
     fn matrix(&self, tensor: &Tensor) -> Result<Self::Matrix>;
 
+    /// The same of a table whose rows are looked up one by one.
+    ///
+    /// # Errors
+    /// As [`Backend::matrix`].
+    fn table(&self, tensor: &Tensor) -> Result<Self::Matrix> {
+        self.matrix(tensor)
+    }
+
     /// The numbers of a tensor that the model itself looks at or rearranges.
     fn floats(&self, tensor: &Tensor) -> Vec<f32> {
         tensor.to_f32()

@@ -272,6 +272,10 @@ impl<B: Backend> Backend for Tracer<B> {
         self.inner.matrix(tensor)
     }
 
+    fn table(&self, tensor: &Tensor) -> Result<B::Matrix> {
+        self.inner.table(tensor)
+    }
+
     fn vector(&self, data: Vec<f32>) -> B::Vector {
         self.inner.vector(data)
     }

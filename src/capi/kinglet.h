@@ -127,6 +127,12 @@ kinglet_status kinglet_runtime_notify(kinglet_runtime *runtime, kinglet_event ev
 
 /* --- Model -------------------------------------------------------------------------------------------------------- */
 
+typedef enum kinglet_repack {
+    KINGLET_REPACK_AUTO = 0,    /* for models of at most four times the last-level cache, where `memory` is 0 */
+    KINGLET_REPACK_ON = 1,
+    KINGLET_REPACK_OFF = 2
+} kinglet_repack;
+
 typedef struct kinglet_model_params {
     size_t struct_size;
     uint64_t memory;            /* bytes that this process may have in memory, all together; 0: no limit */
@@ -135,6 +141,8 @@ typedef struct kinglet_model_params {
     uint32_t threads_batch;     /* that read prompts; 0: as threads */
     uint32_t reserved;          /* 0 */
     kinglet_cancel *cancel;     /* ends the loading */
+    uint32_t repack;            /* kinglet_repack: whether matrices are copied, as much memory again, to decode faster */
+    uint32_t reserved_2;        /* 0 */
 } kinglet_model_params;
 
 /* Maps the GGUF file at `path`; if it is one part of a split model, all parts. Weights are read while the caller goes on. The

@@ -19,7 +19,7 @@ use super::{Failure, Outcome, Status, enter, leave};
 use crate::grammar::ReplyFormat;
 use crate::sampler::Constraint;
 use crate::session::Plan;
-use crate::{KvType, KvTypes, LoadOptions, Model, OnExceed, SessionOptions};
+use crate::{KvType, KvTypes, LoadOptions, Model, OnExceed, Repack, SessionOptions};
 
 opaque! {
     /// A file, mapped.
@@ -76,7 +76,9 @@ pub(super) unsafe fn load_options(params: *const kinglet_model_params) -> Outcom
         return Ok(LoadOptions::default());
     };
     reserved(params.reserved)?;
+    reserved(params.reserved_2)?;
     Ok(LoadOptions {
+        repack: repack(params.repack)?,
         threads: threads(params.threads)?,
         threads_batch: threads(params.threads_batch)?,
         memory: (params.memory > 0).then_some(params.memory),
@@ -87,6 +89,17 @@ pub(super) unsafe fn load_options(params: *const kinglet_model_params) -> Outcom
         cancel: cancel_of(params.cancel)?,
         ..LoadOptions::default()
     })
+}
+
+fn repack(when: u32) -> Outcome<Repack> {
+    match when {
+        0 => Ok(Repack::Auto),
+        1 => Ok(Repack::On),
+        2 => Ok(Repack::Off),
+        _ => Err(Failure::argument(format!(
+            "repack: expected a kinglet_repack, found {when}"
+        ))),
+    }
 }
 
 fn kv_type(kind: u32) -> Outcome<KvType> {

@@ -201,6 +201,8 @@ structs! {
     /// How a model is loaded.
     kinglet_model_params {
         memory: u64, degrade: u32, threads: u32, threads_batch: u32, reserved: u32, cancel: *mut kinglet_cancel,
+    } + {
+        repack: u32, reserved_2: u32,
     }
     /// What a model is.
     kinglet_model_info {

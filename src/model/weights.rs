@@ -66,6 +66,14 @@ impl<B: Backend> Weights<'_, B> {
         self.backend.matrix(&self.tensor(name, &[n_in, n_out])?)
     }
 
+    /// The same of a table whose rows are looked up one by one.
+    ///
+    /// # Errors
+    /// As [`Weights::matrix`].
+    pub fn table(&self, name: &str, n_in: usize, n_out: usize) -> Result<B::Matrix> {
+        self.backend.table(&self.tensor(name, &[n_in, n_out])?)
+    }
+
     /// The floats of a tensor.
     ///
     /// # Errors

@@ -46,6 +46,8 @@ pub use self::{
     tq2_0::BlockTQ2_0,
 };
 
+pub(crate) use self::q4_k::pack_scales_mins;
+
 /// Length of a super-block: the K, IQ4_XS and TQ formats.
 pub const QK_K: usize = 256;
 

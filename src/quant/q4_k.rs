@@ -64,7 +64,7 @@ pub(super) fn unpack_scales_mins(p: &[u8; 12]) -> ([u8; 8], [u8; 8]) {
 }
 
 /// Lays out eight 6-bit scales and eight 6-bit minima: the inverse of [`unpack_scales_mins`].
-fn pack_scales_mins(scales: &[u8; 8], mins: &[u8; 8]) -> [u8; 12] {
+pub(crate) fn pack_scales_mins(scales: &[u8; 8], mins: &[u8; 8]) -> [u8; 12] {
     std::array::from_fn(|i| match i {
         0..4 => scales[i] | scales[i + 4] >> 4 << 6,
         4..8 => mins[i - 4] | mins[i] >> 4 << 6,

@@ -1,11 +1,12 @@
 //! The working set of a chain: all logits of the vocabulary, and from the first selection on a list of candidates.
 //!
-//! Passes over the vocabulary go in lanes that the compiler keeps in vectors: the choice of a token may not cost a
-//! noticeable part of the forward pass before it.
+//! Passes over the vocabulary go in lanes that the compiler keeps in vectors, the longest by way of the kernel table: the
+//! choice of a token may not cost a noticeable part of the forward pass before it.
 
 use std::cmp::Ordering;
 
-use super::exp::exp;
+use crate::backend::cpu::logits::{Largest, exp};
+use crate::backend::cpu::table::Logits;
 use crate::error::{Error, Result};
 
 /// A token that may still be chosen.
@@ -144,8 +145,9 @@ impl Candidates {
             let logits = self.list.iter().map(|c| c.logit);
             self.weights.extend(logits.map(|x| exp(x - max)));
         } else {
-            self.weights
-                .extend(self.logits.iter().map(|x| exp(*x - max)));
+            self.weights.resize(self.logits.len(), 0.0);
+            let kernel = Logits::best().weigh;
+            kernel.run(&self.logits, max, &mut self.weights);
         }
         self.weights.chunks(RUN).map(sum).sum()
     }
@@ -348,22 +350,13 @@ fn sum(weights: &[f32]) -> f64 {
 /// # Errors
 /// If one is not a number.
 pub(super) fn max_number(logits: &[f32]) -> Result<f32> {
-    const WIDE: usize = 4 * LANES; // so that the latency of a maximum is hidden
-    let (lanes, rest) = logits.as_chunks::<WIDE>();
-    let mut max = [f32::NEG_INFINITY; WIDE];
-    let mut bad = [0u32; WIDE];
-    for x in lanes {
-        for i in 0..WIDE {
-            max[i] = if x[i] > max[i] { x[i] } else { max[i] };
-            bad[i] |= u32::from(x[i].is_nan());
-        }
-    }
-    if bad.iter().any(|bad| *bad > 0) || rest.iter().any(|x| x.is_nan()) {
+    let mut found = Largest::default();
+    Logits::best().largest.run(logits, &mut found);
+    if found.has_nan {
         let id = logits.iter().position(|x| x.is_nan());
         return Err(not_a_number(id.unwrap_or_default(), logits.len()));
     }
-    let max = max.iter().chain(rest).copied();
-    Ok(max.fold(f32::NEG_INFINITY, f32::max))
+    Ok(found.max)
 }
 
 fn not_a_number(id: usize, n: usize) -> Error {

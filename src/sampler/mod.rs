@@ -8,7 +8,6 @@ mod candidates;
 mod chain;
 mod constraint;
 mod dist;
-mod exp;
 mod greedy;
 mod min_p;
 mod penalties;

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::experts::{self, Found};
 use super::plan::{ExpertPlan, Footprint, Plan};
-use super::{LoadOptions, Model, SessionOptions};
+use super::{LoadOptions, Model, SessionOptions, repack};
 use crate::backend::cpu::residency::{Residency, window};
 use crate::backend::cpu::stored::StoredExperts;
 use crate::backend::{BackendKind, KvType, KvTypes};
@@ -355,7 +355,8 @@ impl Ledger {
         };
         gguf.advise_all(Advice::DontNeed)?;
         let mut base = Footprint::of_loaded_process(gguf);
-        base.runtime = base.runtime.saturating_sub(residency.owned_bytes());
+        base.own_weights = repack::copied_bytes(gguf, options);
+        base.runtime = (base.runtime).saturating_sub(residency.owned_bytes() + base.own_weights);
         Ok(Some(Arc::new(Self {
             room: Room::new(
                 gguf,

@@ -9,8 +9,9 @@ use std::sync::Arc;
 
 #[cfg(feature = "gpu")]
 use super::split;
-use super::{LoadOptions, Threads};
+use super::{LoadOptions, Threads, repack};
 use crate::backend::cpu::Cpu;
+use crate::backend::cpu::panels::Copies;
 use crate::backend::cpu::pool::Pool;
 use crate::backend::cpu::residency::Residency;
 use crate::backend::cpu::stored::StoredExperts;
@@ -195,8 +196,13 @@ fn load_cpu(
     experts: Option<Arc<StoredExperts>>,
     layers: Option<Range<usize>>,
 ) -> Result<Box<dyn Loaded>> {
-    let backend = cpu_backend(threads, residency, experts)?;
-    placed(gguf, options, layers, backend)
+    // Nothing of a model of which the GPU has a part.
+    let copies = (repack::copied_bytes(gguf, options) > 0).then(Arc::<Copies>::default);
+    let (backend, asked) = (cpu_backend(threads, residency, experts)?, copies.clone());
+    let backend = move || Ok(backend()?.repacking(asked.clone()));
+    let loaded = placed(gguf, options, layers, backend)?;
+    copies.map_or(Ok(()), |copies| copies.make(&options.cancel))?;
+    Ok(loaded)
 }
 
 /// Builds the network of a header for sessions that count and do not compute.

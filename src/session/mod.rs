@@ -15,6 +15,7 @@ mod generate;
 mod gpu_plan;
 mod plan;
 mod profiled;
+mod repack;
 mod replace;
 #[cfg(feature = "gpu")]
 mod split;
@@ -30,6 +31,7 @@ pub use self::generate::{Event, Finish, GenerateOptions, Reply, Stats, generate}
 pub use self::gpu_plan::GpuPlan;
 pub use self::plan::{ExpertPlan, Footprint, Plan, Rates, Speed, UNCERTAINTY};
 pub use self::profiled::{load_profiled, run_profiled};
+pub use self::repack::Repack;
 pub use self::timeline::Snapshot;
 
 use std::fs::File;
@@ -99,6 +101,8 @@ pub struct LoadOptions {
     pub on_exceed: OnExceed,
     /// How experts are kept that do not all fit.
     pub experts: ExpertOptions,
+    /// Whether matrices are copied for decoding.
+    pub repack: Repack,
     /// Ends the loading from another thread.
     pub cancel: Cancel,
 }
@@ -161,6 +165,8 @@ struct Inner {
     residency: Arc<Residency>,
     /// The network on the CPU, for sessions whose GPU fails.
     cpu: OnceLock<Box<dyn Loaded>>,
+    /// Bytes of matrices that are copied for decoding.
+    copied: u64,
     /// Where a budget is kept.
     ledger: Option<Arc<Ledger>>,
     /// Experts that are read when they are used.
@@ -309,7 +315,9 @@ impl Model {
             threads_batch: self.n_threads_batch(),
             ..LoadOptions::default()
         };
-        Self::outline_of(self.gguf().reopen_header()?, &options)
+        let mut outline = Self::outline_of(self.gguf().reopen_header()?, &options)?;
+        outline.inner().copied = self.0.copied;
+        Ok(outline)
     }
 
     fn assemble(
@@ -319,6 +327,7 @@ impl Model {
         options: &LoadOptions,
         threads: Threads,
     ) -> Result<Self> {
+        let copied = repack::copied_bytes(&gguf, options);
         let path = gguf.path();
         let file_name = || {
             path.file_name()
@@ -345,6 +354,7 @@ impl Model {
             options: options.clone(),
             residency: Arc::new(Residency::unlimited()),
             cpu: OnceLock::new(),
+            copied,
             ledger: None,
             experts: None,
             info,

@@ -4,7 +4,7 @@
 use std::ops::ControlFlow;
 
 use super::budget::{self, Concession, Room};
-use super::{LoadOptions, MemoryReport, Model, Session, SessionOptions, experts};
+use super::{LoadOptions, MemoryReport, Model, Session, SessionOptions, experts, repack};
 use crate::backend::Step;
 use crate::backend::planner::Tally;
 use crate::error::Result;
@@ -18,7 +18,7 @@ use crate::tokenizer::Tokenizer;
 pub struct Footprint {
     /// Weights: pages of the file, which is read ahead.
     pub weights: u64,
-    /// Weights that were copied: beside a store of experts, which fills the rest of the memory.
+    /// Weights that were copied: into panels for decoding, or beside a store of experts, which fills the rest of the memory.
     pub own_weights: u64,
     /// Slots of experts that are read when they are used.
     pub experts: u64,
@@ -93,6 +93,7 @@ impl Footprint {
 
     pub(super) fn add_base(&mut self, base: &Self) {
         self.weights = base.weights;
+        self.own_weights = base.own_weights;
         self.tokenizer = base.tokenizer;
         self.runtime = base.runtime;
         self.program = base.program;
@@ -206,8 +207,9 @@ impl Plan {
     ) -> Result<Self> {
         let outline = model.outlined()?;
         let gguf = outline.gguf();
-        let base = *outline.base();
+        let mut base = *outline.base();
         let found = experts::to_store(gguf, load)?;
+        base.own_weights = repack::copied_bytes(gguf, load);
         let room = Room::new(gguf, load, outline.n_threads(), base, found.as_ref());
         budget::fit(&outline, options, n_prompt, &room)
     }
@@ -349,7 +351,10 @@ impl Model {
     /// What a process like this one holds beside sessions, looked at once, so that plans can be compared.
     fn base(&self) -> &Footprint {
         let base = &self.0.base;
-        base.get_or_init(|| Footprint::of_planning_process(self.gguf()))
+        base.get_or_init(|| Footprint {
+            own_weights: self.0.copied,
+            ..Footprint::of_planning_process(self.gguf())
+        })
     }
 }
 

@@ -97,7 +97,7 @@ static void models(kinglet_runtime *runtime, const char *path) {
     kinglet_model *model;
     kinglet_cancel *cancel;
     size_t len = strlen(path);
-    kinglet_model_params params = {sizeof params, 0, 0, 1, 0, 0, NULL};
+    kinglet_model_params params = {sizeof params, 0, 0, 1, 0, 0, NULL, 0, 0};
     STATUS(KINGLET_E_ARGUMENT, kinglet_model_load(NULL, runtime, path, len, NULL));
     STATUS(KINGLET_E_ARGUMENT, kinglet_model_load(&model, runtime, NULL, 3, NULL));
     STATUS(KINGLET_E_ARGUMENT, kinglet_model_load(&model, runtime, path, SIZE_MAX, NULL));
@@ -131,7 +131,7 @@ static void models(kinglet_runtime *runtime, const char *path) {
     CHECK(model == NULL);
     kinglet_cancel_release(cancel);
     /* A caller that knows more: its new fields count only if they are set. */
-    struct { kinglet_model_params known; uint64_t more; } later = {{sizeof later, 0, 0, 1, 0, 0, NULL}, 1};
+    struct { kinglet_model_params known; uint64_t more; } later = {{sizeof later, 0, 0, 1, 0, 0, NULL, 0, 0}, 1};
     STATUS(KINGLET_E_ARGUMENT, kinglet_model_load(&model, runtime, path, len, &later.known));
     later.more = 0;
     OK(kinglet_model_load(&model, runtime, path, len, &later.known));
@@ -179,7 +179,7 @@ static void models(kinglet_runtime *runtime, const char *path) {
     OK(kinglet_plan_make(&plan, path, len, NULL, NULL));
     CHECK(plan.total == plan.weights + plan.own_weights + plan.experts + plan.kv + plan.conv + plan.scratch +
                             plan.tokenizer + plan.runtime + plan.program);
-    kinglet_model_params tight = {sizeof tight, 1000, 0, 1, 0, 0, NULL};
+    kinglet_model_params tight = {sizeof tight, 1000, 0, 1, 0, 0, NULL, 0, 0};
     STATUS(KINGLET_E_BUDGET, kinglet_plan_make(&plan, path, len, &tight, NULL));
     kinglet_session_params session = {sizeof session, 512, 32, KINGLET_KV_F32, KINGLET_KV_F16, 0};
     OK(kinglet_plan_make(&plan, path, len, NULL, &session));
@@ -189,7 +189,7 @@ static void models(kinglet_runtime *runtime, const char *path) {
 /* A model in the middle of an open file. */
 static void open_files(kinglet_runtime *runtime, const char *path, const char *folder) {
     kinglet_model *model;
-    kinglet_model_params params = {sizeof params, 0, 0, 1, 0, 0, NULL};
+    kinglet_model_params params = {sizeof params, 0, 0, 1, 0, 0, NULL, 0, 0};
     kinglet_plan plan, of_path;
     char packed[1024], byte;
     int pipes[2];

@@ -55,7 +55,7 @@ static double cut_loading(kinglet_runtime *runtime, const char *path, double aft
     stopper s = {NULL, after, 0};
     pthread_t thread;
     kinglet_model *model;
-    kinglet_model_params params = {sizeof params, 0, 0, 2, 0, 0, NULL};
+    kinglet_model_params params = {sizeof params, 0, 0, 2, 0, 0, NULL, 0, 0};
     OK(kinglet_cancel_create(&s.cancel));
     params.cancel = s.cancel;
     CHECK(pthread_create(&thread, NULL, stop, &s) == 0);
@@ -274,7 +274,7 @@ static void threads(disturber *d, int n, int n_tokens) {
 
 /* A model in the least memory that does, more or less: what the program takes grows meanwhile. */
 static kinglet_model *load_least(bench *b) {
-    kinglet_model_params params = {sizeof params, 0, 1, 2, 0, 0, NULL};
+    kinglet_model_params params = {sizeof params, 0, 1, 2, 0, 0, NULL, 0, 0};
     size_t len = strlen(b->path);
     uint64_t too_little = 0;
     kinglet_plan plan;

@@ -29,7 +29,7 @@ static inline void status(kinglet_status expected, kinglet_status found, const c
 
 static inline kinglet_model *load(kinglet_runtime *runtime, const char *path) {
     kinglet_model *model;
-    kinglet_model_params params = {sizeof params, 0, 0, 2, 0, 0, NULL};
+    kinglet_model_params params = {sizeof params, 0, 0, 2, 0, 0, NULL, 0, 0};
     OK(kinglet_model_load(&model, runtime, path, strlen(path), &params));
     return model;
 }

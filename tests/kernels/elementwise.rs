@@ -2,6 +2,7 @@
 
 use kinglet::backend::Activation;
 use kinglet::backend::cpu::acts::{Q8_LEN, Q8RowMut, Tile};
+use kinglet::backend::cpu::logits::Largest;
 use kinglet::backend::cpu::table::{self, Ready, ShortConv, ShortConvRows};
 
 use crate::common::{Random, assert_near, bf16, scalar_row, vector_rows};
@@ -34,13 +35,17 @@ fn quantize_rows_are_equal_and_near() {
         let run = |kernel: Ready<table::Quantize>| {
             let (mut q, mut u) = (vec![1; n], vec![1; n]);
             let (mut d, mut s) = (vec![1.0; blocks], vec![1.0; blocks]);
+            let mut sums = vec![1; 2 * blocks];
             let mut row = Q8RowMut {
                 q: &mut q,
                 u: &mut u,
                 d: &mut d,
                 s: &mut s,
+                n: &mut sums,
             };
             kernel.run(&x, &mut row);
+            let sum = |q: &[i8]| q.iter().map(|q| i32::from(*q)).sum::<i32>();
+            assert!(q.chunks(16).map(sum).eq(sums), "{}", kernel.name());
             assert!(
                 q.iter()
                     .zip(&u)
@@ -339,6 +344,43 @@ fn pack_bf16_rows_are_equal() {
                 "{} {n_tokens} by {n_in}",
                 kernel.name()
             );
+        }
+    }
+}
+
+#[test]
+fn passes_over_logits_give_the_same_bits() {
+    let mut random = Random::new(8);
+    for n in [0, 1, 7, 64, 100, 1000] {
+        let mut logits: Vec<f32> = (0..n).map(|_| random.float() * 60.0).collect();
+        for special in [None, Some(f32::NEG_INFINITY), Some(f32::NAN)] {
+            if let (Some(special), true) = (special, n > 0) {
+                logits[random.below(n)] = special;
+            }
+            let largest = |kernel: Ready<table::LargestOf>| {
+                let mut found = Largest::default();
+                kernel.run(&logits, &mut found);
+                found
+            };
+            let expected = largest(scalar_row(table::LARGEST));
+            let max = logits.iter().fold(f32::NEG_INFINITY, |max, x| max.max(*x));
+            let has_nan = logits.iter().any(|x| x.is_nan());
+            assert_eq!(expected, Largest { max, has_nan });
+            for (_, kernel) in vector_rows(table::LARGEST) {
+                assert_eq!(largest(kernel), expected, "{}", kernel.name());
+            }
+            if has_nan {
+                continue; // nobody weighs them
+            }
+            let weights = |kernel: Ready<table::Weigh>| {
+                let mut weights = vec![9.0f32; n];
+                kernel.run(&logits, max, &mut weights);
+                weights.iter().map(|w| w.to_bits()).collect::<Vec<_>>()
+            };
+            let expected = weights(scalar_row(table::WEIGH));
+            for (_, kernel) in vector_rows(table::WEIGH) {
+                assert_eq!(weights(kernel), expected, "{}", kernel.name());
+            }
         }
     }
 }

@@ -3,8 +3,11 @@
 use kinglet::backend::Activation;
 use kinglet::backend::cpu::acts::{Acts, BF16_LEN, BF16_TOKENS, Q8_LEN, Q8Row, Q8RowMut, Tile};
 use kinglet::backend::cpu::isa::Isa;
+use kinglet::backend::cpu::panels;
 use kinglet::backend::cpu::pool::OutCols;
-use kinglet::backend::cpu::table::{self, ActFormat, GatedRows, Kernel, MatMul, Operations, Ready};
+use kinglet::backend::cpu::table::{
+    self, ActFormat, GatedRows, Kernel, Layout, MatMul, Operations, Ready,
+};
 use kinglet::quant::{self, DType};
 
 use crate::blocks::{Fill, random_blocks};
@@ -97,8 +100,24 @@ impl Inputs {
     }
 }
 
-fn run(kernel: Ready<MatMul>, w: &[u8], inputs: &Inputs, n_rows: usize) -> Vec<f32> {
+/// `w` are rows; a kernel over panels gets them packed.
+fn run(
+    (row, kernel): (&MatMul, Ready<MatMul>),
+    w: &[u8],
+    inputs: &Inputs,
+    n_rows: usize,
+) -> Vec<f32> {
     let mut y = vec![f32::NAN; inputs.n_tokens * n_rows];
+    let mut packed = Vec::new();
+    if kernel.layout() == Layout::Panels {
+        let bytes = panels::panel_bytes(row.weights, inputs.n_in).expect("packed formats");
+        packed = vec![0; n_rows / panels::ROWS * bytes];
+        let rows = w.chunks_exact(w.len() / n_rows * panels::ROWS);
+        for (panel, rows) in packed.chunks_exact_mut(bytes).zip(rows) {
+            panels::pack(row.weights, rows, panel);
+        }
+    }
+    let w = if packed.is_empty() { w } else { &packed };
     kernel.run(w, &inputs.acts(), &mut OutCols::whole(&mut y, n_rows));
     y
 }
@@ -154,8 +173,12 @@ fn lengths(dtype: DType) -> Vec<usize> {
 fn check(tables: &'static [MatMul], tokens: &[usize], rows: &[usize]) {
     for &dtype in DType::ALL {
         let of_type = || tables.iter().filter(move |k| k.weights == dtype);
-        let scalar = of_type().find(|k| k.isa() == Isa::Scalar);
-        let scalar = Ready::new(scalar.expect("a scalar row")).expect("scalar runs everywhere");
+        if of_type().next().is_none() {
+            continue;
+        }
+        let scalar_row = of_type().find(|k| k.isa() == Isa::Scalar);
+        let scalar_row = scalar_row.expect("a scalar row");
+        let scalar = Ready::new(scalar_row).expect("scalar runs everywhere");
         let fast: Vec<_> = vector_rows(tables)
             .filter(|(k, _)| k.weights == dtype)
             .collect();
@@ -183,11 +206,11 @@ fn check(tables: &'static [MatMul], tokens: &[usize], rows: &[usize]) {
                             assert_near(*y, *exact, *bound, &at);
                         }
                     };
-                    let y = run(scalar, &w, &inputs, n_rows);
+                    let y = run((scalar_row, scalar), &w, &inputs, n_rows);
                     compare(scalar, &y);
-                    for (_, kernel) in &fast {
+                    for (row, kernel) in &fast {
                         assert!(kernel.acts() == scalar.acts(), "{}", kernel.name());
-                        let fast = run(*kernel, &w, &inputs, n_rows);
+                        let fast = run((row, *kernel), &w, &inputs, n_rows);
                         compare(*kernel, &fast);
                         for (fast, (y, (_, bound))) in fast.iter().zip(y.iter().zip(&expected)) {
                             assert_near(*fast, f64::from(*y), 2.0 * bound, &kernel.name());
@@ -205,6 +228,11 @@ fn gemv_rows_agree() {
 }
 
 #[test]
+fn gemv_rows_over_panels_agree() {
+    check(table::GEMV_PANELS, &[1, 3], &[16, 32, 80]);
+}
+
+#[test]
 fn gemm_rows_agree() {
     check(table::GEMM, &[1, 2, 3, 5, 17], &[1, 4, 9, 16, 33]);
 }
@@ -215,8 +243,8 @@ fn picked_rows_are_those_of_the_gemv() {
     let mut random = Random::new(77);
     for row in table::PICKED {
         let same = |k: &&MatMul| k.weights == row.weights && k.isa() == row.isa();
-        let gemv = table::GEMV.iter().find(same).expect("a GEMV beside it");
-        let (Some(picked), Some(gemv)) = (Ready::new(row), Ready::new(gemv)) else {
+        let gemv_row = table::GEMV.iter().find(same).expect("a GEMV beside it");
+        let (Some(picked), Some(gemv)) = (Ready::new(row), Ready::new(gemv_row)) else {
             continue;
         };
         for n_in in lengths(row.weights) {
@@ -224,7 +252,7 @@ fn picked_rows_are_those_of_the_gemv() {
             let n_blocks = n_rows * n_in / row.weights.block_len();
             let w = random_blocks(row.weights, n_blocks, Fill::Random, &mut random);
             let inputs = Inputs::random(1, n_in, &mut random);
-            let whole = run(gemv, &w, &inputs, n_rows);
+            let whole = run((gemv_row, gemv), &w, &inputs, n_rows);
             for n_picks in [0, 1, 3, 4, 6, 19, n_rows] {
                 let mut picks: Vec<u32> = (0..n_rows as u32).collect();
                 while picks.len() > n_picks {
@@ -262,7 +290,7 @@ fn tile_rows_are_near() {
                 let expected = reference(dtype, ActFormat::Bf16, &w, &inputs, n_rows);
                 let mut weights = vec![0.0; n_rows * n_in];
                 quant::dequantize(dtype, &w, &mut weights);
-                let y = run(ready, &w, &inputs, n_rows);
+                let y = run((kernel, ready), &w, &inputs, n_rows);
                 let x = inputs.exact(ActFormat::Bf16);
                 for (i, (y, (exact, bound))) in y.iter().zip(&expected).enumerate() {
                     let (token, row) = (i / n_rows, i % n_rows);
@@ -293,7 +321,8 @@ fn gated_rows_are_their_parts() {
     for (kernel, ready) in vector_rows(table::GATED) {
         let dtype = kernel.weights;
         let row = table::TILES.iter().find(|row| row.weights == dtype);
-        let tiles = row.and_then(Ready::new).expect("a row of the same level");
+        let row = row.expect("a row of the same level");
+        let tiles = (row, Ready::new(row).expect("of the same level"));
         for n_in in lengths(dtype)
             .into_iter()
             .filter(|n| n.is_multiple_of(BF16_LEN))
@@ -339,18 +368,23 @@ fn gated_rows_are_their_parts() {
 #[test]
 fn results_do_not_depend_on_the_cut() {
     let rows = vector_rows(table::GEMV).chain(vector_rows(table::GEMM));
+    let rows = rows.chain(vector_rows(table::GEMV_PANELS));
     for (kernel, ready) in rows.chain(vector_rows(table::TILES)) {
         let mut random = Random::new(5);
-        let (dtype, n_in, n_rows, n_tokens) = (kernel.weights, 768, 21, 19);
+        let (n_rows, cuts): (usize, &[usize]) = match kernel.layout {
+            Layout::Rows => (21, &[1, 5, 16, 20]),
+            Layout::Panels => (80, &[16, 48]),
+        };
+        let (dtype, n_in, n_tokens) = (kernel.weights, 768, 19);
         let n_blocks = n_rows * n_in / dtype.block_len();
         let w = random_blocks(dtype, n_blocks, Fill::Random, &mut random);
         let inputs = Inputs::random(n_tokens, n_in, &mut random);
-        let whole = run(ready, &w, &inputs, n_rows);
+        let whole = run((kernel, ready), &w, &inputs, n_rows);
         let row_bytes = dtype.row_bytes(n_in).expect("whole blocks");
-        for cut in [1, 5, 16, 20] {
+        for &cut in cuts {
             let (first, second) = w.split_at(cut * row_bytes);
-            let first = run(ready, first, &inputs, cut);
-            let second = run(ready, second, &inputs, n_rows - cut);
+            let first = run((kernel, ready), first, &inputs, cut);
+            let second = run((kernel, ready), second, &inputs, n_rows - cut);
             for t in 0..n_tokens {
                 let (a, b) = whole[t * n_rows..][..n_rows].split_at(cut);
                 assert_eq!(a, &first[t * cut..][..cut], "{}", kernel.name());

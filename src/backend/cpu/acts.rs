@@ -2,8 +2,7 @@
 //!
 //! `q8`: per 32 values `x[i] = d * q[i]` with `d = max|x| / 127` in `f32`, and `s = d * sum(q)`, which a format with a
 //! minimum multiplies with it. `u[i] = q[i] + 128` repeats the values for kernels that multiply unsigned activations by
-//! signed weights.
-
+//! signed weights; `n` has the sum of each 16 `q`, from which sums start where weights have an offset.
 //!
 //! `bf16`: for matrix units, groups of 32 tokens. Of each group, for each 32 values along the row, two tiles of 16
 //! tokens: 16 rows of `(token, 2)`, the pairs of adjacent values of a token side by side. Absent tokens are zeros.
@@ -61,6 +60,8 @@ pub struct Q8Row<'a> {
     pub d: &'a [f32],
     /// `d` times the sum of its 32 `q`, `(n_in / 32)`.
     pub s: &'a [f32],
+    /// Sums of 16 `q`, `(n_in / 16)`.
+    pub n: &'a [i32],
 }
 
 /// One row to be quantized.
@@ -73,12 +74,14 @@ pub struct Q8RowMut<'a> {
     pub d: &'a mut [f32],
     /// As in [`Q8Row`].
     pub s: &'a mut [f32],
+    /// As in [`Q8Row`].
+    pub n: &'a mut [i32],
 }
 
 impl Q8Row<'_> {
     /// Bytes of a row of `n_in` values: a multiple of 64, so that rows keep the alignment of their buffer.
     pub const fn bytes(n_in: usize) -> usize {
-        (2 * n_in + n_in / 8 + n_in / 8).next_multiple_of(64)
+        (2 * n_in + n_in / 8 + n_in / 8 + n_in / 4).next_multiple_of(64)
     }
 }
 
@@ -91,11 +94,13 @@ impl<'a> Q8RowMut<'a> {
         let (q, rest) = bytes.split_at_mut(n_in);
         let (u, rest) = rest.split_at_mut(n_in);
         let (d, rest) = rest.split_at_mut(n_in / 8);
+        let (s, rest) = rest.split_at_mut(n_in / 8);
         Self {
             q: bytemuck::cast_slice_mut(q),
             u,
             d: bytemuck::cast_slice_mut(d),
-            s: bytemuck::cast_slice_mut(&mut rest[..n_in / 8]),
+            s: bytemuck::cast_slice_mut(s),
+            n: bytemuck::cast_slice_mut(&mut rest[..n_in / 4]),
         }
     }
 }
@@ -122,15 +127,17 @@ impl<'a> Acts<'a> {
     #[inline(always)] // six times in the innermost loop but one of a GEMM
     pub fn q8_row(&self, token: usize) -> Q8Row<'a> {
         let n = self.n_in;
-        let row = &self.q8[token * Q8Row::bytes(n)..][..2 * n + n / 4];
+        let row = &self.q8[token * Q8Row::bytes(n)..][..2 * n + n / 2];
         let (q, rest) = row.split_at(n);
         let (u, rest) = rest.split_at(n);
-        let (d, s) = rest.split_at(n / 8);
+        let (d, rest) = rest.split_at(n / 8);
+        let (s, n) = rest.split_at(n / 8);
         Q8Row {
             q: bytemuck::cast_slice(q),
             u,
             d: bytemuck::cast_slice(d),
             s: bytemuck::cast_slice(s),
+            n: bytemuck::cast_slice(n),
         }
     }
 }

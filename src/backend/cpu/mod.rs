@@ -13,12 +13,14 @@ mod avx512vbmi;
 #[cfg(target_arch = "x86_64")]
 mod avx512vnni;
 pub mod isa;
+pub mod logits;
 pub(super) mod moe;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 #[cfg(target_arch = "aarch64")]
 mod neon_dotprod;
 mod pace;
+pub mod panels;
 pub mod pool;
 pub mod residency;
 pub mod roofline;
@@ -39,6 +41,7 @@ use self::attention::KvCache;
 use self::attention_lanes::Lanes;
 use self::attention_selected::Plans;
 use self::isa::Isa;
+use self::panels::{Copies, Panels};
 use self::pool::{Output, Pool};
 use self::residency::{Place, Residency};
 use self::scratch::{Buffer, Scratch};
@@ -65,6 +68,8 @@ pub struct Cpu {
     /// The experts of the layer that was routed last.
     named: Option<(usize, Named)>,
     operations: Operations,
+    /// Where matrices are packed for decoding.
+    copies: Option<Arc<Copies>>,
     plans: Plans,
     scratch: Scratch,
     cancel: Cancel,
@@ -81,6 +86,7 @@ pub struct Matrix {
     n_out: usize,
     row_bytes: usize,
     kernels: Kernels,
+    panels: Option<Panels>,
     place: Place,
     /// Of experts that are read when they are named: their layer in the store. The file is not read by way of the map then.
     stored: Option<usize>,
@@ -207,12 +213,18 @@ impl Cpu {
             experts,
             named: None,
             operations: Operations::best(),
+            copies: None,
             scratch: Scratch::default(),
             plans: Plans::default(),
             cancel: Cancel::default(),
             work: Work::default(),
             step: Step::Prefill,
         }
+    }
+
+    /// The same that asks `copies` for each matrix that decoding takes whole. They are to be made before the first pass.
+    pub fn repacking(self, copies: Option<Arc<Copies>>) -> Self {
+        Self { copies, ..self }
     }
 
     /// The kernels of the operations without weights.
@@ -299,7 +311,12 @@ impl Cpu {
         for layer in layers {
             self.count(&layer.weight, acts.n_tokens);
         }
-        let kernels = layers.map(|l| l.weight.kernels.of(self.step));
+        // Tasks cut where panels end, which they do only if the matrices beside them are of whole ones too.
+        let in_panels = self.step == Step::Decode
+            && layers
+                .iter()
+                .all(|layer| layer.weight.n_out.is_multiple_of(panels::ROWS));
+        let step = self.step;
         let mut outs = layers.map(|l| self.tensor(acts.n_tokens, l.weight.n_out));
         let n_rows: usize = layers.iter().map(|l| l.weight.n_out).sum();
         let grain = if acts.n_tokens == 1 {
@@ -312,7 +329,7 @@ impl Cpu {
             (TASK_BYTES / bytes)
                 .min(n_rows / (2 * self.pool.n_threads()))
                 .max(1)
-                .next_multiple_of(8)
+                .next_multiple_of(if in_panels { panels::ROWS } else { 8 })
         } else {
             // Whole pairs of panels of the GEMM kernels; a few tasks a thread, for each reads all activations.
             (n_rows / (4 * self.pool.n_threads()))
@@ -326,9 +343,13 @@ impl Cpu {
         self.pool.run_columns(&mut outputs, grain, &|mut tile| {
             let layer = layers[tile.which];
             let cols = tile.first_col..tile.first_col + tile.out.n_cols();
-            layer.weight.read(cols.clone(), |rows| {
-                kernels[tile.which].run(rows, acts, &mut tile.out);
-            });
+            let weight = &layer.weight;
+            match weight.panels.as_ref().filter(|_| in_panels) {
+                Some(panels) => panels.multiply(acts, cols.clone(), &mut tile.out),
+                None => weight.read(cols.clone(), |rows| {
+                    weight.kernels.of(step).run(rows, acts, &mut tile.out);
+                }),
+            }
             if let Some(bias) = &layer.bias {
                 for t in 0..tile.out.n_tokens() {
                     self.operations
@@ -394,6 +415,12 @@ fn of_matrix(matrix: &Matrix) -> &Kernels {
 }
 
 impl Matrix {
+    /// The kernel of a product with all of it.
+    fn of(&self, step: Step) -> Ready<MatMul> {
+        let panels = self.panels.as_ref().filter(|_| step == Step::Decode);
+        panels.map_or(self.kernels.of(step), |panels| panels.gemv())
+    }
+
     /// Calls `with` with the bytes of some rows, which leave memory again if they are streamed.
     #[inline]
     fn read(&self, rows: Range<usize>, with: impl FnOnce(&[u8])) {
@@ -431,6 +458,14 @@ impl Backend for Cpu {
     type Conv = ConvState;
 
     fn matrix(&self, tensor: &FileTensor) -> Result<Matrix> {
+        let mut matrix = self.table(tensor)?;
+        if let Some(copies) = self.copies.as_ref().filter(|_| matrix.stored.is_none()) {
+            matrix.panels = Panels::of(tensor, copies);
+        }
+        Ok(matrix)
+    }
+
+    fn table(&self, tensor: &FileTensor) -> Result<Matrix> {
         let dtype = tensor.dtype;
         let kernels = Kernels::new(dtype, tensor.n_in(), tensor.n_out(), &tensor.name)?;
         let row_bytes = dtype.row_bytes(tensor.n_in()).filter(|bytes| *bytes > 0);
@@ -452,6 +487,7 @@ impl Backend for Cpu {
             Some(_) => (tensor.data.clone(), self.residency.outside()),
         };
         Ok(Matrix {
+            panels: None,
             place,
             stored,
             data,
@@ -616,7 +652,7 @@ impl Backend for Cpu {
     }
 
     fn linear<const N: usize>(&mut self, x: &Tensor, layers: [&Linear<Self>; N]) -> [Tensor; N] {
-        let kernels = layers.map(|l| l.weight.kernels.of(self.step));
+        let kernels = layers.map(|l| l.weight.of(self.step));
         let asked = |format| kernels.iter().any(|k| k.acts() == format);
         let q8 = asked(ActFormat::Q8).then(|| self.quantize(x.n_tokens, x.n_cols, &|i| x.row(i)));
         let bf16 = asked(ActFormat::Bf16).then(|| self.pack(x));
@@ -837,7 +873,7 @@ impl Backend for Cpu {
         let operations = &self.operations;
         match of {
             Runs::RmsNorm => operations.rms_norm.name(),
-            Runs::Linear(matrix) => matrix.kernels.of(self.step).name(),
+            Runs::Linear(matrix) => matrix.of(self.step).name(),
             Runs::GatedFfn(ffn) => {
                 gated(self.step, ffn.layers(), of_matrix).map_or("", |kernel| kernel.name())
             }

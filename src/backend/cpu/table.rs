@@ -8,8 +8,12 @@
     reason = "calls to target-feature kernels, each through a `Ready`"
 )]
 
+use std::sync::OnceLock;
+
 use super::acts::{Acts, BF16_LEN, BF16_TOKENS, Q8RowMut, Tile};
 use super::isa::Isa;
+use super::logits::{self, Largest};
+use super::panels;
 use super::pool::OutCols;
 use super::scalar;
 #[cfg(target_arch = "x86_64")]
@@ -79,11 +83,22 @@ pub enum ActFormat {
     Bf16,
 }
 
+/// How the rows of a matrix lie.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Layout {
+    /// One after the other, as in a file.
+    Rows,
+    /// Sixteen side by side: `panels.rs`.
+    Panels,
+}
+
 /// A product of activations and a weight matrix: `y[t, r] = sum_k w[r, k] x[t, k]`.
 pub struct MatMul {
     name: &'static str,
     /// Format of the weights.
     pub weights: DType,
+    /// How they lie.
+    pub layout: Layout,
     /// Format of the activations.
     pub acts: ActFormat,
     isa: Isa,
@@ -105,18 +120,25 @@ impl Ready<MatMul> {
         self.0.acts
     }
 
-    /// Computes the columns of `y`. `w` is the rows of the matrix that belong to them, whole blocks, adjacent.
+    /// How the rows of its weights lie.
+    pub fn layout(&self) -> Layout {
+        self.0.layout
+    }
+
+    /// Computes the columns of `y`. `w` is the rows of the matrix that belong to them, whole blocks, adjacent; or their
+    /// panels, then these are whole.
     ///
     /// # Panics
     /// If the sizes contradict each other.
     pub fn run(&self, w: &[u8], x: &Acts, y: &mut OutCols) {
         let dtype = self.0.weights;
-        let row_bytes = dtype
-            .row_bytes(x.n_in)
-            .expect("whole blocks, checked when the model was loaded");
-        assert_eq!(
-            w.len(),
-            row_bytes * y.n_cols(),
+        let (bytes, of) = match self.0.layout {
+            Layout::Rows => (dtype.row_bytes(x.n_in), 1),
+            Layout::Panels => (panels::panel_bytes(dtype, x.n_in), panels::ROWS),
+        };
+        let bytes = bytes.expect("whole blocks, checked when the model was loaded");
+        assert!(
+            w.len() * of == bytes * y.n_cols() && y.n_cols().is_multiple_of(of),
             "{}: bytes of {} rows of {}",
             self.0.name,
             y.n_cols(),
@@ -219,6 +241,11 @@ pub fn gemv(weights: DType) -> Option<Ready<MatMul>> {
     Ready::best(GEMV.iter().filter(move |k| k.weights == weights))
 }
 
+/// The same over panels; `None` if rows of the format are not packed.
+pub fn gemv_panels(weights: DType) -> Option<Ready<MatMul>> {
+    Ready::best(GEMV_PANELS.iter().filter(move |k| k.weights == weights))
+}
+
 /// The best kernel for some rows of a matrix in a format.
 pub fn picked(weights: DType) -> Option<Ready<Picked>> {
     Ready::best(PICKED.iter().filter(move |k| k.weights == weights))
@@ -301,6 +328,14 @@ operation! {
 operation! {
     /// `gate = activation(gate) * up`.
     Glu(activation: Activation, gate: &mut [f32], up: &[f32])
+}
+operation! {
+    /// `weights[i] = exp(logits[i] - max)`, all of one length.
+    Weigh(logits: &[f32], max: f32, weights: &mut [f32])
+}
+operation! {
+    /// The largest of logits, see [`Largest`].
+    LargestOf(logits: &[f32], found: &mut Largest)
 }
 operation! {
     /// `x += y`.
@@ -574,6 +609,26 @@ impl Operations {
     }
 }
 
+/// The kernels of passes over logits, chosen once for a program.
+#[derive(Clone, Copy)]
+pub struct Logits {
+    /// Weights of a draw.
+    pub weigh: Ready<Weigh>,
+    /// The largest.
+    pub largest: Ready<LargestOf>,
+}
+
+impl Logits {
+    /// The best rows for this CPU.
+    pub fn best() -> &'static Self {
+        static BEST: OnceLock<Logits> = OnceLock::new();
+        BEST.get_or_init(|| Self {
+            weigh: Ready::best(WEIGH.iter()).expect("the table ends with a scalar row"),
+            largest: Ready::best(LARGEST.iter()).expect("the table ends with a scalar row"),
+        })
+    }
+}
+
 macro_rules! rows {
     ($(#[$doc:meta])* $table:ident: $kernel:ident { $($(#[$cfg:meta])* $name:literal, $isa:ident, $run:path;)* }) => {
         $(#[$doc])*
@@ -582,11 +637,12 @@ macro_rules! rows {
 }
 
 macro_rules! matmuls {
-    ($(#[$doc:meta])* $table:ident { $($(#[$cfg:meta])* $name:literal, $weights:ident, $acts:ident, $isa:ident, $run:path;)* }) => {
+    ($(#[$doc:meta])* $table:ident of $layout:ident { $($(#[$cfg:meta])* $name:literal, $weights:ident, $acts:ident, $isa:ident, $run:path;)* }) => {
         $(#[$doc])*
         pub static $table: &[MatMul] = &[$($(#[$cfg])* MatMul {
             name: $name,
             weights: DType::$weights,
+            layout: Layout::$layout,
             acts: ActFormat::$acts,
             isa: Isa::$isa,
             run: $run,
@@ -620,7 +676,7 @@ macro_rules! gateds {
 
 matmuls! {
     /// One token, or a few: weights are read from memory once for each token.
-    GEMV {
+    GEMV of Rows {
         #[cfg(target_arch = "x86_64")]
         "gemv_f16_f32_avx512vnni", F16, F32, Avx512Vnni, avx512vnni::gemv_float::f16;
         #[cfg(target_arch = "x86_64")]
@@ -737,8 +793,44 @@ matmuls! {
 }
 
 matmuls! {
+    /// One token, or a few, over panels.
+    GEMV_PANELS of Panels {
+        #[cfg(target_arch = "x86_64")]
+        "gemv_panels_q4_0_q8_avx512vnni", Q4_0, Q8, Avx512Vnni, avx512vnni::panels::q4_0::gemv;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_panels_q4_0_q8_avx2", Q4_0, Q8, Avx2, avx2::panels::q4_0::gemv;
+        "gemv_panels_q4_0_q8_scalar", Q4_0, Q8, Scalar, scalar::panels::q8::<quant::BlockQ4_0>;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_panels_q4_1_q8_avx512vnni", Q4_1, Q8, Avx512Vnni, avx512vnni::panels::q4_1::gemv;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_panels_q4_1_q8_avx2", Q4_1, Q8, Avx2, avx2::panels::q4_1::gemv;
+        "gemv_panels_q4_1_q8_scalar", Q4_1, Q8, Scalar, scalar::panels::q8::<quant::BlockQ4_1>;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_panels_q5_0_q8_avx512vnni", Q5_0, Q8, Avx512Vnni, avx512vnni::panels::q5_0::gemv;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_panels_q5_0_q8_avx2", Q5_0, Q8, Avx2, avx2::panels::q5_0::gemv;
+        "gemv_panels_q5_0_q8_scalar", Q5_0, Q8, Scalar, scalar::panels::q8::<quant::BlockQ5_0>;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_panels_q8_0_q8_avx512vnni", Q8_0, Q8, Avx512Vnni, avx512vnni::panels::q8_0::gemv;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_panels_q8_0_q8_avx2", Q8_0, Q8, Avx2, avx2::panels::q8_0::gemv;
+        "gemv_panels_q8_0_q8_scalar", Q8_0, Q8, Scalar, scalar::panels::q8::<quant::BlockQ8_0>;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_panels_q4_k_q8_avx512vnni", Q4_K, Q8, Avx512Vnni, avx512vnni::panels::q4_k::gemv;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_panels_q4_k_q8_avx2", Q4_K, Q8, Avx2, avx2::panels::q4_k::gemv;
+        "gemv_panels_q4_k_q8_scalar", Q4_K, Q8, Scalar, scalar::panels::q8::<quant::BlockQ4K>;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_panels_q6_k_q8_avx512vnni", Q6_K, Q8, Avx512Vnni, avx512vnni::panels::q6_k::gemv;
+        #[cfg(target_arch = "x86_64")]
+        "gemv_panels_q6_k_q8_avx2", Q6_K, Q8, Avx2, avx2::panels::q6_k::gemv;
+        "gemv_panels_q6_k_q8_scalar", Q6_K, Q8, Scalar, scalar::panels::q8::<quant::BlockQ6K>;
+    }
+}
+
+matmuls! {
     /// Many tokens: each tile of weights is unpacked once and used for all of them.
-    GEMM {
+    GEMM of Rows {
         #[cfg(target_arch = "x86_64")]
         "gemm_f16_f32_avx512vnni", F16, F32, Avx512Vnni, avx512vnni::gemm_float::f16;
         #[cfg(target_arch = "x86_64")]
@@ -840,7 +932,7 @@ matmuls! {
 
 matmuls! {
     /// Many tokens on a matrix unit; rows of a multiple of 32 weights. F16 and F32 weights hold more than bf16 keeps.
-    TILES {
+    TILES of Rows {
         #[cfg(target_arch = "x86_64")]
         "gemm_q4_0_bf16_amx", Q4_0, Bf16, Amx, amx::gemm::q4_0;
         #[cfg(target_arch = "x86_64")]
@@ -1053,6 +1145,26 @@ rows! {
         #[cfg(target_arch = "x86_64")]
         "add_avx2", Avx2, avx2::elementwise::add;
         "add_scalar", Scalar, scalar::elementwise::add;
+    }
+}
+rows! {
+    /// Weights of a draw.
+    WEIGH: Weigh {
+        #[cfg(target_arch = "x86_64")]
+        "weigh_avx512vnni", Avx512Vnni, avx512vnni::elementwise::weigh;
+        #[cfg(target_arch = "x86_64")]
+        "weigh_avx2", Avx2, avx2::elementwise::weigh;
+        "weigh_scalar", Scalar, logits::weigh;
+    }
+}
+rows! {
+    /// The largest logit.
+    LARGEST: LargestOf {
+        #[cfg(target_arch = "x86_64")]
+        "largest_avx512vnni", Avx512Vnni, avx512vnni::elementwise::largest;
+        #[cfg(target_arch = "x86_64")]
+        "largest_avx2", Avx2, avx2::elementwise::largest;
+        "largest_scalar", Scalar, logits::largest;
     }
 }
 rows! {

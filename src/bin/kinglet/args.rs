@@ -13,7 +13,7 @@ use kinglet::experts::{IoMode, PolicyKind, Prefetch};
 use kinglet::grammar::ReplyFormat;
 use kinglet::sampler::{Settings, Source};
 use kinglet::session::calibration;
-use kinglet::session::{ExpertOptions, GenerateOptions, OnExceed, Pooling};
+use kinglet::session::{ExpertOptions, GenerateOptions, OnExceed, Pooling, Repack};
 use kinglet::sparsity::{Heads, Policy, Sparsity};
 use kinglet::{BackendKind, KvType, KvTypes, Model, Session, SessionOptions};
 
@@ -152,6 +152,9 @@ pub struct BudgetArgs {
     /// Where it does not suffice: give something up, or refuse [default: degrade]
     #[arg(long, value_name = "WHAT", requires = "memory")]
     on_exceed: Option<Exceed>,
+    /// Copy matrices for decoding, as much memory again: for small models without --memory, always, never
+    #[arg(long, value_name = "WHEN", default_value = Repack::default().name(), value_parser = repacks())]
+    repack: Repack,
     #[command(flatten)]
     experts: ExpertArgs,
 }
@@ -190,6 +193,12 @@ enum Io {
     Uring,
 }
 
+/// When matrices are copied, for a parser.
+fn repacks() -> impl TypedValueParser<Value = Repack> {
+    PossibleValuesParser::new(Repack::ALL.map(Repack::name))
+        .map(|name| Repack::from_name(&name).expect("one of their names"))
+}
+
 /// The ways to read ahead, for a parser.
 fn prefetches() -> impl TypedValueParser<Value = Prefetch> {
     PossibleValuesParser::new(Prefetch::ALL.map(Prefetch::name))
@@ -209,6 +218,11 @@ pub enum Exceed {
 }
 
 impl BudgetArgs {
+    /// Whether matrices are copied for decoding.
+    pub fn repack(&self) -> Repack {
+        self.repack
+    }
+
     pub fn memory(&self) -> Option<u64> {
         self.memory
     }

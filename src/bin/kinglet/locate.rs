@@ -36,6 +36,7 @@ pub fn options_within(args: &ModelArgs, budget: &BudgetArgs) -> Outcome<LoadOpti
         memory: budget.memory(),
         on_exceed: budget.on_exceed(),
         experts: budget.experts(),
+        repack: budget.repack(),
         ..options(args)?
     })
 }

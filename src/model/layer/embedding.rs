@@ -25,24 +25,25 @@ impl<B: Backend> Embedding<B> {
     /// Reads `token_embd`, the final norm under `norm`, and `output`; without the latter the table is the head too.
     pub(crate) fn load(w: &Weights<B>, config: &Config, norm: &str) -> Result<Self> {
         let part = w.part(config.n_layers);
-        let table = || w.matrix("token_embd.weight", config.hidden, config.n_vocab);
+        let (table, hidden, n_vocab) = ("token_embd.weight", config.hidden, config.n_vocab);
         let head = || {
             let head = if w.has("output.weight") {
-                w.linear("output", config.hidden, config.n_vocab)?
+                w.linear("output", hidden, n_vocab)?
             } else {
                 LinearOf {
                     name: "token_embd".into(),
-                    weight: table()?,
+                    weight: w.matrix(table, hidden, n_vocab)?,
                     bias: None,
                 }
             };
             let (norm, eps) = (w.vector(norm, config.hidden)?, config.eps);
             Ok(Head { norm, head, eps })
         };
+        let rows = || w.table(table, hidden, n_vocab);
         Ok(Self {
-            table: part.is_first().then(table).transpose()?,
+            table: part.is_first().then(rows).transpose()?,
             head: part.is_last().then(head).transpose()?,
-            hidden: config.hidden,
+            hidden,
             part,
         })
     }

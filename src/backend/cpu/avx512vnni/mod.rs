@@ -29,6 +29,8 @@ pub(crate) mod gemv_q5_0;
 pub(crate) mod gemv_q5_k;
 pub(crate) mod gemv_q6_k;
 pub(crate) mod gemv_q8_0;
+mod lanes;
+pub(crate) mod panels;
 pub(crate) mod roofline;
 
 /// The 64 bytes of `x`.

@@ -7,13 +7,15 @@ use crate::backend::Activation;
 use crate::backend::cpu::acts::{Q8_LEN, Q8RowMut};
 use crate::backend::cpu::scalar::elementwise as scalar;
 
-/// The same numbers as the scalar row's: `x[i] = d * q[i]`, `d = max|x| / 127` per 32, `s = d * sum(q)`, `u = q + 128`.
+/// The same numbers as the scalar row's: `x[i] = d * q[i]`, `d = max|x| / 127` per 32, `s = d * sum(q)`, `n` the sums of
+/// 16 `q`, `u = q + 128`.
 #[target_feature(enable = "neon")]
 pub(crate) fn quantize(x: &[f32], row: &mut Q8RowMut) {
     let x = x.as_chunks::<Q8_LEN>().0.iter();
     let q = row.q.as_chunks_mut::<Q8_LEN>().0.iter_mut();
-    let scales = row.d.iter_mut().zip(&mut *row.s);
-    for ((x, q), (d, s)) in x.zip(q).zip(scales) {
+    let n = row.n.as_chunks_mut::<2>().0.iter_mut();
+    let scales = row.d.iter_mut().zip(&mut *row.s).zip(n);
+    for ((x, q), ((d, s), n)) in x.zip(q).zip(scales) {
         let x = bytemuck::cast_ref::<_, [[f32; 4]; 8]>(x)
             .each_ref()
             .map(|x| load_f32(x));
@@ -33,8 +35,8 @@ pub(crate) fn quantize(x: &[f32], row: &mut Q8RowMut) {
         let [low, high]: &mut [[i8; 16]; 2] = bytemuck::cast_mut(q);
         store_i8(low, codes[0]);
         store_i8(high, codes[1]);
-        let sum = vaddvq_s16(vaddq_s16(vpaddlq_s8(codes[0]), vpaddlq_s8(codes[1])));
-        *s = *d * f32::from(sum);
+        *n = codes.map(|codes| i32::from(vaddlvq_s8(codes)));
+        *s = *d * (n[0] + n[1]) as f32;
     }
     scalar::raise(row);
 }

@@ -5,22 +5,23 @@ use crate::backend::cpu::acts::{BF16_LEN, BF16_TOKENS, Tile};
 use crate::backend::cpu::acts::{Q8_LEN, Q8RowMut};
 use crate::quant::f32_to_f16;
 
-/// `x[i] = d * q[i]`, `d = max|x| / 127` per 32, `s = d * sum(q)`, `u = q + 128`.
+/// `x[i] = d * q[i]`, `d = max|x| / 127` per 32, `s = d * sum(q)`, `n` the sums of 16 `q`, `u = q + 128`.
 #[inline(always)]
 pub(crate) fn quantize(x: &[f32], row: &mut Q8RowMut) {
     let x = x.as_chunks::<Q8_LEN>().0.iter();
     let q = row.q.as_chunks_mut::<Q8_LEN>().0.iter_mut();
-    let scales = row.d.iter_mut().zip(&mut *row.s);
-    for ((x, q), (d, s)) in x.zip(q).zip(scales) {
+    let n = row.n.as_chunks_mut::<2>().0.iter_mut();
+    let scales = row.d.iter_mut().zip(&mut *row.s).zip(n);
+    for ((x, q), ((d, s), n)) in x.zip(q).zip(scales) {
         let max = x.iter().fold(0.0f32, |max, x| max.max(x.abs()));
         *d = max / 127.0;
         let inverse = if max > 0.0 { 127.0 / max } else { 0.0 };
-        let mut sum = 0;
-        for (x, q) in x.iter().zip(q) {
+        *n = [0; 2];
+        for (i, (x, q)) in x.iter().zip(q).enumerate() {
             *q = (x * inverse).round_ties_even() as i8;
-            sum += i32::from(*q);
+            n[i / 16] += i32::from(*q);
         }
-        *s = *d * sum as f32;
+        *s = *d * (n[0] + n[1]) as f32;
     }
     raise(row);
 }

@@ -4,5 +4,6 @@ pub(crate) mod attend;
 pub(crate) mod attend_lanes;
 pub(crate) mod elementwise;
 pub(crate) mod gemv;
+pub(crate) mod panels;
 pub(crate) mod roofline;
 pub(crate) mod short_conv;

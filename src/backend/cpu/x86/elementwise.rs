@@ -3,13 +3,15 @@
 /// Defines the elementwise kernels of a level.
 macro_rules! elementwise {
     ($features:literal) => {
-        /// `x[i] = d * q[i]`, `d = max|x| / 127` per 32, `s = d * sum(q)`, `u = q + 128`; the same numbers as the scalar row's.
+        /// `x[i] = d * q[i]`, `d = max|x| / 127` per 32, `s = d * sum(q)`, `n` the sums of 16 `q`, `u = q + 128`; the same
+        /// numbers as the scalar row's.
         #[target_feature(enable = $features)]
         pub(crate) fn quantize(x: &[f32], row: &mut Q8RowMut) {
             let x = x.as_chunks::<Q8_LEN>().0.iter();
             let q = row.q.as_chunks_mut::<Q8_LEN>().0.iter_mut();
-            let scales = row.d.iter_mut().zip(&mut *row.s);
-            for ((x, q), (d, s)) in x.zip(q).zip(scales) {
+            let n = row.n.as_chunks_mut::<2>().0.iter_mut();
+            let scales = row.d.iter_mut().zip(&mut *row.s).zip(n);
+            for ((x, q), ((d, s), n)) in x.zip(q).zip(scales) {
                 let x = x.as_chunks::<{ v::LANES }>().0;
                 let mut top = v::splat(0.0);
                 for x in x {
@@ -19,14 +21,21 @@ macro_rules! elementwise {
                 let max = v::max_of(top);
                 *d = max / 127.0;
                 let inverse = v::splat(if max > 0.0 { 127.0 / max } else { 0.0 });
-                let mut sum = v::splat(0.0);
-                for (x, q) in x.iter().zip(q.as_chunks_mut::<{ v::LANES }>().0) {
+                let mut sums = [v::splat(0.0); 2];
+                for (i, (x, q)) in x
+                    .iter()
+                    .zip(q.as_chunks_mut::<{ v::LANES }>().0)
+                    .enumerate()
+                {
                     let rounded = v::round(v::mul(v::load(x), inverse));
                     v::store_i8(rounded, q);
                     // Exact: whole numbers, 32 of at most 127.
-                    sum = v::add(sum, rounded);
+                    let half = i / (16 / v::LANES);
+                    sums[half] = v::add(sums[half], rounded);
                 }
-                *s = *d * v::sum(sum);
+                let sums = [v::sum(sums[0]), v::sum(sums[1])];
+                *n = [sums[0] as i32, sums[1] as i32];
+                *s = *d * (sums[0] + sums[1]);
             }
             scalar::raise(row);
         }
@@ -47,6 +56,18 @@ macro_rules! elementwise {
         #[target_feature(enable = $features)]
         pub(crate) fn rope_neighbours(x: &mut [f32], cos: &[f32], sin: &[f32]) {
             scalar::rope_neighbours(x, cos, sin)
+        }
+
+        /// `weights[i] = exp(logits[i] - max)`.
+        #[target_feature(enable = $features)]
+        pub(crate) fn weigh(logits: &[f32], max: f32, weights: &mut [f32]) {
+            logits::weigh(logits, max, weights)
+        }
+
+        /// See [`Largest`].
+        #[target_feature(enable = $features)]
+        pub(crate) fn largest(logits: &[f32], found: &mut Largest) {
+            logits::largest(logits, found)
         }
 
         /// `x += y`.

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use bytemuck::Zeroable;
 use kinglet::backend::cpu::acts::{Acts, BF16_LEN, BF16_TOKENS, Q8Row, Q8RowMut, Tile};
 use kinglet::backend::cpu::isa::Isa;
+use kinglet::backend::cpu::panels;
 use kinglet::backend::cpu::pool::{OutCols, Output, Pool};
 use kinglet::backend::cpu::table::{self, *};
 use kinglet::backend::delta::Exact;
@@ -111,7 +112,7 @@ fn entries() -> Vec<Entry> {
 }
 
 fn matmuls() -> impl Iterator<Item = &'static MatMul> {
-    [table::GEMV, table::GEMM, table::TILES]
+    [table::GEMV, table::GEMV_PANELS, table::GEMM, table::TILES]
         .into_iter()
         .flatten()
 }
@@ -387,16 +388,21 @@ fn time_matmul(
     pool: &Pool,
     args: &BenchArgs,
 ) -> Outcome<Vec<Duration>> {
-    let Case { n, k, n_tokens, .. } = *case;
+    let Case { k, n_tokens, .. } = *case;
     let row = matmuls().find(|row| row.name() == entry.name);
-    let kernel = row
-        .and_then(Ready::new)
-        .expect("chosen among those that run");
+    let row = row.expect("a row of its tables");
+    let kernel = Ready::new(row).expect("chosen among those that run");
+    let (of, unit_bytes) = unit(row, k);
+    let n = case.n.next_multiple_of(of);
     let mut random = random();
     // Some rows are enough: nothing depends on the values.
-    let some = random.weights(dtype, k * n.min(16));
-    let row_bytes = dtype.row_bytes(k).expect("whole blocks, checked before");
-    let matrix_bytes = row_bytes * n;
+    let mut some = random.weights(dtype, k * n.min(16));
+    if of > 1 {
+        let rows = std::mem::replace(&mut some, vec![0; unit_bytes]);
+        panels::pack(dtype, &rows, &mut some);
+    }
+    let row_bytes = unit_bytes / of;
+    let matrix_bytes = n / of * unit_bytes;
     let cache = machine::last_level_cache().unwrap_or(32 << 20);
     let most = machine::memory_available().unwrap_or(1 << 30) / 4;
     let bytes = usize::try_from((2 * cache).min(most)).unwrap_or(1 << 30);
@@ -448,7 +454,7 @@ fn time_matmul(
     let threads = pool.n_threads();
     let grain = if n_tokens == 1 {
         let rows = ((256 << 10) / row_bytes).min(n / (4 * threads)).max(1);
-        rows.next_multiple_of(8)
+        rows.next_multiple_of(of.max(8))
     } else {
         (n / (4 * threads)).clamp(32, 256).next_multiple_of(32)
     };
@@ -460,7 +466,7 @@ fn time_matmul(
         pool.run_tiles(&mut outputs, (n_tokens, grain), &|mut tile| {
             let rows = tile.first_col..tile.first_col + tile.out.n_cols();
             kernel.run(
-                &w[rows.start * row_bytes..rows.end * row_bytes],
+                &w[rows.start / of * unit_bytes..rows.end / of * unit_bytes],
                 &acts,
                 &mut tile.out,
             );
@@ -468,17 +474,23 @@ fn time_matmul(
     })
 }
 
+/// Rows that lie together, and their bytes.
+fn unit(row: &MatMul, k: usize) -> (usize, usize) {
+    let (of, bytes) = match row.layout {
+        Layout::Rows => (1, row.weights.row_bytes(k)),
+        Layout::Panels => (panels::ROWS, panels::panel_bytes(row.weights, k)),
+    };
+    (of, bytes.expect("whole blocks, checked before"))
+}
+
 fn matmul(name: &'static str, case: &Case) -> Prepared {
     let row = matmuls()
         .find(|row| row.name() == name)
         .expect("a row of its tables");
+    let (of, bytes) = unit(row, case.k);
     Prepared {
         own: None,
-        bytes: case.n
-            * row
-                .weights
-                .row_bytes(case.k)
-                .expect("whole blocks, checked before"),
+        bytes: case.n.div_ceil(of) * bytes,
         ops: 2 * case.n * case.k * case.n_tokens,
     }
 }

@@ -128,6 +128,7 @@ fn open(group: &Group, backend: BackendKind, args: &BenchArgs) -> Outcome<Sessio
         memory: args.budget.memory(),
         on_exceed: args.budget.on_exceed(),
         experts: args.budget.experts(),
+        repack: args.budget.repack(),
         ..LoadOptions::default()
     };
     let n_ctx = group
