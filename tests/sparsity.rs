@@ -50,6 +50,7 @@ fn policies(n: usize) -> Vec<Sparsity> {
         dhsa(Chunking::Fixed(16), Heads::Shared),
         dhsa(Chunking::Shift(16), Heads::Each),
         dhsa(Chunking::Fixed(16), Heads::Vote),
+        dhsa(Chunking::Fixed(8), Heads::Best),
     ];
     let with_local = |policy| Sparsity {
         local: 40,
@@ -77,6 +78,10 @@ impl Select for Checked {
 
     fn budget(&self) -> usize {
         self.sparsity.budget
+    }
+
+    fn sums_queries(&self) -> bool {
+        self.sparsity.sums_queries()
     }
 
     fn select(&self, ask: &Ask, plan: &mut Plan) {
@@ -178,28 +183,36 @@ fn doubles(x: &[f32]) -> Vec<f64> {
 }
 
 /// The mean over heads of queries times the mean over heads of (mean of keys) times `sqrt(n)`; for votes the softmax of
-/// that over `n_chunks`, of single queries.
+/// that over `n_chunks`, of single queries; for the best query its distance from the query's best of `n_chunks`.
 fn chunk_score(ask: &Ask, heads: Heads, i: usize, n_chunks: usize) -> f64 {
     let shape = ask.attention;
     let (n, group) = (shape.head_dim, shape.n_heads / shape.n_kv_heads);
+    let own = ask.kv_head * group..(ask.kv_head + 1) * group;
+    let score = |h: usize, i: usize| {
+        let q = doubles(&ask.q[h * n..][..n]);
+        let sum = doubles(&ask.chunks.sums(ask.kv_head)[i * n..][..n]);
+        let n_keys = ask.chunks.chunks()[i].n_keys() as f64;
+        dot(&q, &sum) / n_keys.sqrt() * f64::from(shape.scale)
+    };
     if heads == Heads::Vote {
-        let weight = |h: usize, i: usize| {
-            let q = doubles(&ask.q[h * n..][..n]);
-            let sum = doubles(&ask.chunks.sums(ask.kv_head)[i * n..][..n]);
-            let n_keys = ask.chunks.chunks()[i].n_keys() as f64;
-            (dot(&q, &sum) / n_keys.sqrt() * f64::from(shape.scale)).exp()
-        };
+        let weight = |h: usize, i: usize| score(h, i).exp();
         let vote = |h| weight(h, i) / (0..n_chunks).map(|i| weight(h, i)).sum::<f64>();
-        return (ask.kv_head * group..(ask.kv_head + 1) * group)
-            .map(vote)
-            .sum();
+        return own.map(vote).sum();
+    }
+    if heads == Heads::Best {
+        let best = |h| {
+            let scores = (0..n_chunks).map(|i| score(h, i));
+            scores.fold(f64::NEG_INFINITY, f64::max)
+        };
+        let below = own.map(|h| score(h, i) - best(h));
+        return below.fold(f64::NEG_INFINITY, f64::max);
     }
     let (q_heads, kv_heads) = match heads {
         Heads::Each => (
             ask.kv_head * group..(ask.kv_head + 1) * group,
             ask.kv_head..ask.kv_head + 1,
         ),
-        Heads::Shared | Heads::Vote => (0..shape.n_heads, 0..shape.n_kv_heads),
+        Heads::Shared | Heads::Vote | Heads::Best => (0..shape.n_heads, 0..shape.n_kv_heads),
     };
     let mean = |rows: Vec<Vec<f64>>| -> Vec<f64> {
         let sum = |c: usize| rows.iter().map(|row| row[c]).sum::<f64>();

@@ -58,6 +58,9 @@ pub trait Select: Debug + Send + Sync {
     /// The most keys that another query attends to.
     fn budget(&self) -> usize;
 
+    /// Whether it wants scores of the sum of the queries that share a head of keys, in place of those of each.
+    fn sums_queries(&self) -> bool;
+
     /// Chooses keys for a query: fills the empty `plan.spans` with ranges of positions, in order and apart.
     fn select(&self, ask: &Ask, plan: &mut Plan);
 }
@@ -76,9 +79,22 @@ pub struct Ask<'a> {
     pub kv_head: usize,
     /// All queries of the token, `(n_heads, head_dim)`.
     pub q: &'a [f32],
+    /// Scores of the queries that read the head of keys, or of their sum, with the sums of keys: products times the scale,
+    /// in rows of `n_scores`. Some at the end of a row may be of sums that the token may not know.
+    pub scores: &'a [f32],
+    /// Length of a row of them.
+    pub n_scores: usize,
     /// Sums of keys, where [`Select::chunking`] wants some. Those that the token may know come first: see
     /// [`Chunks::n_known`].
     pub chunks: &'a Chunks,
+}
+
+impl Ask<'_> {
+    /// The scores of a query of the group, or of their sum as the only one, with the sums that the token may know.
+    pub fn scores(&self, query: usize) -> &[f32] {
+        let n_known = self.chunks.n_known(self.seen.end);
+        &self.scores[query * self.n_scores..][..n_known]
+    }
 }
 
 /// The answer, and room to find it in: kept from one to the next, so that asking allocates nothing.
@@ -91,12 +107,19 @@ pub struct Plan {
     /// For the policy.
     pub weights: Vec<f32>,
     /// For the policy.
-    pub order: Vec<u32>,
+    pub order: Vec<u64>,
+    /// For the backend: scores of some tokens with sums of keys.
+    pub(in crate::backend) sums: Vec<f32>,
 }
 
 impl Plan {
-    /// Makes room to choose among `n_chunks` for queries of `head_dim`.
-    pub(in crate::backend) fn reserve(&mut self, n_chunks: usize, head_dim: usize) {
+    /// Makes room to choose among `n_chunks` for queries of `head_dim` with `n_scores` together.
+    pub(in crate::backend) fn reserve(
+        &mut self,
+        n_chunks: usize,
+        n_scores: usize,
+        head_dim: usize,
+    ) {
         fn to<T>(list: &mut Vec<T>, n: usize) {
             list.reserve_exact(n.saturating_sub(list.len()));
         }
@@ -105,6 +128,7 @@ impl Plan {
         to(&mut self.scores, n_chunks + 1);
         to(&mut self.weights, (n_chunks + 1).max(head_dim));
         to(&mut self.order, n_chunks + 1);
+        to(&mut self.sums, n_scores);
     }
 
     /// Appends a range; one that touches the last becomes a part of it.

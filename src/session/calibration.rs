@@ -139,6 +139,10 @@ impl Select for Recorder {
         self.n
     }
 
+    fn sums_queries(&self) -> bool {
+        true
+    }
+
     fn select(&self, ask: &Ask, plan: &mut Plan) {
         plan.push(ask.seen.clone());
         let (n, kv_heads) = (ask.attention.head_dim, ask.attention.n_kv_heads);

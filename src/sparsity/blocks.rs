@@ -5,7 +5,7 @@
 //! summed over the queries that share the head of keys; a block has the best of the means that reach into it. The first
 //! block and the last keys are always read, the best blocks between up to the budget.
 
-use super::{Sparsity, best_first, dot};
+use super::{Sparsity, place};
 use crate::backend::select::{Ask, Plan};
 
 /// Keys of a block.
@@ -18,22 +18,19 @@ const PER_BLOCK: usize = BLOCK / STRIDE;
 
 /// See [`Select::select`](crate::backend::select::Select::select).
 pub(super) fn select(sparsity: &Sparsity, ask: &Ask, plan: &mut Plan) {
-    let (seen, n) = (&ask.seen, ask.attention.head_dim);
+    let seen = &ask.seen;
     // Blocks that end before the last keys, the first block and those that the model's window hides left out.
     let end = seen.end.saturating_sub(sparsity.local) / BLOCK;
     let first = (seen.start / BLOCK).max(1);
     let n_sums = ask.chunks.n_known(seen.end).min(end * PER_BLOCK + 1);
     let group = ask.attention.n_heads / ask.attention.n_kv_heads;
-    let q = &ask.q[ask.kv_head * group * n..][..group * n];
-    let sums = ask.chunks.sums(ask.kv_head);
     let n_means = n_sums.saturating_sub(1);
     plan.weights.clear();
     plan.weights.resize(n_means, 0.0);
-    for q in q.chunks_exact(n) {
-        let scale = ask.attention.scale / (2 * STRIDE) as f32;
+    for query in 0..group {
+        let scale = 1.0 / (2 * STRIDE) as f32;
         plan.scores.clear();
-        let products = sums.chunks_exact(n).take(n_sums).map(|sum| dot(q, sum));
-        plan.scores.extend(products);
+        plan.scores.extend_from_slice(&ask.scores(query)[..n_sums]);
         let means = |i: usize| (plan.scores[i] + plan.scores[i + 1]) * scale;
         let max = (0..n_means).map(means).fold(f32::NEG_INFINITY, f32::max);
         // In place: a mean needs the products from its own on.
@@ -54,17 +51,20 @@ pub(super) fn select(sparsity: &Sparsity, ask: &Ask, plan: &mut Plan) {
         means.iter().copied().fold(f32::NEG_INFINITY, f32::max)
     }));
     plan.order.clear();
-    plan.order.extend(first.min(end) as u32..end as u32);
+    let blocks = (first.min(end)..end).map(|block| place(&plan.scores, block));
+    plan.order.extend(blocks);
     // The block in which the last keys begin is read whole.
     let n_read = BLOCK + (seen.end - (end * BLOCK).max(seen.start));
     let k = sparsity.budget.saturating_sub(n_read) / BLOCK;
-    best_first(&mut plan.order, &plan.scores, k);
-    plan.order.truncate(k);
-    plan.order.sort_unstable();
+    let last = match k.min(plan.order.len()) {
+        0 => 0,
+        k => *plan.order.select_nth_unstable(k - 1).1,
+    };
     plan.push(seen.start..BLOCK.min(seen.end));
-    for i in 0..plan.order.len() {
-        let start = plan.order[i] as usize * BLOCK;
-        plan.push(start.max(seen.start)..start + BLOCK);
+    for block in first..end {
+        if place(&plan.scores, block) <= last {
+            plan.push((block * BLOCK).max(seen.start)..(block + 1) * BLOCK);
+        }
     }
     plan.push((end * BLOCK).max(seen.start)..seen.end);
 }

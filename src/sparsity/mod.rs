@@ -140,6 +140,7 @@ impl fmt::Display for Policy {
                     Heads::Each => "",
                     Heads::Shared => ", heads share",
                     Heads::Vote => ", queries vote",
+                    Heads::Best => ", by the best query",
                 };
                 match chunking {
                     Chunking::Fixed(n) => write!(f, "DHSA of {n} keys a chunk{shared}"),
@@ -167,6 +168,14 @@ impl Select for Sparsity {
         self.budget
     }
 
+    fn sums_queries(&self) -> bool {
+        let heads = match self.policy {
+            Policy::Dhsa { heads, .. } => heads,
+            _ => return false,
+        };
+        heads == Heads::Each
+    }
+
     fn select(&self, ask: &Ask, plan: &mut Plan) {
         match self.policy {
             Policy::Dense => plan.push(ask.seen.clone()),
@@ -190,13 +199,31 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
     sums.iter().sum::<f32>() + rest.sum::<f32>()
 }
 
-/// Moves the `k` indices with the best scores to the front of `order`, the last of them the worst; of equals the first are
-/// better, so the answer is the same everywhere.
-fn best_first(order: &mut [u32], scores: &[f32], k: usize) {
-    if 0 < k && k < order.len() {
-        order.select_nth_unstable_by(k - 1, |&a, &b| {
-            let by_score = scores[b as usize].total_cmp(&scores[a as usize]);
-            by_score.then(a.cmp(&b))
-        });
+/// A number for item `i` of a list: the least is of the item with the best score, of equals the first, so an answer is the
+/// same everywhere.
+fn place(scores: &[f32], i: usize) -> u64 {
+    // The order of numbers, zeros and NaNs as `total_cmp` has it.
+    let bits = scores[i].to_bits() as i32;
+    let ascending = (bits ^ ((bits >> 31) as u32 >> 1) as i32) ^ i32::MIN;
+    u64::from(!(ascending as u32)) << 32 | i as u64
+}
+
+/// The item that [`place`] gave a number to.
+fn at_place(place: u64) -> usize {
+    place as u32 as usize
+}
+
+/// The largest number.
+fn max(x: &[f32]) -> f32 {
+    let mut most = [f32::NEG_INFINITY; 8];
+    let (x8, rest) = x.as_chunks::<8>();
+    for x in x8 {
+        for i in 0..8 {
+            most[i] = if x[i] > most[i] { x[i] } else { most[i] };
+        }
     }
+    most.iter()
+        .chain(rest)
+        .copied()
+        .fold(f32::NEG_INFINITY, f32::max)
 }

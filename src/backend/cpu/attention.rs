@@ -367,7 +367,7 @@ pub(super) fn runs(
 }
 
 /// Pages that queries at `positions` see.
-fn pages(shape: &Attention, positions: Range<usize>) -> Range<usize> {
+pub(super) fn pages(shape: &Attention, positions: Range<usize>) -> Range<usize> {
     seen_from(shape, positions.start).start / PAGE..positions.end.div_ceil(PAGE)
 }
 

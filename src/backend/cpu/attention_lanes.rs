@@ -14,8 +14,15 @@ use crate::backend::select::KvOptions;
 use crate::backend::{Attention, KvTypes, Step};
 use crate::profile::DeltaWork;
 
-/// Changes of a frame up to which their sums are faster than whole products, as a share of its elements.
-const BREAK_EVEN: f64 = 0.7;
+/// Changes of a frame up to which their sums are faster than whole products, as a share of its elements: where attention
+/// takes as long either way, finding the changes included (an EPYC, keys of SmolLM2, `time_of_differences` of
+/// `tests/kernels/lanes.rs`). Scores alone take 0.54 of the time with AVX-512 where 38 % change, 0.77 with AVX2.
+fn break_even(isa: Isa) -> f64 {
+    match isa {
+        Isa::Avx512Vnni => 0.7,
+        _ => 0.48,
+    }
+}
 
 /// Tasks of a thread, at least, if they are not too small then.
 const TASKS: usize = 4;
@@ -26,7 +33,7 @@ pub(super) struct Lanes {
     /// Changes of a frame up to which they are summed.
     most: usize,
     /// Keys of a frame.
-    frame: usize,
+    pub(super) frame: usize,
 }
 
 impl Lanes {
@@ -41,19 +48,43 @@ impl Lanes {
     ) -> Option<Self> {
         let fits = step == Step::Prefill
             && attention::tiles(operations, head_dim, kinds, step).is_none()
-            && matches!(operations.attend_lanes.isa(), Isa::Avx512Vnni | Isa::Avx2)
-            && matches!(head_dim, 64 | 128 | 256);
+            && Self::has_vectors(operations, head_dim);
         let frame = delta.map_or(Delta::DEFAULT_FRAME, |delta| delta.frame);
         let elements = frame * head_dim;
         let most = match delta {
             Some(delta) if delta.always => elements,
-            Some(delta) if fits && delta.rate > 0.0 => (BREAK_EVEN * elements as f64) as usize,
+            Some(delta) if fits && delta.rate > 0.0 => {
+                (break_even(operations.attend_lanes.isa()) * elements as f64) as usize
+            }
             _ => 0,
         };
         (fits || most > 0).then_some(Self { most, frame })
     }
 
-    fn task_tokens(shape: &Attention, n_tokens: usize, n_threads: usize) -> usize {
+    /// The same where tokens choose keys, whatever a matrix unit could do with all of them.
+    pub(super) fn take_choices(
+        operations: &Operations,
+        head_dim: usize,
+        step: Step,
+    ) -> Option<Self> {
+        let frame = Delta::DEFAULT_FRAME;
+        (step == Step::Prefill && Self::has_vectors(operations, head_dim))
+            .then_some(Self { most: 0, frame })
+    }
+
+    fn has_vectors(operations: &Operations, head_dim: usize) -> bool {
+        matches!(operations.attend_lanes.isa(), Isa::Avx512Vnni | Isa::Avx2)
+            && matches!(head_dim, 64 | 128 | 256)
+    }
+
+    /// Floats that a task of `n_tokens` takes where they choose keys.
+    pub(super) fn room_to_choose(self, shape: &Attention, n_tokens: usize) -> usize {
+        let n_queries = n_tokens * (shape.n_heads / shape.n_kv_heads);
+        LanesBatch::room_to_choose(n_queries, shape.head_dim, self.frame)
+    }
+
+    /// Tokens of a task.
+    pub(super) fn task_tokens(shape: &Attention, n_tokens: usize, n_threads: usize) -> usize {
         let group = shape.n_heads / shape.n_kv_heads;
         let wanted = (n_tokens * shape.n_kv_heads).div_ceil(TASKS * n_threads);
         let (least, most) = (attention::task_tokens(group), attention::tile_tokens(group));
@@ -144,6 +175,7 @@ impl Cpu {
                     exact,
                     thresholds: cache.thresholds(kv_head),
                     most: lanes.most,
+                    chosen: None,
                     room: &mut room,
                     done: DeltaWork::default(),
                 };

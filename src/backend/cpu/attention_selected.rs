@@ -1,28 +1,33 @@
-//! Attention to keys that a [`Select`] chooses, token by token: each with the heads that share keys, over spans of the
-//! cache as they lie there.
-//!
-//! A token's own choice costs what tokens that share keys would save, and buys that no token's result depends on those
-//! computed with it.
+//! Attention to keys that a [`Select`] chooses. Each token has its own choice, so no token's result depends on those
+//! computed with it, but tokens of a prompt that stand side by side choose much the same: their queries lie side by side
+//! in vectors and read what any of them chose, with no weight for what a token did not. Where there are no such
+//! vectors, and for single tokens, each token reads spans of the cache as they lie there.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard};
 
 use super::Cpu;
+use super::acts::Acts;
 use super::attention::{self, Attend, KvCache, PAGE, Sums, work};
-use super::attention_lanes;
-use super::pool::Output;
-use super::table::{AttendSpan, Operations};
+use super::attention_lanes::{self, Lanes};
+use super::pool::{OutCols, Output, Tile};
+use super::table::{AttendBatch, AttendSpan, Chosen, LanesBatch, Operations};
+use crate::backend::delta::Exact;
 use crate::backend::select::{Ask, KvOptions, Plan, Select};
 use crate::backend::{Attention, Step};
-use crate::profile::Work;
 use crate::profile::span::now;
+use crate::profile::{DeltaWork, Work};
 
-/// Tokens of a task: few, since tasks are unlike.
+/// Tokens whose queries are multiplied with sums of keys together, and of a task in which each reads alone: few, since
+/// tasks are unlike.
 const TASK_TOKENS: usize = 8;
 
 /// Query heads that a kernel is given at once.
 const MAX_GROUP: usize = 64;
+
+/// Keys of a word of choices.
+const WORD: usize = u32::BITS as usize;
 
 /// Plans that no task has, kept so that steady work allocates nothing. They have room for what the cache has room for:
 /// which thread takes which does not matter, and none grows in the middle of a region.
@@ -36,13 +41,13 @@ impl Plans {
             .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    fn reserve(&self, n_threads: usize, n_chunks: usize, head_dim: usize) {
+    fn reserve(&self, n_threads: usize, n_chunks: usize, n_scores: usize, head_dim: usize) {
         let mut plans = self.list();
         let n = n_threads.max(plans.len());
         plans.resize_with(n, Plan::default);
         plans
             .iter_mut()
-            .for_each(|plan| plan.reserve(n_chunks, head_dim));
+            .for_each(|plan| plan.reserve(n_chunks, n_scores, head_dim));
     }
 
     fn with<T>(&self, work: impl FnOnce(&mut Plan) -> T) -> T {
@@ -54,16 +59,42 @@ impl Plans {
     }
 }
 
-/// The floats of the buffers that `n_tokens`, none of which sees everything, take on `n_threads` together.
-fn run_scratch(
+/// The tokens of a task, and the floats of its buffers for queries at `positions`.
+fn task(
+    operations: &Operations,
     shape: &Attention,
-    n_tokens: usize,
+    step: Step,
+    positions: Range<usize>,
+    n_threads: usize,
+) -> (usize, [usize; 3]) {
+    let (n, group) = (shape.head_dim, shape.n_heads / shape.n_kv_heads);
+    let n_tokens = positions.len();
+    // And the sums of queries that share a head of keys.
+    let scaled = n_tokens.min(TASK_TOKENS) * (group + 1) * n;
+    match Lanes::take_choices(operations, n, step) {
+        Some(lanes) => {
+            let task_tokens = Lanes::task_tokens(shape, n_tokens, n_threads);
+            let n_words = attention::pages(shape, positions).len() * (PAGE / WORD);
+            let n_tokens = n_tokens.min(task_tokens);
+            let room = lanes.room_to_choose(shape, n_tokens);
+            (task_tokens, [scaled, n_tokens * n_words, room])
+        }
+        None => (TASK_TOKENS, [scaled, Sums::floats(group, n), 0]),
+    }
+}
+
+/// The floats of the buffers that queries at `positions`, none of which sees everything, take on `n_threads` together.
+fn run_scratch(
+    operations: &Operations,
+    shape: &Attention,
+    step: Step,
+    positions: Range<usize>,
     n_threads: usize,
 ) -> impl Iterator<Item = usize> + use<> {
-    let (n, group) = (shape.head_dim, shape.n_heads / shape.n_kv_heads);
-    let n_tasks = n_tokens.div_ceil(TASK_TOKENS) * shape.n_kv_heads;
-    let task = [group * n, Sums::floats(group, n)];
-    std::iter::repeat_n(task, n_tasks.min(n_threads)).flatten()
+    let (task_tokens, task) = task(operations, shape, step, positions.clone(), n_threads);
+    let n_tasks = positions.len().div_ceil(task_tokens) * shape.n_kv_heads;
+    let tasks = std::iter::repeat_n(task, n_tasks.min(n_threads));
+    tasks.flatten().filter(|floats| *floats > 0)
 }
 
 /// As [`attention::scratch`], with the keys that `options` choose.
@@ -81,7 +112,7 @@ pub(in crate::backend) fn scratch(
     };
     let of_run = |(is_dense, run): (bool, Range<usize>)| match is_dense {
         true => dense(run),
-        false => vec![run_scratch(shape, run.len(), n_threads).collect()],
+        false => vec![run_scratch(operations, shape, step, run, n_threads).collect()],
     };
     attention::runs(shape, select.as_ref(), positions)
         .flat_map(of_run)
@@ -93,6 +124,18 @@ pub(in crate::backend) fn scratch(
 struct Done {
     keys: AtomicU64,
     decide_ns: AtomicU64,
+}
+
+/// What is done with a token, its scaled queries and what it reads.
+type With<'a> = dyn FnMut(usize, &[f32], &[Range<usize>]) + 'a;
+
+/// Attention to keys that somebody chooses.
+struct Selected<'a> {
+    attend: Attend<'a>,
+    select: &'a dyn Select,
+    /// All queries, `(n_tokens, n_heads * head_dim)`.
+    q: &'a [f32],
+    done: Done,
 }
 
 impl Cpu {
@@ -107,107 +150,226 @@ impl Cpu {
         out: &mut [f32],
     ) {
         let (n, n_cols) = (shape.head_dim, shape.n_heads * shape.head_dim);
-        let n_tokens = q.len() / n_cols;
-        self.scratch
-            .reserve(run_scratch(shape, n_tokens, self.pool.n_threads()));
-        let n_positions = cache.n_positions();
-        let n_chunks = select.chunking().map_or(0, |c| c.most_chunks(n_positions));
-        self.plans.reserve(self.pool.n_threads(), n_chunks, n);
+        let positions = start..start + q.len() / n_cols;
+        let (step, n_threads) = (self.step, self.pool.n_threads());
+        let operations = &self.operations;
+        let room = run_scratch(operations, shape, step, positions.clone(), n_threads);
+        self.scratch.reserve(room);
+        let (task_tokens, _) = task(operations, shape, step, positions.clone(), n_threads);
+        let lanes = Lanes::take_choices(operations, n, step);
         let attend = Attend {
             cache,
             shape,
             start,
-            decode: self.step == Step::Decode,
-            operations: &self.operations,
+            decode: step == Step::Decode,
+            operations,
             scratch: &self.scratch,
         };
-        let (group, plans) = (attend.group(), &self.plans);
-        let done = Done::default();
+        let group = attend.group();
+        let n_chunks = select
+            .chunking()
+            .map_or(0, |chunks| chunks.most_chunks(cache.n_positions()));
+        let n_scores = positions.len().min(TASK_TOKENS) * group * n_chunks;
+        self.plans.reserve(n_threads, n_chunks, n_scores, n);
+        let selected = Selected {
+            attend,
+            select,
+            q,
+            done: Done::default(),
+        };
+        let plans = &self.plans;
         let mut outputs = [Output::new(out, n_cols)];
         self.pool
-            .run_tiles(&mut outputs, (TASK_TOKENS, group * n), &|mut tile| {
-                let kv_head = tile.first_col / (group * n);
-                plans.with(|plan| {
-                    for t in 0..tile.out.n_tokens() {
-                        let token = tile.first_row + t;
-                        let q = &q[token * n_cols..][..n_cols];
-                        let out = tile.out.row(t);
-                        attend.token(select, plan, kv_head, start + token, q, out, &done);
-                    }
+            .run_tiles(&mut outputs, (task_tokens, group * n), &|tile| {
+                plans.with(|plan| match lanes {
+                    Some(lanes) => selected.together(lanes, plan, tile),
+                    None => selected.alone(plan, tile),
                 });
             });
-        let dense = work(shape, cache.kinds(), start..start + n_tokens);
-        let keys = done.keys.into_inner();
+        let dense = work(shape, cache.kinds(), positions);
+        let keys = selected.done.keys.into_inner();
         let pairs_read = keys * group as u64;
         self.work += Work {
             kv_bytes: keys * cache.kinds().row_bytes(n) as u64,
             attention_ops: 4 * pairs_read * n as u64,
             pairs: dense.pairs,
             pairs_read,
-            decide_ns: done.decide_ns.into_inner(),
+            decide_ns: selected.done.decide_ns.into_inner(),
             ..Work::default()
         };
     }
 }
 
-impl Attend<'_> {
-    /// One token and one head of keys: `out` (group, head_dim).
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "a task's own and what all tasks share"
-    )]
-    fn token(
-        &self,
-        select: &dyn Select,
-        plan: &mut Plan,
-        kv_head: usize,
-        position: usize,
-        q: &[f32],
-        out: &mut [f32],
-        done: &Done,
-    ) {
-        let (n, group) = (self.shape.head_dim, self.group());
-        let seen = self.visible(position);
-        let begin = now();
-        plan.spans.clear();
-        let ask = Ask {
-            position,
-            seen: seen.clone(),
-            layer: self.cache.layer(),
-            attention: self.shape,
-            kv_head,
-            q,
-            chunks: self.cache.chunks(),
-        };
-        select.select(&ask, plan);
-        done.decide_ns.fetch_add(now() - begin, Relaxed);
-
-        let mut scaled = self.scratch.take(group * n);
-        let own = q[kv_head * group * n..].iter();
-        let scale = self.shape.scale;
-        scaled.iter_mut().zip(own).for_each(|(s, q)| *s = q * scale);
-        let mut buffer = self.scratch.take(Sums::floats(group, n));
-        let mut sums = Sums::fresh(&mut buffer, group);
-        let visible = |span: &Range<usize>| span.start.max(seen.start)..span.end.min(seen.end);
-        let mut n_keys = 0;
-        for span in plan.spans.iter().map(visible) {
-            n_keys += span.len();
-            self.add_span(kv_head, span, &scaled, &mut sums);
+impl Selected<'_> {
+    /// Calls `with` for each of `tokens` with its scaled queries of a head of keys and, in `plan`, what it reads: some of
+    /// what it sees, in order, apart, and not empty.
+    fn decide(&self, plan: &mut Plan, kv_head: usize, tokens: Range<usize>, with: &mut With) {
+        let Attend { shape, cache, .. } = self.attend;
+        let (n, group) = (shape.head_dim, self.attend.group());
+        let n_cols = shape.n_heads * n;
+        let chunks = cache.chunks();
+        let most = tokens.len().min(TASK_TOKENS) * (group + 1) * n;
+        let mut scaled = self.attend.scratch.take(most);
+        let mut scores = std::mem::take(&mut plan.sums);
+        for first in tokens.clone().step_by(TASK_TOKENS) {
+            let some = first..tokens.end.min(first + TASK_TOKENS);
+            let begin = now();
+            let (scaled, rest) = scaled.split_at_mut(some.len() * group * n);
+            for (token, scaled) in some.clone().zip(scaled.chunks_exact_mut(group * n)) {
+                let own = self.q[token * n_cols + kv_head * group * n..].iter();
+                let scaled = scaled.iter_mut().zip(own);
+                scaled.for_each(|(scaled, q)| *scaled = q * shape.scale);
+            }
+            let (queries, n_rows) = match self.select.sums_queries() {
+                true => {
+                    let sums = &mut rest[..some.len() * n];
+                    for (sums, scaled) in
+                        sums.chunks_exact_mut(n).zip(scaled.chunks_exact(group * n))
+                    {
+                        sums.fill(0.0);
+                        for (i, q) in scaled.iter().enumerate() {
+                            sums[i % n] += q;
+                        }
+                    }
+                    (&*sums, 1)
+                }
+                false => (&*scaled, group),
+            };
+            let n_scores = chunks.n_known(self.attend.start + some.end);
+            scores.clear();
+            scores.resize(some.len() * n_rows * n_scores, 0.0);
+            if n_scores > 0 {
+                let queries = Acts {
+                    n_tokens: some.len() * n_rows,
+                    n_in: n,
+                    f32: queries,
+                    q8: &[],
+                    bf16: &[],
+                };
+                let sums = &chunks.sums(kv_head)[..n_scores * n];
+                let mut scores = OutCols::whole(&mut scores, n_scores);
+                let products = self.attend.operations.products;
+                products.run(bytemuck::cast_slice(sums), &queries, &mut scores);
+            }
+            let mut decide_ns = now() - begin;
+            for (i, token) in some.enumerate() {
+                let begin = now();
+                let position = self.attend.start + token;
+                let seen = self.attend.visible(position);
+                plan.spans.clear();
+                let ask = Ask {
+                    position,
+                    seen: seen.clone(),
+                    layer: cache.layer(),
+                    attention: shape,
+                    kv_head,
+                    q: &self.q[token * n_cols..][..n_cols],
+                    scores: &scores[i * n_rows * n_scores..][..n_rows * n_scores],
+                    n_scores,
+                    chunks,
+                };
+                self.select.select(&ask, plan);
+                plan.spans.iter_mut().for_each(|span| {
+                    *span = span.start.max(seen.start)..span.end.min(seen.end);
+                });
+                plan.spans.retain(|span| !span.is_empty());
+                if plan.spans.is_empty() {
+                    plan.spans.push(seen);
+                }
+                decide_ns += now() - begin;
+                let n_keys: usize = plan.spans.iter().map(Range::len).sum();
+                self.done.keys.fetch_add(n_keys as u64, Relaxed);
+                with(token, &scaled[i * group * n..][..group * n], &plan.spans);
+            }
+            self.done.decide_ns.fetch_add(decide_ns, Relaxed);
         }
-        if n_keys == 0 {
-            n_keys = seen.len();
-            self.add_span(kv_head, seen, &scaled, &mut sums);
-        }
-        done.keys.fetch_add(n_keys as u64, Relaxed);
-        for (i, out) in out.chunks_exact_mut(n).enumerate() {
-            let inverse = 1.0 / sums.sum[i];
-            let values = &sums.out[i * n..][..n];
-            out.iter_mut()
-                .zip(values)
-                .for_each(|(o, v)| *o = v * inverse);
-        }
+        plan.sums = scores;
     }
 
+    /// Tokens whose queries lie side by side in vectors.
+    fn together(&self, lanes: Lanes, plan: &mut Plan, tile: Tile<f32>) {
+        let Attend { shape, scratch, .. } = self.attend;
+        let (n, group) = (shape.head_dim, self.attend.group());
+        let n_cols = shape.n_heads * n;
+        let kv_head = tile.first_col / (group * n);
+        let n_tokens = tile.out.n_tokens();
+        let tokens = tile.first_row..tile.first_row + n_tokens;
+        let start = self.attend.start + tokens.start;
+        let pages = self.attend.pages(start..start + n_tokens);
+        let first = pages.start * PAGE;
+        let n_words = pages.len() * (PAGE / WORD);
+        let mut words = scratch.take(n_tokens * n_words);
+        let words: &mut [u32] = bytemuck::cast_slice_mut(&mut words);
+        words.fill(0);
+        self.decide(plan, kv_head, tokens.clone(), &mut |token, _, spans| {
+            let words = &mut words[(token - tokens.start) * n_words..][..n_words];
+            for span in spans {
+                set(words, span.start - first..span.end - first);
+            }
+        });
+        let rows = |page| self.attend.rows(page, kv_head).into();
+        let (keys, values): (Vec<_>, Vec<_>) = pages.map::<(_, _), _>(rows).unzip();
+        let mut room = scratch.take(lanes.room_to_choose(shape, n_tokens));
+        self.attend.operations.attend_lanes.run(&mut LanesBatch {
+            attend: AttendBatch {
+                q: &self.q[tile.first_row * n_cols + tile.first_col..],
+                q_stride: n_cols,
+                group,
+                head_dim: n,
+                scale: shape.scale,
+                start,
+                window: shape.window,
+                first,
+                page: PAGE,
+                keys: &keys,
+                values: &values,
+                out: tile.out,
+            },
+            frame: lanes.frame,
+            sink: 0,
+            exact: Exact::Last(1),
+            thresholds: &[],
+            most: 0,
+            chosen: Some(Chosen { words, n_words }),
+            room: &mut room,
+            done: DeltaWork::default(),
+        });
+    }
+
+    /// Token by token.
+    fn alone(&self, plan: &mut Plan, mut tile: Tile<f32>) {
+        let (n, group) = (self.attend.shape.head_dim, self.attend.group());
+        let kv_head = tile.first_col / (group * n);
+        let tokens = tile.first_row..tile.first_row + tile.out.n_tokens();
+        let mut buffer = self.attend.scratch.take(Sums::floats(group, n));
+        self.decide(plan, kv_head, tokens, &mut |token, q, spans| {
+            let mut sums = Sums::fresh(&mut buffer, group);
+            for span in spans {
+                self.attend.add_span(kv_head, span.clone(), q, &mut sums);
+            }
+            let out = tile.out.row(token - tile.first_row);
+            for (i, out) in out.chunks_exact_mut(n).enumerate() {
+                let inverse = 1.0 / sums.sum[i];
+                let values = &sums.out[i * n..][..n];
+                out.iter_mut()
+                    .zip(values)
+                    .for_each(|(o, v)| *o = v * inverse);
+            }
+        });
+    }
+}
+
+/// Sets the bits `which`.
+fn set(words: &mut [u32], which: Range<usize>) {
+    let mut at = which.start;
+    while at < which.end {
+        let end = which.end.min((at / WORD + 1) * WORD);
+        words[at / WORD] |= (u32::MAX >> (WORD - (end - at))) << (at % WORD);
+        at = end;
+    }
+}
+
+impl Attend<'_> {
     /// Adds the keys at positions `span` to the sums of the queries `q` of one token.
     fn add_span(&self, kv_head: usize, span: Range<usize>, q: &[f32], sums: &mut Sums) {
         let mut start = span.start;
@@ -295,6 +457,10 @@ mod tests {
 
         fn budget(&self) -> usize {
             N
+        }
+
+        fn sums_queries(&self) -> bool {
+            false
         }
 
         fn select(&self, ask: &Ask, plan: &mut Plan) {

@@ -8,6 +8,7 @@
     reason = "calls to target-feature kernels, each through a `Ready`"
 )]
 
+use std::ops::Range;
 use std::sync::OnceLock;
 
 use super::acts::{Acts, BF16_LEN, BF16_TOKENS, Q8RowMut, Tile};
@@ -542,16 +543,54 @@ pub struct LanesBatch<'a> {
     pub thresholds: &'a [f32],
     /// Changes of a frame beyond which it is exact; 0: every frame is, and no thresholds are needed.
     pub most: usize,
+    /// Keys that tokens choose, all of which they see, and all exact; `None`: each reads all it sees.
+    pub chosen: Option<Chosen<'a>>,
     /// At least [`LanesBatch::room`] floats.
     pub room: &'a mut [f32],
-    /// What was done is added here.
+    /// What was done is added here; of chosen keys nothing.
     pub done: DeltaWork,
+}
+
+/// Keys that each token of a batch reads.
+#[derive(Clone, Copy)]
+pub struct Chosen<'a> {
+    /// Of each token `n_words`: bit `j` of word `i` is the key `32 i + j` after the first.
+    pub words: &'a [u32],
+    /// Words of a token.
+    pub n_words: usize,
+}
+
+impl Chosen<'_> {
+    /// Word `i` of a token.
+    pub fn word(&self, token: usize, i: usize) -> u32 {
+        self.words[token * self.n_words + i]
+    }
+
+    /// What any of some tokens has in word `i`.
+    pub fn any(&self, mut tokens: Range<usize>, i: usize) -> u32 {
+        tokens
+            .try_fold(0, |any, token| match any | self.word(token, i) {
+                u32::MAX => Err(u32::MAX),
+                any => Ok(any),
+            })
+            .unwrap_or_else(|all| all)
+    }
 }
 
 impl LanesBatch<'_> {
     /// Floats for `n_queries`.
     pub fn room(n_queries: usize, head_dim: usize, frame: usize) -> usize {
-        let tiles = n_queries.next_multiple_of(64) * (2 * head_dim + 2);
+        Self::room_of_tiles(n_queries.next_multiple_of(64), head_dim, frame)
+    }
+
+    /// The same where tokens choose keys.
+    pub fn room_to_choose(n_queries: usize, head_dim: usize, frame: usize) -> usize {
+        // A tile takes as much room, but has fewer queries.
+        Self::room_of_tiles(2 * n_queries.next_multiple_of(32), head_dim, frame)
+    }
+
+    fn room_of_tiles(n_queries: usize, head_dim: usize, frame: usize) -> usize {
+        let tiles = n_queries * (2 * head_dim + 2);
         // Keys, values, changes, their channels; where those of a key end.
         tiles + frame * (3 * head_dim + head_dim / 4 + 1) + 4 * 16 + head_dim
     }
@@ -584,6 +623,8 @@ pub struct Operations {
     pub attend_tiles: Option<Ready<AttendTokens>>,
     /// Attention of a batch with queries in the lanes.
     pub attend_lanes: Ready<AttendLanes>,
+    /// Products of queries with sums of keys.
+    pub products: Ready<MatMul>,
 }
 
 impl Operations {
@@ -605,6 +646,7 @@ impl Operations {
             attend: best(ATTEND),
             attend_tiles: Ready::best(ATTEND_TILES.iter()),
             attend_lanes: best(ATTEND_LANES),
+            products: gemm(DType::F32).expect("a row for floats"),
         }
     }
 }

@@ -364,6 +364,7 @@ enum DhsaHeads {
     Each,
     Shared,
     Vote,
+    Best,
 }
 
 fn rate(text: &str) -> Result<f32, String> {
@@ -402,6 +403,7 @@ impl AttentionArgs {
                     DhsaHeads::Each => Heads::Each,
                     DhsaHeads::Shared => Heads::Shared,
                     DhsaHeads::Vote => Heads::Vote,
+                    DhsaHeads::Best => Heads::Best,
                 };
                 let chunking = self.dhsa_chunk;
                 (Policy::Dhsa { chunking, heads }, self.dhsa_budget)

@@ -100,6 +100,13 @@ crate::backend::cpu::x86::floats::operations! { "avx2,fma,f16c":
         let inside = _mm256_castsi256_ps(_mm256_andnot_si256(before, inside));
         _mm256_blendv_ps(splat(f32::NEG_INFINITY), x, inside)
     };
+    /// Minus infinity where the bit of a lane's word is not set.
+    fn chosen(x: V, words: &[u32; LANES], bit: usize) -> V = {
+        let bits = _mm256_set1_epi32(1 << bit);
+        let chosen = _mm256_and_si256(super::load(words), bits);
+        let chosen = _mm256_castsi256_ps(_mm256_cmpeq_epi32(chosen, bits));
+        _mm256_blendv_ps(splat(f32::NEG_INFINITY), x, chosen)
+    };
     /// `p * 2^n`; 0 where `x` is below -87.3.
     fn times_power_of_two(p: V, n: V, x: V) -> V = {
         let normal = _mm256_cmp_ps::<_CMP_NLT_UQ>(x, splat(-87.3));

@@ -83,6 +83,12 @@ crate::backend::cpu::x86::floats::operations! { "avx512bw,avx512dq,avx512vl,avx5
         let lanes = ((1u32 << end) - 1) & !((1u32 << first) - 1);
         _mm512_mask_mov_ps(splat(f32::NEG_INFINITY), lanes as u16, x)
     };
+    /// Minus infinity where the bit of a lane's word is not set.
+    fn chosen(x: V, words: &[u32; LANES], bit: usize) -> V = {
+        let bits = _mm512_set1_epi32(1 << bit);
+        let chosen = _mm512_test_epi32_mask(load_bits(words), bits);
+        _mm512_mask_mov_ps(splat(f32::NEG_INFINITY), chosen, x)
+    };
     /// `p * 2^n`; 0 where `x` is below -87.3.
     fn times_power_of_two(p: V, n: V, x: V) -> V = {
         let normal = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, splat(-87.3));

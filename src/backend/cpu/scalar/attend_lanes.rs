@@ -81,18 +81,27 @@ pub(crate) fn attend(batch: &mut LanesBatch) {
                     true => running + product,
                     false => product,
                 };
-                if at + j > position || at + j + window.min(1 << 40) <= position {
+                let is_seen = match batch.chosen {
+                    Some(chosen) => {
+                        let key = at + j - batch.attend.first;
+                        chosen.word(t, key / 32) >> (key % 32) & 1 == 1
+                    }
+                    None => at + j <= position && position < (at + j).saturating_add(window),
+                };
+                if !is_seen {
                     continue;
                 }
-                batch.done.dense += n as u64;
-                batch.done.far += if is_far { n as u64 } else { 0 };
-                batch.done.done += match is_far && differs {
-                    true => match j {
-                        0 => n as u64,
-                        _ => key.iter().filter(|change| **change != 0.0).count() as u64,
-                    },
-                    false => n as u64,
-                };
+                if batch.chosen.is_none() {
+                    batch.done.dense += n as u64;
+                    batch.done.far += if is_far { n as u64 } else { 0 };
+                    batch.done.done += match is_far && differs {
+                        true => match j {
+                            0 => n as u64,
+                            _ => key.iter().filter(|change| **change != 0.0).count() as u64,
+                        },
+                        false => n as u64,
+                    };
+                }
                 let score = running * batch.attend.scale;
                 if score > *max {
                     let shrink = (*max - score).exp();

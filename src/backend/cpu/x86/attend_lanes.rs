@@ -5,8 +5,9 @@
 /// Queries lie in the lanes, so a score of all of them is some vectors, and no softmax crosses lanes: on an EPYC with
 /// AVX-512 a prompt of 4,096 tokens of SmolLM2-135M is read 1.4 times as fast as with keys in the lanes. Along a frame the
 /// scores of a key are those of the key before and the products with what changed: the sums are never cleared. Where that
-/// does not pay, or for queries near the frame, they are whole products. What a query gets does not depend on which
-/// others are beside it.
+/// does not pay, or for queries near the frame, they are whole products. Where tokens choose keys, tiles are smaller and
+/// read what any of their tokens chose; a key that a query did not choose has no weight, which changes no bit of what is
+/// summed. What a query gets does not depend on which others are beside it.
 macro_rules! attend_lanes {
     ($features:literal, $below:ident) => {
         /// Vectors of queries in a tile.
@@ -14,6 +15,9 @@ macro_rules! attend_lanes {
 
         /// Queries of a tile.
         const QUERIES: usize = WIDTH * v::LANES;
+
+        /// Queries of a tile whose tokens choose keys: fewer tokens choose fewer keys together.
+        const CHOOSING: usize = 32;
 
         /// Keys that are weighted together.
         const KEYS: usize = 32;
@@ -39,6 +43,15 @@ macro_rules! attend_lanes {
             changes: &'a [f32],
             /// From this position on queries may take the changes.
             far: usize,
+        }
+
+        /// The keys of a tile of keys that some queries read, of which each reads its own.
+        struct Read {
+            /// Their indices: whole groups of `DEEP`.
+            keys: [u8; KEYS],
+            n: usize,
+            /// Bits of the keys, for each query, where they choose.
+            words: Option<[[u32; v::LANES]; WIDTH]>,
         }
 
         /// Queries of a tile, turned: `(head_dim)` rows; and their sums.
@@ -70,6 +83,10 @@ macro_rules! attend_lanes {
             let (group, start) = (batch.attend.group, batch.attend.start);
             let n_tokens = batch.attend.out.n_tokens();
             let n_queries = n_tokens * group;
+            let queries = match batch.chosen {
+                Some(_) => CHOOSING,
+                None => QUERIES,
+            };
             let done = &mut batch.done;
             let mut room = &mut *batch.room;
             let mut take = |floats: usize| {
@@ -78,7 +95,7 @@ macro_rules! attend_lanes {
                 taken
             };
             let tile_floats = (2 * n + 2) * QUERIES;
-            let tiles = take(n_queries.div_ceil(QUERIES) * tile_floats);
+            let tiles = take(n_queries.div_ceil(queries) * tile_floats);
             let keys = take(batch.frame * n).as_chunks_mut::<{ v::LANES }>().0;
             let keys = keys.as_chunks_mut::<C>().0.as_chunks_mut::<KEYS>().0;
             let values = take(batch.frame * n).as_chunks_mut::<{ v::LANES }>().0;
@@ -94,7 +111,8 @@ macro_rules! attend_lanes {
                     .0
                     .as_chunks_mut::<WIDTH>()
                     .0;
-                turn(&batch.attend, i * QUERIES, n_queries, &mut rows[..n]);
+                let these = i * queries..n_queries.min((i + 1) * queries);
+                turn(&batch.attend, these, &mut rows[..n]);
                 rows[n..2 * n].fill([[0.0; v::LANES]; WIDTH]);
                 rows[2 * n] = [[f32::NEG_INFINITY; v::LANES]; WIDTH];
                 rows[2 * n + 1] = [[0.0; v::LANES]; WIDTH];
@@ -106,7 +124,19 @@ macro_rules! attend_lanes {
                 let n_keys = batch.frame.min(end - at);
                 let page = (at - batch.attend.first) / batch.attend.page;
                 let in_page = (at - batch.attend.first) % batch.attend.page;
+                let is_read = |first: usize| {
+                    let word = (at - batch.attend.first + first) / KEYS;
+                    let words = |chosen: Chosen| chosen.any(0..n_tokens, word);
+                    batch.chosen.is_none_or(|chosen| words(chosen) != 0)
+                };
+                if !(0..n_keys).step_by(KEYS).any(is_read) {
+                    at += batch.frame;
+                    continue;
+                }
                 for (tile, first) in (0..n_keys).step_by(KEYS).enumerate() {
+                    if !is_read(first) {
+                        continue;
+                    }
                     let span = in_page + first..in_page + n_keys.min(first + KEYS);
                     widen(batch.attend.keys[page], n, span.clone(), &mut keys[tile]);
                     widen(batch.attend.values[page], n, span, &mut values[tile]);
@@ -141,8 +171,9 @@ macro_rules! attend_lanes {
                     let [max, sum] = rest else {
                         unreachable!("two rows")
                     };
-                    let first = i * QUERIES;
-                    let n = QUERIES.min(n_queries - first);
+                    let first = i * queries;
+                    let n = queries.min(n_queries - first);
+                    let chosen = batch.chosen;
                     let queries = Queries {
                         first,
                         n,
@@ -152,18 +183,20 @@ macro_rules! attend_lanes {
                         sum,
                     };
                     // Few queries are not worth a whole tile.
-                    match n {
-                        ..=v::LANES => add_frame::<C, 1>(&batch.attend, done, &frame, queries),
-                        _ => add_frame::<C, WIDTH>(&batch.attend, done, &frame, queries),
+                    let attend = &batch.attend;
+                    match n.div_ceil(v::LANES) {
+                        1 => add_frame::<C, 1>(attend, chosen, done, &frame, queries),
+                        2 => add_frame::<C, 2>(attend, chosen, done, &frame, queries),
+                        _ => add_frame::<C, WIDTH>(attend, chosen, done, &frame, queries),
                     }
                 }
                 at += batch.frame;
             }
             for (i, floats) in tiles.chunks_exact(tile_floats).enumerate() {
                 let rows = floats.as_chunks::<QUERIES>().0;
-                for lane in 0..QUERIES.min(n_queries - i * QUERIES) {
-                    let (token, head) =
-                        ((i * QUERIES + lane) / group, (i * QUERIES + lane) % group);
+                for lane in 0..queries.min(n_queries - i * queries) {
+                    let query = i * queries + lane;
+                    let (token, head) = (query / group, query % group);
                     let inverse = 1.0 / rows[2 * n + 1][lane];
                     let out = &mut batch.attend.out.row(token)[head * n..][..n];
                     for (c, out) in out.iter_mut().enumerate() {
@@ -173,20 +206,56 @@ macro_rules! attend_lanes {
             }
         }
 
-        /// Queries from the `first` on, scaled and turned; zeros beyond the last.
+        /// Some queries, scaled and turned; zeros beyond the last.
         #[inline]
         #[target_feature(enable = $features)]
-        fn turn(attend: &AttendBatch, first: usize, n_queries: usize, q: &mut [Row]) {
+        fn turn(attend: &AttendBatch, queries: Range<usize>, q: &mut [Row]) {
             for lane in 0..QUERIES {
-                let query = first + lane;
+                let query = queries.start + lane;
                 let at = query / attend.group * attend.q_stride + query % attend.group * q.len();
                 for c in 0..q.len() {
-                    q[c].as_flattened_mut()[lane] = match query < n_queries {
+                    q[c].as_flattened_mut()[lane] = match query < queries.end {
                         true => attend.q[at + c] * attend.scale,
                         false => 0.0,
                     };
                 }
             }
+        }
+
+        /// What queries read of `n_keys` keys of a tile.
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn read(
+            (attend, chosen): (&AttendBatch, Option<Chosen>),
+            queries: &Queries,
+            start: usize,
+            n_keys: usize,
+        ) -> Read {
+            let mut any = u32::MAX;
+            let words = chosen.map(|chosen| {
+                let word = (start - attend.first) / KEYS;
+                let mut words = [[0; v::LANES]; WIDTH];
+                let all = queries.first..queries.first + queries.n;
+                any = 0;
+                for token in all.start / attend.group..all.end.div_ceil(attend.group) {
+                    let own = token * attend.group..(token + 1) * attend.group;
+                    let lanes =
+                        own.start.max(all.start) - all.start..own.end.min(all.end) - all.start;
+                    words.as_flattened_mut()[lanes].fill(chosen.word(token, word));
+                    any |= chosen.word(token, word);
+                }
+                words
+            });
+            let (mut keys, mut n) = ([0; KEYS], 0);
+            for first in (0..n_keys).step_by(DEEP) {
+                if any >> first & ((1 << DEEP) - 1) != 0 {
+                    for key in first..n_keys.min(first + DEEP) {
+                        keys[n] = key as u8;
+                        n += 1;
+                    }
+                }
+            }
+            Read { keys, n, words }
         }
 
         /// What changes from key to key of a whole frame; `false` if more than `most`.
@@ -242,6 +311,7 @@ macro_rules! attend_lanes {
         #[target_feature(enable = $features)]
         fn add_frame<const C: usize, const N: usize>(
             attend: &AttendBatch,
+            chosen: Option<Chosen>,
             done: &mut DeltaWork,
             frame: &Frame<C>,
             queries: Queries,
@@ -272,6 +342,11 @@ macro_rules! attend_lanes {
                 let keys = first..frame.n_keys.min(first + KEYS);
                 let n_keys = keys.len();
                 let tile = first / KEYS;
+                let begin = frame.start + first;
+                let read = read((attend, chosen), &queries, begin, n_keys);
+                if read.n == 0 {
+                    continue;
+                }
                 match (near, frame.ends) {
                     (0, Some(ends)) => {
                         let changes = (frame.channels, frame.changes, ends);
@@ -292,22 +367,28 @@ macro_rules! attend_lanes {
                             &mut running,
                             &mut scores,
                         );
-                        multiply::<C, N>(queries.q, &frame.keys[tile], &mut exact);
+                        multiply::<C, N>(queries.q, &frame.keys[tile], &read, &mut exact);
                         for (score, exact) in scores.iter_mut().zip(&exact) {
                             let exact = &exact.as_flattened()[..near];
                             score.as_flattened_mut()[..near].copy_from_slice(exact);
                         }
                     }
-                    _ => multiply::<C, N>(queries.q, &frame.keys[tile], &mut scores),
+                    _ => multiply::<C, N>(queries.q, &frame.keys[tile], &read, &mut scores),
                 }
-                let begin = frame.start + first;
                 let end = begin + n_keys;
                 let all = end <= oldest + 1 && newest < begin.saturating_add(window);
                 let visible = |key: usize| match all {
                     true => 0..queries.n,
                     false => lane(begin + key)..lane((begin + key).saturating_add(window)),
                 };
-                if !all {
+                if let Some(words) = &read.words {
+                    for (key, score) in read.keys[..read.n].iter().zip(&mut scores) {
+                        for w in 0..N {
+                            let only = v::chosen(v::load(&score[w]), &words[w], usize::from(*key));
+                            v::store(only, &mut score[w]);
+                        }
+                    }
+                } else if !all {
                     for key in 0..n_keys {
                         let seen = visible(key);
                         for w in 0..N {
@@ -327,7 +408,7 @@ macro_rules! attend_lanes {
                     }
                 }
                 let n = (C * v::LANES) as u64;
-                for key in 0..n_keys {
+                for key in 0..if chosen.is_some() { 0 } else { n_keys } {
                     let seen = visible(key);
                     let exact = seen.start.min(near)..seen.end.min(near);
                     let (pairs, exact) = (seen.len() as u64, exact.len() as u64);
@@ -341,23 +422,25 @@ macro_rules! attend_lanes {
                     done.far += (seen.end.max(far) - seen.start.max(far)) as u64 * n;
                     done.done += exact * n + (pairs - exact) * changed;
                 }
-                let shrink = softmax::<N>(&mut scores, n_keys, queries.max, queries.sum);
-                let values = &frame.values[tile][..n_keys];
-                add_values::<C, N>(&scores, values, &shrink, queries.out);
+                let shrink = softmax::<N>(&mut scores, read.n, queries.max, queries.sum);
+                let keys = &read.keys[..read.n];
+                add_values::<C, N>(&scores, &frame.values[tile], keys, &shrink, queries.out);
             }
         }
 
-        /// Products of all channels; of keys beyond the last unspecified.
+        /// Products of all channels with the keys that are read, side by side.
         #[inline]
         #[target_feature(enable = $features)]
         fn multiply<const C: usize, const N: usize>(
             q: &[Row],
             keys: &Tile<C>,
+            read: &Read,
             scores: &mut [Row; KEYS],
         ) {
             assert!(q.len() == C * v::LANES);
             let scores = scores.as_chunks_mut::<DEEP>().0;
-            for (keys, scores) in keys.as_chunks::<DEEP>().0.iter().zip(scores) {
+            for (first, scores) in read.keys[..read.n].iter().step_by(DEEP).zip(scores) {
+                let keys = &keys.as_chunks::<DEEP>().0[usize::from(*first) / DEEP];
                 let mut sums = [[v::splat(0.0); N]; DEEP];
                 for c in 0..C * v::LANES {
                     let mut row = [v::splat(0.0); N];
@@ -453,11 +536,12 @@ macro_rules! attend_lanes {
         #[target_feature(enable = $features)]
         fn add_values<const C: usize, const N: usize>(
             weights: &[Row; KEYS],
-            values: &[[[f32; v::LANES]; C]],
+            values: &Tile<C>,
+            keys: &[u8],
             shrink: &[v::V; N],
             out: &mut [Row],
         ) {
-            assert!(out.len() == C * v::LANES && values.len() <= KEYS);
+            assert!(out.len() == C * v::LANES && keys.len() <= KEYS);
             for (at, out) in out.as_chunks_mut::<DEEP>().0.iter_mut().enumerate() {
                 let mut sums = [[v::splat(0.0); N]; DEEP];
                 for b in 0..DEEP {
@@ -465,12 +549,15 @@ macro_rules! attend_lanes {
                         sums[b][w] = v::mul(v::load(&out[b][w]), shrink[w]);
                     }
                 }
-                for key in 0..values.len() {
+                for (i, key) in keys.iter().enumerate() {
                     let mut weight = [v::splat(0.0); N];
                     for w in 0..N {
-                        weight[w] = v::load(&weights[key][w]);
+                        weight[w] = v::load(&weights[i][w]);
                     }
-                    let value = &values[key].as_flattened().as_chunks::<DEEP>().0[at];
+                    let value = &values[usize::from(*key) % KEYS]
+                        .as_flattened()
+                        .as_chunks::<DEEP>()
+                        .0[at];
                     for b in 0..DEEP {
                         let value = v::splat(value[b]);
                         for w in 0..N {

@@ -34,15 +34,17 @@ macro_rules! gemm_float {
                         }
                     }
                 }
-                for (r, (sums, w)) in sums.into_iter().zip(w).enumerate() {
-                    for (t, (sum, x)) in sums.into_iter().zip(x).enumerate() {
+                for (t, x) in x.into_iter().enumerate() {
+                    let totals = v::sums(sums.map(|sums| sums[t]));
+                    let y = &mut y.row(token + t)[first..first + R];
+                    for ((y, total), w) in y.iter_mut().zip(totals).zip(&w) {
                         let mut rest = 0.0;
                         for (w, x) in w.1.iter().zip(x.1) {
                             let mut weight = [0.0];
                             w.dequantize(&mut weight);
                             rest += weight[0] * x;
                         }
-                        y.row(token + t)[first + r] = v::sum(sum) + rest;
+                        *y = total + rest;
                     }
                 }
             }

@@ -746,6 +746,7 @@ fn attend_lanes(name: &'static str, case: &Case) -> Prepared {
             exact: Exact::Last(1),
             thresholds: &[],
             most: 0,
+            chosen: None,
             room: &mut room,
             done: DeltaWork::default(),
         });
