@@ -119,7 +119,8 @@ impl Case {
         let chosen = |position: usize| {
             let first = self.first(position);
             let is_read = |j: &usize| {
-                *j == position || (position / 3 * 31 + *j / 8 * 17 + position * *j / 64) % 5 == 0
+                *j == position
+                    || (position / 3 * 31 + *j / 8 * 17 + position * *j / 64).is_multiple_of(5)
             };
             (first..=position).filter(is_read).collect()
         };

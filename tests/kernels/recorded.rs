@@ -151,6 +151,7 @@ pub fn record(n: usize) -> Vec<Recorded> {
         state.reserve(&cpu, 0..n).expect("room");
         let pass = Pass {
             tokens: &tokens,
+            input: None,
             start: 0,
             output: model::Output::Logits,
             output_from: n,
