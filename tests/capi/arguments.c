@@ -106,7 +106,7 @@ static void models(kinglet_runtime *runtime, const char *path) {
     STATUS(KINGLET_E_IO, kinglet_model_load(&model, runtime, "no such file", 12, NULL));
     STATUS(KINGLET_E_IO, kinglet_model_load(&model, runtime, path, len - 1, NULL));
     STATUS(KINGLET_E_FILE, kinglet_model_load(&model, runtime, "/", 1, NULL));
-    size_t sizes[] = {0, 1, sizeof params - 1, 4097, SIZE_MAX};
+    size_t sizes[] = {0, 1, offsetof(kinglet_model_params, repack) - 1, 4097, SIZE_MAX};
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
         params.struct_size = sizes[i];
         STATUS(KINGLET_E_ARGUMENT, kinglet_model_load(&model, runtime, path, len, &params));
