@@ -110,10 +110,11 @@ impl Weights {
             });
         }
         let place = (tensor.data.as_ptr().addr(), tensor.data.len());
-        let mut known = device.weights.lock().expect("nothing panics under it");
-        if let Some(there) = known.get(&place).and_then(Weak::upgrade)
-            && (there.dtype, there.n_in) == (dtype, n_in)
-        {
+        // Not held while weights are laid out: a thread that waits for that may load another model meanwhile.
+        let known = || device.weights.lock().expect("nothing panics under it");
+        let is_same = |there: &Arc<Self>| (there.dtype, there.n_in) == (dtype, n_in);
+        let there = known().get(&place).and_then(Weak::upgrade);
+        if let Some(there) = there.filter(is_same) {
             return Ok(there);
         }
         let n_units = n_in.div_ceil(UNIT);
@@ -150,6 +151,12 @@ impl Weights {
             file_bytes: tensor.data.len(),
             _source: tensor.data.clone(),
         });
+        let mut known = known();
+        // Somebody else may have sent the same in the meantime.
+        let there = known.get(&place).and_then(Weak::upgrade);
+        if let Some(there) = there.filter(is_same) {
+            return Ok(there);
+        }
         known.retain(|_, weights| weights.strong_count() > 0);
         known.insert(place, Arc::downgrade(&weights));
         Ok(weights)
