@@ -3,6 +3,7 @@
 use std::ops::ControlFlow::Continue;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 use kinglet::session::{Concession, Footprint, Plan};
 use kinglet::{Error, KvType, LoadOptions, Model, OnExceed, Repack, Session, SessionOptions};
@@ -10,6 +11,13 @@ use serde_json::Value;
 
 const TINY: &str = "tests/data/lfm2-tiny-random.gguf";
 const SMALL: &str = "models/lfm2-smol-Q4_0.gguf";
+
+/// Who measures this process is alone in it.
+static MEMORY: RwLock<()> = RwLock::new(());
+
+fn beside_others() -> RwLockReadGuard<'static, ()> {
+    MEMORY.read().unwrap_or_else(PoisonError::into_inner)
+}
 
 fn root(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
@@ -46,6 +54,7 @@ fn within(model: &Model, memory: u64, on_exceed: OnExceed) -> kinglet::Result<Pl
 
 #[test]
 fn less_and_less_is_asked_for() {
+    let _beside = beside_others();
     let model = Model::outline(&root(SMALL), &load(None, OnExceed::Refuse)).unwrap();
     let unlimited = load(None, OnExceed::Refuse);
     let whole = Plan::within(&model, &options(8192), 512, &unlimited).unwrap();
@@ -100,6 +109,7 @@ fn less_and_less_is_asked_for() {
 
 #[test]
 fn the_library_refuses_unless_told() {
+    let _beside = beside_others();
     let options = LoadOptions {
         memory: Some(1 << 20),
         ..LoadOptions::default()
@@ -111,6 +121,7 @@ fn the_library_refuses_unless_told() {
 
 #[test]
 fn snapshots_and_forks_take_their_part() {
+    let _beside = beside_others();
     let open = |memory| {
         let model = Model::load(&root(TINY), &load(Some(memory), OnExceed::Refuse)).unwrap();
         Session::new(&model, &options(1024))
@@ -167,9 +178,10 @@ fn logits(session: &mut Session) -> Vec<u32> {
     out
 }
 
-/// In a process of its own would be the same; here the other tests' memory counts too, so the budget is found.
+/// What the process holds beside the model is not known, so the budget is found.
 #[test]
 fn streamed_weights_compute_the_same() {
+    let _alone = MEMORY.write().unwrap_or_else(PoisonError::into_inner);
     let options = SessionOptions {
         n_ctx: 512,
         kv: KvType::F16.into(),
@@ -242,7 +254,7 @@ fn peaks_stay_within_the_budget() {
         println!("skipped: this system does not count");
         return;
     }
-    for mib in [70, 50, 30] {
+    for mib in [70, 50, 32] {
         let reply = run(&format!("{mib}M"), &[]).unwrap();
         let peak = peak(&reply).unwrap();
         assert!(peak <= mib << 20, "{mib} MiB: {peak}");
