@@ -308,6 +308,8 @@ suspend fun sources(kinglet: Kinglet, model: Model, file: File, folder: File) {
     val none = expectStatus(Status.ARGUMENT) { model.setMemory(1L shl 30) }
     expect("without a budget" in none.message!!) { none }
     kinglet.load(file, ModelOptions(memory = 4L shl 30)).use { other ->
+        // Within a budget matrices are not copied, and sums run in another order.
+        val expected = other.open().use { it.send(QUESTION, few).all().first }
         val session = other.open()
         val text = StringBuilder()
         session.send(QUESTION, few).collect { // whatever runs
@@ -315,7 +317,7 @@ suspend fun sources(kinglet: Kinglet, model: Model, file: File, folder: File) {
             other.setMemory((4L shl 30) + text.length)
         }
         expectStatus(Status.BUDGET) { other.setMemory(1) }
-        expectSame(model.open().use { it.send(QUESTION, few).all().first }, text.toString())
+        expectSame(expected, text.toString())
         session.close()
     }
 }
