@@ -4,25 +4,6 @@
 // in steps of one unit of 32 along n_in: both sides of a step go through its memory as Tile4, sums are f32 and run in
 // the order of n_in whatever the tile, so that a token's result does not depend on the others. Grid: (rows, tokens).
 
-struct Params {
-    n_units: u32,
-    x_at: u32, // vec4
-    out_at: u32, // first row of a part of a matrix
-    residual_at: u32,
-    n_out: u32, // rows of the part
-    stride: u32, // outputs of a token
-    n_tokens: u32,
-    x_row: u32, // vec4 of a row of x: whole units but for floats
-}
-
-@group(0) @binding(0) var<uniform> p: Params;
-@group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;
-@group(0) @binding(2) var<storage, read> residual: array<f32>;
-@group(0) @binding(3) var<storage, read> main_0: array<vec4<u32>>;
-@group(0) @binding(4) var<storage, read> aux_0: array<u32>;
-@group(0) @binding(5) var<storage, read> bias: array<f32>;
-@group(0) @binding(6) var<storage, read_write> out: array<f32>;
-
 const BM: u32 = 16u * TM;
 const BN: u32 = 16u * TN;
 // Vectors of a row of a tile: one more than it has, so that lanes do not meet in a bank.
@@ -82,16 +63,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) t
         let token = token0 + t * 16u + my_token;
         for (var r = 0u; r < TM; r++) {
             let row = row0 + r * 16u + my_row;
-            if token < p.n_tokens && row < p.n_out {
-                var y = acc[t * TM + r];
-                if BIAS {
-                    y += bias[p.out_at + row];
-                }
-                if RESIDUAL {
-                    y += residual[p.residual_at + token * p.stride + p.out_at + row];
-                }
-                out[token * p.stride + p.out_at + row] = y;
-            }
+            put(row, token, acc[t * TM + r]);
         }
     }
 }

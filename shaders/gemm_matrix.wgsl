@@ -1,29 +1,10 @@
-// gemm.wgsl for adapters with matrix units: Y = X W^T + bias + residual, same parameters, same bindings, same grid.
+// gemm.wgsl for adapters with matrix units: Y = X W^T + bias + residual, with the same parameters, bindings and grid.
 //
 // A subgroup makes FM x FN squares of 16 x 16 of Y in matrices that it holds together, a workgroup of SM x SN subgroups a
 // tile of BM rows of W by BN tokens. Steps of a unit of 32 along n_in alternate between two tiles of half floats in the
 // workgroup's memory; what the next step needs is on its way meanwhile. Sums are f32, in the order of n_in whatever the
 // tile. A subgroup has 32 lanes. Squares have names, not places in an array: compilers keep arrays of them in memory, at a
 // third of the speed. Grid: (rows, tokens).
-
-struct Params {
-    n_units: u32,
-    x_at: u32, // vec4
-    out_at: u32, // first row of a part of a matrix
-    residual_at: u32,
-    n_out: u32, // rows of the part
-    stride: u32, // outputs of a token
-    n_tokens: u32,
-    x_row: u32, // vec4 of a row of x
-}
-
-@group(0) @binding(0) var<uniform> p: Params;
-@group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;
-@group(0) @binding(2) var<storage, read> residual: array<f32>;
-@group(0) @binding(3) var<storage, read> main_0: array<vec4<u32>>;
-@group(0) @binding(4) var<storage, read> aux_0: array<u32>;
-@group(0) @binding(5) var<storage, read> bias: array<f32>;
-@group(0) @binding(6) var<storage, read_write> out: array<f32>;
 
 const BM: u32 = 16u * FM * SM;
 const BN: u32 = 16u * FN * SN;
@@ -99,25 +80,14 @@ fn main(
     workgroupBarrier();
     coopStore(sum_#i_#j, &squares[subgroup * 256u], 16u);
     workgroupBarrier();
-    put(subgroup * 256u, lane, row0 + my_row0 + 16u * #iu, token0 + my_token0 + 16u * #ju);
+    put_square(subgroup * 256u, lane, row0 + my_row0 + 16u * #iu, token0 + my_token0 + 16u * #ju);
     // end
     // end
 }
 
 // A square, column by column, to Y.
-fn put(square: u32, lane: u32, row0: u32, token0: u32) {
+fn put_square(square: u32, lane: u32, row0: u32, token0: u32) {
     for (var e = lane; e < 256u; e += 32u) {
-        let row = row0 + e % 16u;
-        let token = token0 + e / 16u;
-        if token < p.n_tokens && row < p.n_out {
-            var y = squares[square + e];
-            if BIAS {
-                y += bias[p.out_at + row];
-            }
-            if RESIDUAL {
-                y += residual[p.residual_at + token * p.stride + p.out_at + row];
-            }
-            out[token * p.stride + p.out_at + row] = y;
-        }
+        put(row0 + e % 16u, token0 + e / 16u, squares[square + e]);
     }
 }

@@ -7,8 +7,9 @@ mod blocks;
 #[path = "kernels/common.rs"]
 #[expect(dead_code, reason = "shared with the kernel tests")]
 mod common;
+#[path = "common/on_gpu.rs"]
+mod on_gpu;
 
-use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -29,53 +30,7 @@ use serde_json::Value;
 
 use self::blocks::{Fill, random_blocks};
 use self::common::{Random, assert_near};
-
-/// Whether there is an adapter; says so if not.
-fn adapter() -> bool {
-    let found = !gpu::adapters().is_empty();
-    if !found {
-        assert!(
-            std::env::var_os("KINGLET_REQUIRE_GPU").is_none(),
-            "no adapter"
-        );
-        println!("skipped: no adapter");
-    }
-    found
-}
-
-fn load(path: &str, backend: BackendKind) -> Model {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
-    let options = LoadOptions {
-        threads: 2,
-        backend,
-        ..LoadOptions::default()
-    };
-    Model::load(&path, &options).expect("the model loads")
-}
-
-fn session(model: &Model, kv: KvType, batch: usize) -> Session {
-    let options = SessionOptions {
-        n_ctx: 512,
-        kv: kv.into(),
-        batch,
-        ..SessionOptions::default()
-    };
-    Session::new(model, &options).expect("a session")
-}
-
-fn prefill(session: &mut Session, tokens: &[u32]) {
-    session
-        .prefill(tokens, &mut |_, _| ControlFlow::Continue(()))
-        .expect("prefill");
-}
-
-/// Largest difference, relative to the largest logit.
-fn distance(found: &[f32], expected: &[f32]) -> f32 {
-    assert_eq!(found.len(), expected.len());
-    let scale = expected.iter().fold(0.0f32, |max, x| max.max(x.abs()));
-    let pairs = found.iter().zip(expected);
-    pairs.fold(0.0f32, |max, (a, b)| max.max((a - b).abs())) / scale
-}
+use self::on_gpu::{adapter, argmax, distance, load, new_session, prefill};
 
 fn golden(name: &str) -> Value {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -87,12 +42,6 @@ fn golden(name: &str) -> Value {
 fn ids(value: &Value) -> Vec<u32> {
     let ids = value.as_array().expect("ids").iter();
     ids.map(|id| id.as_u64().expect("id") as u32).collect()
-}
-
-fn argmax(logits: &[f32]) -> u32 {
-    (0..logits.len())
-        .max_by(|a, b| logits[*a].total_cmp(&logits[*b]).then(b.cmp(a)))
-        .expect("logits") as u32
 }
 
 #[test]
@@ -115,11 +64,11 @@ fn tiny_models_match_the_references() {
                 assert!(d < 1e-4, "{name}, {} tokens, {how}: {d:e}", tokens.len());
             };
             for batch in [512, 3] {
-                let mut whole = session(&model, KvType::F32, batch);
+                let mut whole = new_session(&model, KvType::F32, batch);
                 prefill(&mut whole, &tokens);
                 check(&whole, &format!("chunks of {batch}"));
             }
-            let mut stepped = session(&model, KvType::F32, 512);
+            let mut stepped = new_session(&model, KvType::F32, 512);
             let step = |token: &u32| {
                 stepped.decode(*token).expect("decode");
                 argmax(stepped.logits())
@@ -139,7 +88,7 @@ fn sessions_go_back_part_and_come_back_from_files() {
     let model = load("tests/data/lfm2-tiny-random.gguf", BackendKind::Gpu);
     let tokens: Vec<u32> = (0..300).map(|i| (i * 37 + 11) % 320).collect();
     let tail = [7, 70, 200];
-    let mut long = session(&model, KvType::F16, 64);
+    let mut long = new_session(&model, KvType::F16, 64);
     prefill(&mut long, &tokens);
     for token in [5, 6, 9] {
         long.decode(token).expect("decode");
@@ -148,7 +97,7 @@ fn sessions_go_back_part_and_come_back_from_files() {
         long.truncate(cut).expect("truncate");
         let mut fork = long.fork().expect("a fork");
         prefill(&mut fork, &tail);
-        let mut fresh = session(&model, KvType::F16, 64);
+        let mut fresh = new_session(&model, KvType::F16, 64);
         prefill(&mut fresh, &tokens[..cut.min(300)]);
         for token in [5, 6, 9].iter().take(cut.saturating_sub(300)) {
             fresh.decode(*token).expect("decode");
@@ -189,7 +138,7 @@ fn the_chat_model_agrees_with_the_reference_wherever_the_reference_is_clear() {
     let model = load("models/lfm2-smol-Q4_0.gguf", BackendKind::Gpu);
     let golden = golden("lfm2-smol.json");
     let prompt = &golden["prompts"][0];
-    let mut session = session(&model, KvType::F16, 512);
+    let mut session = new_session(&model, KvType::F16, 512);
     prefill(&mut session, &ids(&prompt["tokens"]));
     let mut worst = 0.0f32;
     for pair in prompt["top20"].as_array().expect("top20") {
@@ -290,7 +239,7 @@ fn layers_and_experts_stay_on_the_cpu() {
                 logits,
             )
         };
-        let expected = run(&mut session(&cpu, KvType::F32, 16));
+        let expected = run(&mut new_session(&cpu, KvType::F32, 16));
         for cpu_moe in [false, true] {
             for n in 0..=n_layers + 1 {
                 if cpu_moe && ![1, n_layers].contains(&n) {
@@ -304,7 +253,7 @@ fn layers_and_experts_stay_on_the_cpu() {
                     ..LoadOptions::default()
                 };
                 let model = Model::load(&path, &options).expect("the model loads");
-                let mut session = session(&model, KvType::F32, 16);
+                let mut session = new_session(&model, KvType::F32, 16);
                 let found = run(&mut session);
                 let what =
                     format!("{name}, {n} of {n_layers} layers, experts on the CPU: {cpu_moe}");
@@ -343,7 +292,7 @@ fn caches_of_eight_bits_are_those_of_files() {
     let file = "models/lfm2-smol-Q4_0.gguf";
     let (gpu, cpu) = (load(file, BackendKind::Gpu), load(file, BackendKind::Cpu));
     let tokens: Vec<u32> = (100..370).collect();
-    let mut session = session(&gpu, KvType::Q8_0, 128);
+    let mut session = new_session(&gpu, KvType::Q8_0, 128);
     prefill(&mut session, &tokens);
     let file = std::env::temp_dir().join(format!("kinglet-q8-{}.state", std::process::id()));
     session.save(&file, &Extra::default()).expect("room");
@@ -391,7 +340,7 @@ fn greedy_tokens_part_at_near_ties_alone() {
             let tokenizer = model.tokenizer().expect("a vocabulary");
             let prompt = "The capital of France is Paris. The capital of Italy is";
             let prompt = tokenizer.encode_with_bos(prompt, Special::Text);
-            let mut session = session(&model, KvType::F16, 512);
+            let mut session = new_session(&model, KvType::F16, 512);
             (greedy(&mut session, &prompt, n), session.logits().to_vec())
         };
         let ((expected, _), (found, _)) = (run(BackendKind::Cpu), run(BackendKind::Gpu));
@@ -494,7 +443,7 @@ fn the_largest_logits_choose_the_tokens_that_all_of_them_would() {
             settings.set(name, value, Source::Flag).expect("a setting");
         }
         let reply = |reach: bool| {
-            let mut session = session(&model, KvType::F16, 512);
+            let mut session = new_session(&model, KvType::F16, 512);
             let mut sampler = Sampler::new(&settings);
             sampler.forbid(&[3, 40]);
             prefill(&mut session, &prompt);

@@ -2,7 +2,9 @@
 //! is kept; steady decode makes nothing on it. In a process of its own, since all sessions of one share the device. Needs an
 //! adapter, as `gpu.rs`.
 
-use std::ops::ControlFlow;
+#[path = "common/on_gpu.rs"]
+mod on_gpu;
+
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
@@ -10,61 +12,10 @@ use kinglet::backend::gpu;
 use kinglet::session::{Extra, GpuPlan, Plan, StateFile};
 use kinglet::{BackendKind, DeviceFault, KvType, LoadOptions, Model, Session, SessionOptions};
 
+use self::on_gpu::{adapter, argmax, distance, load, new_session, prefill};
+
 /// One test at a time: they share a device.
 static DEVICE: Mutex<()> = Mutex::new(());
-
-/// Whether there is an adapter; says so if not.
-fn adapter() -> bool {
-    let found = !gpu::adapters().is_empty();
-    if !found {
-        assert!(
-            std::env::var_os("KINGLET_REQUIRE_GPU").is_none(),
-            "no adapter"
-        );
-        println!("skipped: no adapter");
-    }
-    found
-}
-
-fn load(path: &str, backend: BackendKind) -> Model {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
-    let options = LoadOptions {
-        threads: 2,
-        backend,
-        ..LoadOptions::default()
-    };
-    Model::load(&path, &options).expect("the model loads")
-}
-
-fn new_session(model: &Model, kv: KvType, batch: usize) -> Session {
-    let options = SessionOptions {
-        n_ctx: 512,
-        kv: kv.into(),
-        batch,
-        ..SessionOptions::default()
-    };
-    Session::new(model, &options).expect("a session")
-}
-
-fn prefill(session: &mut Session, tokens: &[u32]) {
-    session
-        .prefill(tokens, &mut |_, _| ControlFlow::Continue(()))
-        .expect("prefill");
-}
-
-/// Largest difference, relative to the largest logit.
-fn distance(found: &[f32], expected: &[f32]) -> f32 {
-    assert_eq!(found.len(), expected.len());
-    let scale = expected.iter().fold(0.0f32, |max, x| max.max(x.abs()));
-    let pairs = found.iter().zip(expected);
-    pairs.fold(0.0f32, |max, (a, b)| max.max((a - b).abs())) / scale
-}
-
-fn argmax(logits: &[f32]) -> u32 {
-    (0..logits.len())
-        .max_by(|a, b| logits[*a].total_cmp(&logits[*b]).then(b.cmp(a)))
-        .expect("logits") as u32
-}
 
 /// A prompt in several steps and a reply, past where the cache grows, with a mark between; the tokens, and the logits after
 /// the last.

@@ -12,6 +12,8 @@ mod elementwise;
 mod lanes;
 #[path = "kernels/matmul.rs"]
 mod matmul;
+#[path = "common/models.rs"]
+mod models;
 #[path = "kernels/recorded.rs"]
 mod recorded;
 #[path = "kernels/roofline.rs"]

@@ -1,9 +1,11 @@
 //! Policies: what they choose against a slow definition of it, on the queries and keys of a real model, and that sessions
 //! with one stay exact.
 
+#[path = "common/models.rs"]
+mod models;
+
 use std::collections::BTreeSet;
 use std::ops::{ControlFlow, Range};
-use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -18,24 +20,7 @@ use kinglet::session::{Extra, Plan as MemoryPlan, calibration};
 use kinglet::sparsity::{Heads, Policy, Sparsity};
 use kinglet::{Error, LoadOptions, Model, Session, SessionOptions};
 
-fn at(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
-}
-
-/// SmolLM2 where it was fetched, else the model of this repository.
-fn real_model() -> PathBuf {
-    let path = at(".cache/models/SmolLM2-135M-Instruct.Q4_1.gguf");
-    if path.exists() {
-        return path;
-    }
-    assert!(
-        std::env::var_os("KINGLET_REQUIRE_MODELS").is_none(),
-        "no {}: run models/get-smollm2.sh",
-        path.display()
-    );
-    println!("no SmolLM2: the small model instead");
-    at("models/lfm2-smol-Q4_0.gguf")
-}
+use self::models::{at, real_model};
 
 fn dhsa(chunking: Chunking, heads: Heads) -> Policy {
     Policy::Dhsa { chunking, heads }

@@ -46,7 +46,9 @@ pub(super) trait Engine: Send {
     fn reserve(&mut self, positions: Range<usize>) -> Result<()>;
 
     /// Runs `pass`, for whose positions there is room. `logits` becomes `(n_wanted, n_vocab)`.
-    fn forward(&mut self, pass: &Pass, logits: &mut Vec<f32>) -> Result<()>;
+    fn forward(&mut self, pass: &Pass, logits: &mut Vec<f32>) -> Result<()> {
+        self.forward_top(pass, 0, &mut Vec::new(), logits)
+    }
 
     /// The same of a pass with one output, of which the `k` largest are all that is wanted: they come to `top` where the
     /// backend can tell them apart, and `logits` become empty.
@@ -301,10 +303,6 @@ where
 impl<B: Backend + Send + 'static> Engine for Runner<B> {
     fn reserve(&mut self, positions: Range<usize>) -> Result<()> {
         self.state.reserve(&self.backend, positions)
-    }
-
-    fn forward(&mut self, pass: &Pass, logits: &mut Vec<f32>) -> Result<()> {
-        self.forward_top(pass, 0, &mut Vec::new(), logits)
     }
 
     fn forward_top(

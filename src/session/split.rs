@@ -45,10 +45,6 @@ impl Engine for Split {
         self.last.reserve(positions)
     }
 
-    fn forward(&mut self, pass: &Pass, logits: &mut Vec<f32>) -> Result<()> {
-        self.forward_top(pass, 0, &mut Vec::new(), logits)
-    }
-
     fn forward_top(
         &mut self,
         pass: &Pass,

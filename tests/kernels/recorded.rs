@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use kinglet::backend::cpu::Cpu;
@@ -13,6 +12,8 @@ use kinglet::gguf::Gguf;
 use kinglet::model::{self, Pass};
 use kinglet::sparsity::{Heads, Policy, Sparsity};
 use kinglet::tokenizer::{Special, Tokenizer};
+
+use crate::models::{at, real_model};
 
 /// One head of keys of a layer.
 #[derive(Clone, Default)]
@@ -102,25 +103,6 @@ impl Select for Recorder {
         }
         plan.push(ask.seen.clone());
     }
-}
-
-fn at(path: &str) -> std::path::PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
-}
-
-/// SmolLM2 where it was fetched, else the model of this repository.
-fn real_model() -> std::path::PathBuf {
-    let path = at(".cache/models/SmolLM2-135M-Instruct.Q4_1.gguf");
-    if path.exists() {
-        return path;
-    }
-    assert!(
-        std::env::var_os("KINGLET_REQUIRE_MODELS").is_none(),
-        "no {}: run models/get-smollm2.sh",
-        path.display()
-    );
-    println!("no SmolLM2: the small model instead");
-    at("models/lfm2-smol-Q4_0.gguf")
 }
 
 /// A head of keys of every fourth layer that has some, over `n` tokens of a text.

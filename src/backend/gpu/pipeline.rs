@@ -614,6 +614,7 @@ impl Shader {
                     false => file!("tile_f32.wgsl"),
                 });
                 text.format(dtype);
+                text.file(file!("gemm_params.wgsl"));
                 text.file(file!("gemm.wgsl"));
             }
             Shader::GemmMatrix {
@@ -633,6 +634,7 @@ impl Shader {
                 text.flag("RESIDUAL", residual);
                 text.file(file!("tile_f16.wgsl"));
                 text.format(dtype);
+                text.file(file!("gemm_params.wgsl"));
                 // Vectors of activations that a lane fetches.
                 let xs = 8 * tile.tokens() as u32 / (32 * sm * sn);
                 let counts = [("FM", rows), ("FN", columns), ("XS", xs), ("2", 2)];
