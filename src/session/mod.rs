@@ -416,6 +416,11 @@ impl Model {
         &self.0.info
     }
 
+    /// Bytes of matrices that were copied for decoding, beside those in the file.
+    pub fn copied_bytes(&self) -> u64 {
+        self.0.copied
+    }
+
     /// Sampling as the table of models and the file recommend it.
     pub fn recommended(&self) -> Settings {
         let info = self.info();

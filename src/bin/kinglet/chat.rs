@@ -433,10 +433,14 @@ impl Repl {
         let session = self.chat.session();
         let memory = session.memory();
         let totals = &self.totals;
+        let copied = match self.chat.model().copied_bytes() {
+            0 => String::new(),
+            bytes => format!(", {} of copies", ui::bytes(bytes)),
+        };
         ui::note(&format!(
             "  messages      {}\n  context       {} of {} tokens\n  replies       {}, {} tokens decoded\n  \
              prompts       {} tokens, {} of them kept from before, {} replayed to go back\n  memory        {} keys and values, {} convolutions, \
-             {} scratch, {} weights (mapped)",
+             {} scratch, {} weights (mapped{copied})",
             self.chat.messages().len(),
             session.tokens().len(),
             session.n_ctx(),
