@@ -1,5 +1,10 @@
 //! Replies: what a session keeps of a prompt, what ends a reply, what cancelling leaves behind.
 
+#[path = "common/models.rs"]
+mod models;
+#[path = "common/replies.rs"]
+mod replies;
+
 use std::ops::ControlFlow::{self, Break, Continue};
 use std::path::Path;
 
@@ -247,4 +252,15 @@ fn end_tokens_end_unless_they_are_ignored() {
 fn a_model_without_a_template_is_no_chat() {
     let error = Chat::new(session(&tiny(), 16)).err().unwrap();
     assert!(matches!(error, Error::Template(_)), "{error}");
+}
+
+#[test]
+fn the_largest_logits_choose_the_tokens_that_all_of_them_would() {
+    let model = Model::load(
+        &models::at("models/lfm2-smol-Q4_0.gguf"),
+        &LoadOptions::default(),
+    )
+    .unwrap();
+    let prompt: Vec<u32> = (0..20).map(|i| (i * 3701 + 11) % 49_152).collect();
+    replies::are_the_same(|| session(&model, 64), &prompt, 49_152);
 }

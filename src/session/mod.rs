@@ -767,8 +767,8 @@ impl Session {
         self.decode_top(token, 0)
     }
 
-    /// Appends one token, after which the `k` largest logits are all that is wanted; 0: all of them. Where they are
-    /// computed far away [`Session::top`] has those, and the others stay there.
+    /// Appends one token, after which the `k` largest logits are all that is wanted; 0: all of them. Unless `k` is too
+    /// large for that to be faster, [`Session::top`] has those, and the others stay where they were computed.
     ///
     /// # Errors
     /// As [`Session::prefill`].

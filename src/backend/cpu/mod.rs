@@ -28,6 +28,7 @@ mod scalar;
 pub(super) mod scratch;
 pub mod stored;
 pub mod table;
+mod top;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
@@ -47,6 +48,7 @@ use self::residency::{Place, Residency};
 use self::scratch::{Buffer, Scratch};
 use self::stored::{Named, StoredExperts};
 use self::table::{ActFormat, Gated, GatedRows, MatMul, Operations, Picked, Ready, ShortConvRows};
+use self::top::Top;
 use super::select::KvOptions;
 use super::{
     Activation, Attention, Backend, GatedFfn, Linear, LinearOf, Lost, Moe, Rope, RopePairs, Runs,
@@ -72,6 +74,7 @@ pub struct Cpu {
     copies: Option<Arc<Copies>>,
     plans: Plans,
     scratch: Scratch,
+    top: Top,
     cancel: Cancel,
     work: Work,
     /// Whose kernels are used.
@@ -215,6 +218,7 @@ impl Cpu {
             operations: Operations::best(),
             copies: None,
             scratch: Scratch::default(),
+            top: Top::default(),
             plans: Plans::default(),
             cancel: Cancel::default(),
             work: Work::default(),
@@ -845,6 +849,10 @@ impl Backend for Cpu {
             })?;
         out.extend_from_slice(&x.data);
         Ok(())
+    }
+
+    fn read_top(&mut self, x: &Tensor, k: usize, out: &mut Vec<(u32, f32)>) -> Result<bool> {
+        Ok(x.n_tokens == 1 && self.top.find(&x.data, k, out))
     }
 
     fn flush(&mut self) -> Result<()> {
