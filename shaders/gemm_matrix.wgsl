@@ -4,7 +4,7 @@
 // tile of BM rows of W by BN tokens. Steps of a unit of 32 along n_in alternate between two tiles of half floats in the
 // workgroup's memory; what the next step needs is on its way meanwhile. Sums are f32, in the order of n_in whatever the
 // tile. A subgroup has 32 lanes. Squares have names, not places in an array: compilers keep arrays of them in memory, at a
-// third of the speed. Grid: (rows, tokens).
+// third of the speed. Grid: (rows, tiles of tokens).
 
 const BM: u32 = 16u * FM * SM;
 const BN: u32 = 16u * FN * SN;
@@ -26,13 +26,19 @@ fn main(
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
     let row0 = wg.x * BM;
-    let token0 = wg.y * BN;
+    let tokens = tokens_of(wg.y);
+    if EXPERTS != 0u {
+        // Barriers want to see that all lanes leave.
+        if groups[3u * wg.y + 2u] == 0u {
+            return;
+        }
+    }
     let my_row0 = subgroup % SM * FM * 16u;
     let my_token0 = subgroup / SM * FN * 16u;
     // The first BM lanes unpack a row of weights each.
-    let units = min(row0 + tid, p.n_out - 1u) * p.n_units;
+    let units = (tokens.rows_at + min(row0 + tid, p.n_out - 1u)) * p.n_units;
     // unroll i XS
-    let x_at_#i = p.x_at + min(token0 + (tid + #iu * WG) / 8u, p.n_tokens - 1u) * p.x_row;
+    let x_at_#i = x_of(min(tokens.first + (tid + #iu * WG) / 8u, tokens.end - 1u));
     var x_#i = x[x_at_#i + min(tid % 8u, p.x_row - 1u)];
     // end
     // unroll i FM
@@ -80,14 +86,14 @@ fn main(
     workgroupBarrier();
     coopStore(sum_#i_#j, &squares[subgroup * 256u], 16u);
     workgroupBarrier();
-    put_square(subgroup * 256u, lane, row0 + my_row0 + 16u * #iu, token0 + my_token0 + 16u * #ju);
+    put_square(subgroup * 256u, lane, row0 + my_row0 + 16u * #iu, tokens.first + my_token0 + 16u * #ju, tokens.end);
     // end
     // end
 }
 
 // A square, column by column, to Y.
-fn put_square(square: u32, lane: u32, row0: u32, token0: u32) {
+fn put_square(square: u32, lane: u32, row0: u32, token0: u32, end: u32) {
     for (var e = lane; e < 256u; e += 32u) {
-        put(row0 + e % 16u, token0 + e / 16u, squares[square + e]);
+        put(row0 + e % 16u, token0 + e / 16u, end, squares[square + e]);
     }
 }

@@ -7,6 +7,8 @@ mod blocks;
 #[path = "kernels/common.rs"]
 #[expect(dead_code, reason = "shared with the kernel tests")]
 mod common;
+#[path = "gpu/experts.rs"]
+mod experts;
 #[path = "common/on_gpu.rs"]
 mod on_gpu;
 #[path = "common/replies.rs"]
@@ -87,7 +89,13 @@ fn sessions_go_back_part_and_come_back_from_files() {
     if !adapter() {
         return;
     }
-    let model = load("tests/data/lfm2-tiny-random.gguf", BackendKind::Gpu);
+    for name in ["lfm2", "lfm2moe"] {
+        go_back_part_and_come_back(&format!("tests/data/{name}-tiny-random.gguf"));
+    }
+}
+
+fn go_back_part_and_come_back(name: &str) {
+    let model = load(name, BackendKind::Gpu);
     let tokens: Vec<u32> = (0..300).map(|i| (i * 37 + 11) % 320).collect();
     let tail = [7, 70, 200];
     let mut long = new_session(&model, KvType::F16, 64);
@@ -105,13 +113,13 @@ fn sessions_go_back_part_and_come_back_from_files() {
             fresh.decode(*token).expect("decode");
         }
         prefill(&mut fresh, &tail);
-        assert_eq!(fork.logits(), fresh.logits(), "cut at {cut}");
+        assert_eq!(fork.logits(), fresh.logits(), "{name}, cut at {cut}");
     }
 
     prefill(&mut long, &tokens[..290]);
     let file = std::env::temp_dir().join(format!("kinglet-gpu-{}.state", std::process::id()));
     long.save(&file, &Extra::default()).expect("room");
-    let cpu = load("tests/data/lfm2-tiny-random.gguf", BackendKind::Cpu);
+    let cpu = load(name, BackendKind::Cpu);
     long.decode(3).expect("decode");
     for model in [&model, &cpu] {
         let found = StateFile::open(&file).and_then(|file| file.load(model, &long.options()));
@@ -123,7 +131,7 @@ fn sessions_go_back_part_and_come_back_from_files() {
         } else {
             1e-3
         };
-        assert!(d <= bound, "{}: {d:e}", model.backend().name());
+        assert!(d <= bound, "{name}, {}: {d:e}", model.backend().name());
     }
     std::fs::remove_file(file).expect("a file");
 }

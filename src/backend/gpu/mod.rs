@@ -7,6 +7,7 @@
 
 mod attention;
 pub mod device;
+mod experts;
 mod host;
 mod ops;
 mod packed;

@@ -8,6 +8,7 @@ use wgpu::BufferUsages;
 
 use super::attention::{KvCache, MAX_HEAD};
 use super::device::Span;
+use super::experts::{Groups, Routes};
 use super::host::is_of_experts;
 use super::packed::Packed;
 use super::pipeline::{Experts, GEMV_LANES, MatrixTile, Shader, UnitsOf, is_float};
@@ -19,8 +20,7 @@ use super::{
 };
 use crate::backend::select::KvOptions;
 use crate::backend::{
-    Activation, Attention, Backend, GatedFfn, Gating, Linear, Lost, Moe, Rope, RopePairs, Runs,
-    Step,
+    Activation, Attention, Backend, GatedFfn, Linear, Lost, Moe, Rope, RopePairs, Runs, Step,
 };
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
@@ -171,6 +171,15 @@ impl Gpu {
         self.dispatch(shader, params, &filled[..buffers.len()], grid);
     }
 
+    /// `activation(gate) * up`, of `n` each.
+    pub(super) fn unit(&self, gate: &Rows, up: &Rows, n: usize, activation: Activation) -> Rows {
+        let out = self.take(n);
+        let params = [n as u32, gate.at as u32, up.at as u32];
+        let buffers = [Some(gate.span()), Some(up.span()), Some(out.span())];
+        self.dispatch(Shader::Glu(activation), &params, &buffers, flat(n));
+        out
+    }
+
     /// `x W^T + bias + residual`.
     fn product(&self, product: &Product, n_tokens: usize, residual: Option<&Rows>) -> Rows {
         if self.step == Step::Decode {
@@ -184,84 +193,97 @@ impl Gpu {
             Input::Packed(_) => unreachable!("a prompt is not packed"),
         };
         let weights = &*product.weights;
-        self.count(weights, n_tokens, (1, 1));
+        self.count(weights, n_tokens);
         let out = self.take(n_tokens * weights.n_out);
-        let (bias, residual_there) = (product.bias.is_some(), residual.is_some());
-        let (shader, rows, tokens) = self.gemm(weights, n_tokens, bias, residual_there);
+        self.run_gemm(&Gemm {
+            x: &x,
+            weights,
+            bias: product.bias.as_ref(),
+            residual,
+            out: &out,
+            tile: self.gemm_tile(&[weights], weights.n_out, n_tokens, 1),
+            n_tokens,
+            groups: None,
+        });
+        out
+    }
+
+    pub(super) fn run_gemm(&self, call: &Gemm) {
+        let Gemm { x, weights, .. } = *call;
+        let (groups, experts) = call.groups.unzip();
+        let experts = experts.unwrap_or(Experts::None);
+        let (bias, residual) = (call.bias.is_some(), call.residual.is_some());
+        let shader = call.tile.shader(weights.dtype, bias, residual, experts);
+        let n_experts = groups.map_or(1, |groups| groups.n_experts);
+        let n_tiles = match groups {
+            Some(groups) => groups.n_tiles,
+            None => call.n_tokens.div_ceil(call.tile.tokens()),
+        };
         for part in &weights.parts {
+            let n_rows = part.n_rows / n_experts;
             let params = [
                 weights.n_in.div_ceil(UNIT) as u32,
                 vec4(x.at),
                 part.first as u32,
-                residual.map_or(0, |r| r.at as u32),
-                part.n_rows as u32,
-                weights.n_out as u32,
-                n_tokens as u32,
+                call.residual.map_or(0, |r| r.at as u32),
+                n_rows as u32,
+                (weights.n_out / n_experts) as u32,
+                call.n_tokens as u32,
                 vec4(weights.n_in),
+                groups.map_or(1, |groups| groups.n_used as u32),
+                n_tiles as u32,
             ];
             let buffers = [
                 Some(x.span()),
-                residual.map(Rows::span),
+                call.residual.map(Rows::span),
                 Some(part.main()),
                 Some(part.aux()),
-                product.bias.as_ref().map(Vector::span),
-                Some(out.span()),
+                call.bias.map(Vector::span),
+                Some(call.out.span()),
+                groups.map(|groups| groups.rows.span()),
             ];
-            let grid = [part.n_rows.div_ceil(rows), n_tokens.div_ceil(tokens), 1];
+            let grid = [n_rows.div_ceil(call.tile.rows()), n_tiles, 1];
             self.dispatch_of(&[&weights.name], shader, &params, &buffers, grid);
         }
-        out
     }
 
-    /// The shader for products of many tokens, and rows and tokens of its tile. By matrix units all prompts, however short,
-    /// so that a token's sums do not depend on how many came with it.
-    fn gemm(
+    /// What a workgroup makes of products of so many tokens, of which each of `n_experts` has as many, and with `n_out` rows of
+    /// each. By matrix units all prompts, however short, so that a token's sums do not depend on how many came with it.
+    pub(super) fn gemm_tile(
         &self,
-        weights: &Weights,
+        weights: &[&Weights],
+        n_out: usize,
         n_tokens: usize,
-        bias: bool,
-        residual: bool,
-    ) -> (Shader, usize, usize) {
-        let dtype = weights.dtype;
-        let tile = matrix_tile(weights.n_out, n_tokens);
-        let shader = Shader::GemmMatrix {
-            dtype,
-            tile,
-            bias,
-            residual,
+        n_experts: usize,
+    ) -> Tile {
+        let tile = Tile::Matrix(matrix_tile(n_out, n_tokens, n_experts));
+        let runs = |weights: &&Weights| {
+            let shader = tile.shader(weights.dtype, false, false, Experts::None);
+            shader.runs_on(&self.device.target)
         };
-        if shader.runs_on(&self.device.target) {
-            return (shader, tile.rows(), tile.tokens());
+        if weights.iter().all(runs) {
+            return tile;
         }
-        let (tm, tn) = self.tile(weights, n_tokens);
-        let shader = Shader::Gemm {
-            dtype,
-            tm,
-            tn,
-            bias,
-            residual,
-        };
-        (shader, 16 * tm as usize, 16 * tn as usize)
-    }
-
-    /// Rows and tokens of a lane of a GEMM: the largest tile that tokens and rows fill, and that the memory of a workgroup
-    /// holds.
-    fn tile(&self, weights: &Weights, n_tokens: usize) -> (u32, u32) {
-        let bytes = match self.device.target.f16 && weights.dtype != DType::F32 {
+        let has_floats = weights.iter().any(|weights| weights.dtype == DType::F32);
+        let bytes = match self.device.target.f16 && !has_floats {
             true => 8,
             false => 16,
         };
-        let fits = |(tm, tn): &(u32, u32)| {
-            // 16 rows and 16 tokens each, of nine vectors.
-            16 * 9 * bytes * (tm + tn) <= self.device.info.workgroup_memory
-        };
-        let wanted: &[(u32, u32)] = match (n_tokens, weights.n_out) {
+        // The largest tile that tokens and rows fill, and that the memory of a workgroup holds.
+        let wanted: &[(u32, u32)] = match (n_tokens, n_out) {
             (0..=16, _) => &[(4, 1)],
             (17..=64, _) | (_, 0..=1024) => &[(4, 4), (4, 1)],
             _ => &[(8, 8), (4, 4), (4, 1)],
         };
+        let fits = |(tm, tn): &(u32, u32)| {
+            // 16 rows and 16 tokens each, of nine vectors.
+            let held = 16 * 9 * bytes * (tm + tn);
+            let is_full = n_experts == 1 || 16 * *tn as usize <= n_tokens;
+            held <= self.device.info.workgroup_memory && is_full
+        };
         let smallest = *wanted.last().expect("some tiles");
-        wanted.iter().copied().find(fits).unwrap_or(smallest)
+        let (tm, tn) = wanted.iter().copied().find(fits).unwrap_or(smallest);
+        Tile::Plain { tm, tn }
     }
 
     /// Products of tokens one by one, of up to three matrices at once where they are alike.
@@ -312,7 +334,7 @@ impl Gpu {
         (most.saturating_sub(4) / 4).clamp(1, 3)
     }
 
-    fn run_gemv(&self, call: &Gemv, others: [usize; 2]) {
+    pub(super) fn run_gemv(&self, call: &Gemv, others: [usize; 2]) {
         let (weights, bias) = call.layers[0];
         let n_units = weights.n_in.div_ceil(UNIT);
         let parts: Vec<_> = call
@@ -400,15 +422,19 @@ impl Gpu {
         }
         let grid = [n_groups, others[0], others[1]];
         for (weights, _) in call.layers.iter().filter(|_| call.part == 0) {
-            let (n_tokens, share) = match call.experts {
-                Experts::None => (others[0], (1, 1)),
-                Experts::Each => (others[1], (others[0], routes_experts(call))),
-                Experts::Sum => (
-                    others[0],
-                    (call.routes.map_or(1, |r| r.n_used), routes_experts(call)),
-                ),
+            let Some(&Routes {
+                n_experts, n_used, ..
+            }) = call.routes
+            else {
+                self.count(weights, others[0]);
+                continue;
             };
-            self.count(weights, n_tokens, share);
+            let n_tokens = match call.experts {
+                Experts::Each => others[1],
+                _ => others[0],
+            };
+            self.count_read(weights, (n_used, n_experts));
+            self.count_products(weights, n_used * n_tokens, n_experts);
         }
         let buffers = &buffers[..4 + 4 * parts.len()];
         let mut names = [""; 3];
@@ -419,12 +445,23 @@ impl Gpu {
         self.dispatch_of(names, shader, &params, buffers, grid);
     }
 
-    /// `n_experts` of those of the matrix, all without a route, are read for `n_tokens`.
-    pub(super) fn count(&self, weights: &Weights, n_tokens: usize, share: (usize, usize)) {
+    /// That a matrix is read, and multiplied by so many tokens.
+    pub(super) fn count(&self, weights: &Weights, n_tokens: usize) {
+        self.count_read(weights, (1, 1));
+        self.count_products(weights, n_tokens, 1);
+    }
+
+    /// That of so many experts of a matrix some are read.
+    pub(super) fn count_read(&self, weights: &Weights, (n, n_experts): (usize, usize)) {
         let mut work = self.work.get();
-        let of = |n: usize| (n / share.1 * share.0) as u64;
-        work.weight_bytes += of(weights.file_bytes);
-        work.matmul_ops += 2 * of(weights.n_in * weights.n_out) * n_tokens as u64;
+        work.weight_bytes += (weights.file_bytes / n_experts * n) as u64;
+        self.work.set(work);
+    }
+
+    /// That one of so many experts of a matrix, or all of it, is multiplied by each of so many tokens.
+    pub(super) fn count_products(&self, weights: &Weights, n_tokens: usize, n_experts: usize) {
+        let mut work = self.work.get();
+        work.matmul_ops += 2 * (weights.n_in * weights.n_out / n_experts * n_tokens) as u64;
         self.work.set(work);
     }
 
@@ -435,52 +472,80 @@ impl Gpu {
             supported: supported.to_owned(),
         })))
     }
+}
 
-    /// Rows of a product that a token each reads through a route.
-    fn experts(&self, moe: &Moe<Self>) -> Option<(&'static str, String)> {
-        let layers = moe.layers().map(|layer| &*layer.weight.0);
-        if moe.down_by_neuron {
-            return Some(("experts on the GPU", "down by neuron".to_owned()));
+/// A dispatch of `gemm.wgsl` or `gemm_matrix.wgsl` for each part of a matrix.
+pub(super) struct Gemm<'a> {
+    pub(super) x: &'a Rows,
+    pub(super) weights: &'a Weights,
+    pub(super) bias: Option<&'a Vector>,
+    pub(super) residual: Option<&'a Rows>,
+    pub(super) out: &'a Rows,
+    pub(super) tile: Tile,
+    /// Or pairs of tokens and slots.
+    pub(super) n_tokens: usize,
+    pub(super) groups: Option<(&'a Groups, Experts)>,
+}
+
+/// What a workgroup of a GEMM makes.
+#[derive(Clone, Copy)]
+pub(super) enum Tile {
+    Plain { tm: u32, tn: u32 },
+    Matrix(MatrixTile),
+}
+
+impl Tile {
+    fn rows(self) -> usize {
+        match self {
+            Tile::Plain { tm, .. } => 16 * tm as usize,
+            Tile::Matrix(tile) => tile.rows(),
         }
-        if let Some(layer) = layers.iter().find(|weights| weights.whole().is_none()) {
-            let found = format!("{} in {} bindings", layer.name, layer.parts.len());
-            return Some(("experts on this GPU", found));
+    }
+
+    pub(super) fn tokens(self) -> usize {
+        match self {
+            Tile::Plain { tn, .. } => 16 * tn as usize,
+            Tile::Matrix(tile) => tile.tokens(),
         }
-        if layers[0].dtype != layers[1].dtype {
-            let found = format!("gate in {}, up in {}", layers[0].dtype, layers[1].dtype);
-            return Some(("experts on the GPU", found));
+    }
+
+    fn shader(self, dtype: DType, bias: bool, residual: bool, experts: Experts) -> Shader {
+        match self {
+            Tile::Plain { tm, tn } => Shader::Gemm {
+                dtype,
+                tm,
+                tn,
+                bias,
+                residual,
+                experts,
+            },
+            Tile::Matrix(tile) => Shader::GemmMatrix {
+                dtype,
+                tile,
+                bias,
+                residual,
+                experts,
+            },
         }
-        None
     }
 }
 
 /// A dispatch of `gemv.wgsl`.
-struct Gemv<'a> {
-    x: &'a Input,
-    layers: &'a [(&'a Weights, Option<&'a Vector>)],
-    outs: &'a [Rows],
+pub(super) struct Gemv<'a> {
+    pub(super) x: &'a Input,
+    pub(super) layers: &'a [(&'a Weights, Option<&'a Vector>)],
+    pub(super) outs: &'a [Rows],
     /// Of the matrices.
-    part: usize,
-    residual: Option<&'a Rows>,
-    glu: Option<Activation>,
-    experts: Experts,
-    routes: Option<&'a Routes>,
-}
-
-fn routes_experts(call: &Gemv) -> usize {
-    call.routes.map_or(1, |routes| routes.n_experts)
-}
-
-/// What a router chose, `(n_tokens, 2 * n_used)`.
-struct Routes {
-    rows: Rows,
-    n_experts: usize,
-    n_used: usize,
+    pub(super) part: usize,
+    pub(super) residual: Option<&'a Rows>,
+    pub(super) glu: Option<Activation>,
+    pub(super) experts: Experts,
+    pub(super) routes: Option<&'a Routes>,
 }
 
 impl Rows {
     /// Those from another on.
-    fn from(self, at: usize) -> Self {
+    pub(super) fn from(self, at: usize) -> Self {
         Self {
             at,
             packed: self.packed.filter(|_| at == self.at),
@@ -862,12 +927,7 @@ impl Backend for Gpu {
 
     fn glu(&mut self, gate: Tensor, up: &Tensor, activation: Activation) -> Tensor {
         let (g, u) = (self.rows(&gate), self.rows(up));
-        let n = gate.n_tokens * gate.n_cols;
-        let out = self.take(n);
-        let params = [n as u32, g.at as u32, u.at as u32];
-        let buffers = [Some(g.span()), Some(u.span()), Some(out.span())];
-        let grid = flat(n);
-        self.dispatch(Shader::Glu(activation), &params, &buffers, grid);
+        let out = self.unit(&g, &u, gate.n_tokens * gate.n_cols, activation);
         Tensor::new(gate.n_tokens, gate.n_cols, Value::Rows(out))
     }
 
@@ -919,30 +979,7 @@ impl Backend for Gpu {
         if moe.router.weight.0.host().is_some() {
             return self.route_on_host(x, from, moe);
         }
-        let rows = self.rows(x);
-        let n_tokens = x.n_tokens - from;
-        let at = rows.at + from * x.n_cols;
-        let x = Tensor::new(n_tokens, x.n_cols, Value::Rows(rows.from(at)));
-        let [logits] = self.linear(&x, [&moe.router]);
-        let logits = self.rows(&logits);
-        let routing = &moe.routing;
-        let out = self.take(n_tokens * 2 * routing.n_used);
-        let params = [
-            routing.n_experts as u32,
-            routing.n_used as u32,
-            routing.sum_eps.to_bits(),
-        ];
-        let shader = Shader::Route {
-            bias: moe.selection_bias.is_some(),
-            sigmoid: routing.gating == Gating::Sigmoid,
-        };
-        let buffers = [
-            Some(logits.span()),
-            moe.selection_bias.as_ref().map(Vector::span),
-            Some(out.span()),
-        ];
-        self.dispatch(shader, &params, &buffers, [n_tokens, 1, 1]);
-        Tensor::new(n_tokens, 2 * routing.n_used, Value::Rows(out))
+        self.choose(x, from, moe)
     }
 
     fn moe(&mut self, x: &Tensor, routes: Tensor, moe: &Moe<Self>) -> Tensor {
@@ -950,44 +987,7 @@ impl Backend for Gpu {
         if moe.router.weight.0.host().is_some() {
             return self.moe_on_host(x, moe);
         }
-        if let Some((what, found)) = self.experts(moe) {
-            self.unsupported(what, found, "whole matrices, gate and up in one format");
-        }
-        let [gate, up, down] = moe.layers().map(|layer| &*layer.weight.0);
-        let k = moe.routing.n_used;
-        let routes = Routes {
-            rows: self.rows(&routes),
-            n_experts: moe.routing.n_experts,
-            n_used: k,
-        };
-        let input = match &*x.value.borrow() {
-            Value::Normed(norm) => Input::Normed(norm.clone()),
-            _ => Input::Rows(self.rows(x)),
-        };
-        let h = self.take(x.n_tokens * k * moe.n_ffn);
-        let call = Gemv {
-            x: &input,
-            layers: &[(gate, None), (up, None)],
-            outs: std::slice::from_ref(&h),
-            part: 0,
-            residual: None,
-            glu: Some(moe.activation),
-            experts: Experts::Each,
-            routes: Some(&routes),
-        };
-        self.run_gemv(&call, [k, x.n_tokens]);
-        let n_out = down.n_out / routes.n_experts;
-        let out = self.take(x.n_tokens * n_out);
-        let call = Gemv {
-            x: &Input::Rows(h.clone()),
-            layers: &[(down, None)],
-            outs: std::slice::from_ref(&out),
-            glu: None,
-            experts: Experts::Sum,
-            ..call
-        };
-        self.run_gemv(&call, [x.n_tokens, 1]);
-        Tensor::new(x.n_tokens, n_out, Value::Rows(out))
+        self.mixture(x, &routes, moe)
     }
 
     fn add(&mut self, x: &mut Tensor, y: &Tensor) {
@@ -1087,11 +1087,14 @@ impl Backend for Gpu {
     }
 }
 
-/// The largest tile of which there are enough to fill a large device; for few tokens no wider than they are.
-fn matrix_tile(n_out: usize, n_tokens: usize) -> MatrixTile {
+/// The largest tile of which there are enough to fill a large device; for few tokens no wider than they are, and for experts
+/// no wider than the tokens of one.
+fn matrix_tile(n_out: usize, n_tokens: usize, n_experts: usize) -> MatrixTile {
     let [.., small, least] = MatrixTile::ALL;
     let fills = |tile: &&MatrixTile| {
-        n_out.div_ceil(tile.rows()) * n_tokens.div_ceil(tile.tokens()) >= MATRIX_GROUPS
+        let of_expert = n_out.div_ceil(tile.rows()) * n_tokens.div_ceil(tile.tokens());
+        let is_full = n_experts == 1 || tile.tokens() <= n_tokens;
+        of_expert * n_experts >= MATRIX_GROUPS && is_full
     };
     if n_tokens <= least.tokens() {
         return least;

@@ -313,7 +313,7 @@ impl Gpu {
             }
             if part == 0 {
                 for (weights, _) in call.layers {
-                    self.count(weights, n_tokens, (1, 1));
+                    self.count(weights, n_tokens);
                 }
             }
             let names = &names[..call.layers.len()];

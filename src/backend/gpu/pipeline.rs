@@ -28,14 +28,14 @@ pub struct Target {
     pub matrices: bool,
 }
 
-/// How a GEMV takes experts.
+/// How a product takes experts.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Experts {
     /// There are none.
     None,
     /// Each slot of a route has outputs.
     Each,
-    /// The outputs of all slots are weighted and summed.
+    /// The outputs of all slots are weighted and summed: of many tokens by [`Shader::Slots`], afterwards.
     Sum,
 }
 
@@ -192,6 +192,8 @@ pub enum Shader {
         bias: bool,
         /// Whether there is one.
         residual: bool,
+        /// Whose rows.
+        experts: Experts,
     },
     /// Products of many tokens, by matrix units.
     GemmMatrix {
@@ -203,6 +205,8 @@ pub enum Shader {
         bias: bool,
         /// Whether there is one.
         residual: bool,
+        /// Whose rows.
+        experts: Experts,
     },
     /// Rows of a table.
     Embed(DType),
@@ -282,6 +286,13 @@ pub enum Shader {
         /// Of the scores.
         sigmoid: bool,
     },
+    /// The tokens of each expert.
+    Group {
+        /// Of the router.
+        n_experts: u32,
+    },
+    /// The weighted sum of what a token's experts made.
+    Slots,
 }
 
 macro_rules! file {
@@ -599,6 +610,7 @@ impl Shader {
                 tn,
                 bias,
                 residual,
+                experts,
             } => {
                 // Weights that are floats already lose nothing.
                 let half = target.f16 && dtype != DType::F32;
@@ -609,6 +621,7 @@ impl Shader {
                 text.uint("TN", tn);
                 text.flag("BIAS", bias);
                 text.flag("RESIDUAL", residual);
+                text.uint("EXPERTS", experts as u32);
                 text.file(match half {
                     true => file!("tile_f16.wgsl"),
                     false => file!("tile_f32.wgsl"),
@@ -622,6 +635,7 @@ impl Shader {
                 tile,
                 bias,
                 residual,
+                experts,
             } => {
                 text.0
                     .push_str("enable f16;\nenable wgpu_cooperative_matrix;\n");
@@ -632,6 +646,7 @@ impl Shader {
                 text.uint("SN", sn);
                 text.flag("BIAS", bias);
                 text.flag("RESIDUAL", residual);
+                text.uint("EXPERTS", experts as u32);
                 text.file(file!("tile_f16.wgsl"));
                 text.format(dtype);
                 text.file(file!("gemm_params.wgsl"));
@@ -726,6 +741,11 @@ impl Shader {
                 text.flag("SIGMOID", sigmoid);
                 text.file(file!("route.wgsl"));
             }
+            Shader::Group { n_experts } => {
+                text.uint("N_EXPERTS", n_experts);
+                text.file(file!("group.wgsl"));
+            }
+            Shader::Slots => text.file(file!("slots.wgsl")),
         }
         text.0
     }
@@ -819,25 +839,27 @@ impl Shader {
             if !is_float(dtype) {
                 all.extend(Self::packed(dtype));
             }
-            for (tm, tn, bias, residual) in [
-                (8, 8, false, true),
-                (4, 4, true, false),
-                (4, 1, false, false),
+            for (tile, bias, residual, experts) in [
+                (0, true, false, Experts::None),
+                (1, false, true, Experts::None),
+                (2, false, false, Experts::Each),
+                (3, false, false, Experts::Sum),
             ] {
+                let (tm, tn) = [(8, 8), (4, 4), (4, 4), (4, 1)][tile];
                 all.push(Shader::Gemm {
                     dtype,
                     tm,
                     tn,
                     bias,
                     residual,
+                    experts,
                 });
-            }
-            for (tile, bias, residual) in [(0, true, false), (1, false, true), (3, false, false)] {
                 all.push(Shader::GemmMatrix {
                     dtype,
                     tile: MatrixTile::ALL[tile],
                     bias,
                     residual,
+                    experts,
                 });
             }
             all.push(Shader::Embed(dtype));
@@ -902,6 +924,8 @@ impl Shader {
                 all.push(Shader::Route { bias, sigmoid });
             }
         }
+        all.push(Shader::Group { n_experts: 32 });
+        all.push(Shader::Slots);
         all
     }
 }

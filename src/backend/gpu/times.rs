@@ -98,7 +98,14 @@ impl Times {
     /// The span of a dispatch that will run, before which `work` had been done.
     pub(super) fn span(&mut self, shader: Shader, names: &[&str], work: Work) -> Span {
         let operation = match shader {
-            Shader::Gemv { experts, .. } if experts != Experts::None => Operation::Moe,
+            Shader::Gemv { experts, .. }
+            | Shader::Gemm { experts, .. }
+            | Shader::GemmMatrix { experts, .. }
+                if experts != Experts::None =>
+            {
+                Operation::Moe
+            }
+            Shader::Group { .. } | Shader::Slots => Operation::Moe,
             Shader::Gemv { glu: Some(_), .. } | Shader::GemvPacked { glu: Some(_), .. } => {
                 Operation::GatedFfn
             }
@@ -131,6 +138,8 @@ impl Times {
             Shader::GemmMatrix { dtype, .. } => format!("gemm_{dtype}_gpu_matrix").to_lowercase(),
             Shader::AttentionMerge { .. } => "attention_merge_gpu".to_owned(),
             Shader::Top { .. } => "top_gpu".to_owned(),
+            Shader::Group { .. } => "group_gpu".to_owned(),
+            Shader::Slots => "slots_gpu".to_owned(),
             _ => format!("{}_gpu", operation.name()),
         };
         let done = work.since(&self.work);

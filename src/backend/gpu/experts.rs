@@ -1,0 +1,187 @@
+//! Mixtures of experts: who reads what, and the products of those. A prompt's tokens are grouped by expert, so that each
+//! expert's weights serve all of its tokens at once; a reply's are multiplied one by one.
+
+use super::ops::{Gemm, Gemv, vec4};
+use super::pipeline::{Experts, Shader};
+use super::weights::Weights;
+use super::{Gpu, Input, Rows, Tensor, Value, Vector};
+use crate::backend::{Backend, Gating, Moe, Step};
+
+/// What a router chose, `(n_tokens, 2 * n_used)`.
+pub(super) struct Routes {
+    pub(super) rows: Rows,
+    pub(super) n_experts: usize,
+    pub(super) n_used: usize,
+}
+
+/// The tokens of each expert, as `shaders/group.wgsl` puts them down.
+pub(super) struct Groups {
+    pub(super) rows: Rows,
+    pub(super) n_tiles: usize,
+    pub(super) n_experts: usize,
+    pub(super) n_used: usize,
+}
+
+impl Gpu {
+    /// [`Backend::route`].
+    pub(super) fn choose(&mut self, x: &Tensor, from: usize, moe: &Moe<Self>) -> Tensor {
+        let rows = self.rows(x);
+        let n_tokens = x.n_tokens - from;
+        let at = rows.at + from * x.n_cols;
+        let x = Tensor::new(n_tokens, x.n_cols, Value::Rows(rows.from(at)));
+        let [logits] = self.linear(&x, [&moe.router]);
+        let logits = self.rows(&logits);
+        let routing = &moe.routing;
+        let out = self.take(n_tokens * 2 * routing.n_used);
+        let params = [
+            routing.n_experts as u32,
+            routing.n_used as u32,
+            routing.sum_eps.to_bits(),
+        ];
+        let shader = Shader::Route {
+            bias: moe.selection_bias.is_some(),
+            sigmoid: routing.gating == Gating::Sigmoid,
+        };
+        let buffers = [
+            Some(logits.span()),
+            moe.selection_bias.as_ref().map(Vector::span),
+            Some(out.span()),
+        ];
+        self.dispatch(shader, &params, &buffers, [n_tokens, 1, 1]);
+        Tensor::new(n_tokens, 2 * routing.n_used, Value::Rows(out))
+    }
+
+    /// [`Backend::moe`].
+    pub(super) fn mixture(&mut self, x: &Tensor, routes: &Tensor, moe: &Moe<Self>) -> Tensor {
+        if let Some((what, found)) = self.cannot_mix(moe) {
+            self.unsupported(what, found, "whole matrices, gate and up in one format");
+        }
+        let routes = Routes {
+            rows: self.rows(routes),
+            n_experts: moe.routing.n_experts,
+            n_used: moe.routing.n_used,
+        };
+        let out = match self.step {
+            Step::Prefill => self.mix_groups(x, &routes, moe),
+            Step::Decode => self.mix_one_by_one(x, &routes, moe),
+        };
+        let n_out = moe.down.weight.0.n_out / routes.n_experts;
+        Tensor::new(x.n_tokens, n_out, Value::Rows(out))
+    }
+
+    /// What there is no shader for.
+    fn cannot_mix(&self, moe: &Moe<Self>) -> Option<(&'static str, String)> {
+        let layers = moe.layers().map(|layer| &*layer.weight.0);
+        if moe.down_by_neuron {
+            return Some(("experts on the GPU", "down by neuron".to_owned()));
+        }
+        if let Some(layer) = layers.iter().find(|weights| weights.whole().is_none()) {
+            let found = format!("{} in {} bindings", layer.name, layer.parts.len());
+            return Some(("experts on this GPU", found));
+        }
+        if layers[0].dtype != layers[1].dtype {
+            let found = format!("gate in {}, up in {}", layers[0].dtype, layers[1].dtype);
+            return Some(("experts on the GPU", found));
+        }
+        // Counts of pairs, and of what each lane has found.
+        let n = moe.routing.n_experts;
+        if 4 * (n + 256) > self.device.info.workgroup_memory as usize {
+            return Some(("experts on this GPU", format!("{n} in a layer")));
+        }
+        None
+    }
+
+    fn mix_groups(&self, x: &Tensor, routes: &Routes, moe: &Moe<Self>) -> Rows {
+        let [gate, up, down] = moe.layers().map(|layer| &*layer.weight.0);
+        let x_rows = self.rows(x);
+        let n_pairs = x.n_tokens * routes.n_used;
+        let n_out = down.n_out / routes.n_experts;
+        let of_expert = n_pairs.div_ceil(routes.n_experts);
+        let n_rows = moe.n_ffn.min(n_out);
+        let tile = self.gemm_tile(&[gate, up, down], n_rows, of_expert, routes.n_experts);
+        let groups = self.group(routes, n_pairs, tile.tokens());
+        let product = |weights: &Weights, x: &Rows, experts: Experts| {
+            let n_read = n_pairs.min(routes.n_experts);
+            self.count_read(weights, (n_read, routes.n_experts));
+            self.count_products(weights, n_pairs, routes.n_experts);
+            let out = self.take(n_pairs * (weights.n_out / routes.n_experts));
+            self.run_gemm(&Gemm {
+                x,
+                weights,
+                bias: None,
+                residual: None,
+                out: &out,
+                tile,
+                n_tokens: n_pairs,
+                groups: Some((&groups, experts)),
+            });
+            out
+        };
+        let [gate, up] = [gate, up].map(|weights| product(weights, &x_rows, Experts::Each));
+        let h = self.unit(&gate, &up, n_pairs * moe.n_ffn, moe.activation);
+        let y = product(down, &h, Experts::Sum);
+        let out = self.take(x.n_tokens * n_out);
+        let params = [vec4(n_out), routes.n_used as u32, routes.rows.at as u32];
+        let buffers = [Some(y.span()), Some(routes.rows.span()), Some(out.span())];
+        let grid = [(n_out / 4).div_ceil(64), x.n_tokens, 1];
+        self.dispatch(Shader::Slots, &params, &buffers, grid);
+        out
+    }
+
+    /// Sorts pairs of tokens and slots by expert, and cuts those of each into tiles.
+    fn group(&self, routes: &Routes, n_pairs: usize, tile: usize) -> Groups {
+        let &Routes {
+            ref rows,
+            n_experts,
+            n_used,
+        } = routes;
+        // Each expert that has any may have one tile that is not full.
+        let n_chosen = n_experts.min(n_pairs);
+        let n_tiles = (n_pairs - n_chosen) / tile + n_chosen;
+        let groups = self.take(3 * n_tiles + n_pairs);
+        let params = [n_pairs, n_used, rows.at, tile, n_tiles].map(|n| n as u32);
+        let buffers = [Some(rows.span()), Some(groups.span())];
+        let shader = Shader::Group {
+            n_experts: n_experts as u32,
+        };
+        self.dispatch(shader, &params, &buffers, [n_experts, 1, 1]);
+        Groups {
+            rows: groups,
+            n_tiles,
+            n_experts,
+            n_used,
+        }
+    }
+
+    fn mix_one_by_one(&self, x: &Tensor, routes: &Routes, moe: &Moe<Self>) -> Rows {
+        let [gate, up, down] = moe.layers().map(|layer| &*layer.weight.0);
+        let k = routes.n_used;
+        let input = match &*x.value.borrow() {
+            Value::Normed(norm) => Input::Normed(norm.clone()),
+            _ => Input::Rows(self.rows(x)),
+        };
+        let h = self.take(x.n_tokens * k * moe.n_ffn);
+        let call = Gemv {
+            x: &input,
+            layers: &[(gate, None), (up, None)],
+            outs: std::slice::from_ref(&h),
+            part: 0,
+            residual: None,
+            glu: Some(moe.activation),
+            experts: Experts::Each,
+            routes: Some(routes),
+        };
+        self.run_gemv(&call, [k, x.n_tokens]);
+        let out = self.take(x.n_tokens * (down.n_out / routes.n_experts));
+        let call = Gemv {
+            x: &Input::Rows(h.clone()),
+            layers: &[(down, None)],
+            outs: std::slice::from_ref(&out),
+            glu: None,
+            experts: Experts::Sum,
+            ..call
+        };
+        self.run_gemv(&call, [x.n_tokens, 1]);
+        out
+    }
+}

@@ -1,0 +1,256 @@
+//! Mixtures of experts, of prompts and of replies, against sums in f64 over the same weights.
+
+use kinglet::backend::{Activation, Backend, Gating, LinearOf, MoeOf, Routing, Step};
+use kinglet::quant::{self, DType};
+
+use super::common::Random;
+use super::{adapter, gpu, largest, near, random_tensor, read, tensor, upload};
+
+const N_EXPERTS: usize = 5;
+
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    dtype: DType,
+    hidden: usize,
+    n_ffn: usize,
+    n_used: usize,
+    gating: Gating,
+    /// Whether a bias gives the first expert all tokens and the fourth none.
+    biased: bool,
+    activation: Activation,
+}
+
+/// Weights, and what a mixture makes of tokens.
+struct Net {
+    case: Case,
+    router: Vec<f32>,
+    bias: Vec<f32>,
+    /// Gate, up, down: bytes of the file, and their numbers.
+    experts: [(Vec<u8>, Vec<f32>); 3],
+}
+
+impl Net {
+    fn new(case: Case) -> Self {
+        let mut random = Random::new(800 + case.dtype as u64);
+        let Case { hidden, n_ffn, .. } = case;
+        let n = N_EXPERTS * hidden * n_ffn;
+        let experts = [hidden, hidden, n_ffn].map(|n_in| {
+            let scale = 1.0 / (n_in as f32).sqrt();
+            let bytes = match case.dtype.can_quantize() {
+                true => {
+                    let mut bytes = vec![0; n / case.dtype.block_len() * case.dtype.block_bytes()];
+                    quant::quantize(case.dtype, &random.floats(n, scale), &mut bytes);
+                    bytes
+                }
+                false => {
+                    let mut bytes = random_tensor(case.dtype, n, 1, &mut random).data.to_vec();
+                    // Where the scale is, and one by which weights are about as large.
+                    let (at, d) = match case.dtype {
+                        DType::TQ1_0 => (52, 0.04),
+                        _ => (0, 4e-4),
+                    };
+                    let d = quant::f32_to_f16(d);
+                    for block in bytes.chunks_exact_mut(case.dtype.block_bytes()) {
+                        block[at..at + 2].copy_from_slice(&d.to_le_bytes());
+                    }
+                    bytes
+                }
+            };
+            let mut numbers = vec![0.0; n];
+            quant::dequantize(case.dtype, &bytes, &mut numbers);
+            (bytes, numbers)
+        });
+        Self {
+            case,
+            router: random.floats(N_EXPERTS * hidden, 1.0),
+            bias: vec![100.0, 0.5, 0.0, -100.0, -0.5],
+            experts,
+        }
+    }
+
+    fn moe<B: Backend>(&self, b: &B) -> MoeOf<B::Matrix, B::Vector> {
+        let Case { hidden, n_ffn, .. } = self.case;
+        let linear = |name: &str, dtype, n_in: usize, n_out: usize, bytes: &[u8]| LinearOf {
+            name: name.into(),
+            weight: b
+                .matrix(&tensor(dtype, n_in, n_out, bytes.to_vec()))
+                .expect("a known format"),
+            bias: None,
+        };
+        let [gate, up, down] = &self.experts;
+        let dtype = self.case.dtype;
+        let router: Vec<u8> = self.router.iter().flat_map(|x| x.to_le_bytes()).collect();
+        MoeOf {
+            router: linear("router", DType::F32, hidden, N_EXPERTS, &router),
+            selection_bias: self.case.biased.then(|| b.vector(self.bias.clone())),
+            routing: Routing {
+                n_experts: N_EXPERTS,
+                n_used: self.case.n_used,
+                gating: self.case.gating,
+                sum_eps: self.sum_eps(),
+            },
+            gate: linear("gate", dtype, hidden, N_EXPERTS * n_ffn, &gate.0),
+            up: linear("up", dtype, hidden, N_EXPERTS * n_ffn, &up.0),
+            down: linear("down", dtype, n_ffn, N_EXPERTS * hidden, &down.0),
+            down_by_neuron: false,
+            n_ffn,
+            activation: self.case.activation,
+        }
+    }
+
+    /// Shares do not depend on the scale of scores without it.
+    fn sum_eps(&self) -> f32 {
+        match self.case.gating {
+            Gating::Sigmoid => 1e-6,
+            Gating::Softmax => 0.0,
+        }
+    }
+
+    /// The experts of a token, and their weights.
+    fn routes(&self, x: &[f32]) -> Vec<(usize, f64)> {
+        let Case { gating, biased, .. } = self.case;
+        let z = times(&self.router, &widened(x));
+        let score = |z: f64| match gating {
+            Gating::Sigmoid => 1.0 / (1.0 + (-z).exp()),
+            Gating::Softmax => z.exp(),
+        };
+        let key = |e: usize| match (biased, gating) {
+            (false, _) => z[e],
+            (true, Gating::Softmax) => z[e] + f64::from(self.bias[e]),
+            (true, Gating::Sigmoid) => score(z[e]) + f64::from(self.bias[e]),
+        };
+        let mut order: Vec<usize> = (0..N_EXPERTS).collect();
+        order.sort_by(|&a, &b| key(b).total_cmp(&key(a)));
+        order.truncate(self.case.n_used);
+        let sum: f64 = order.iter().map(|e| score(z[*e])).sum::<f64>();
+        let sum = sum + f64::from(self.sum_eps());
+        order.into_iter().map(|e| (e, score(z[e]) / sum)).collect()
+    }
+
+    fn outputs(&self, x: &[f32]) -> Vec<f32> {
+        let [gate, up, down] = &self.experts;
+        let n = self.case.hidden * self.case.n_ffn;
+        let of = |(_, all): &(_, Vec<f32>), e: usize, x: &[f64]| times(&all[e * n..][..n], x);
+        let mut out = vec![0.0; self.case.hidden];
+        for (e, weight) in self.routes(x) {
+            let x = widened(x);
+            let unit = |(g, u): (f64, f64)| match self.case.activation {
+                Activation::Relu => g.max(0.0) * u,
+                _ => g / (1.0 + (-g).exp()) * u,
+            };
+            let pairs = of(gate, e, &x).into_iter().zip(of(up, e, &x));
+            let h: Vec<f64> = pairs.map(unit).collect();
+            let y = of(down, e, &h);
+            out.iter_mut()
+                .zip(y)
+                .for_each(|(out, y)| *out += weight * y);
+        }
+        out.into_iter().map(|x| x as f32).collect()
+    }
+}
+
+fn widened(x: &[f32]) -> Vec<f64> {
+    x.iter().map(|x| f64::from(*x)).collect()
+}
+
+fn times(rows: &[f32], x: &[f64]) -> Vec<f64> {
+    let dot = |row: &[f32]| row.iter().zip(x).map(|(w, x)| f64::from(*w) * x).sum();
+    rows.chunks_exact(x.len()).map(dot).collect()
+}
+
+fn run<B: Backend>(
+    b: &mut B,
+    moe: &MoeOf<B::Matrix, B::Vector>,
+    step: Step,
+    x: &[f32],
+    hidden: usize,
+) -> Vec<f32> {
+    b.begin(step);
+    let x = upload(b, x, hidden);
+    let routes = b.route(&x, 0, moe);
+    let y = b.moe(&x, routes, moe);
+    read(b, &y)
+}
+
+#[test]
+fn mixtures_of_every_format_and_router() {
+    if !adapter() {
+        return;
+    }
+    let of = |dtype, hidden, n_ffn| Case {
+        dtype,
+        hidden,
+        n_ffn,
+        n_used: 2,
+        gating: Gating::Sigmoid,
+        biased: true,
+        activation: Activation::Silu,
+    };
+    let formats = DType::ALL.iter().map(|dtype| of(*dtype, 256, 256));
+    let shapes = [
+        Case {
+            gating: Gating::Softmax,
+            ..of(DType::Q4_0, 96, 160)
+        },
+        Case {
+            biased: false,
+            activation: Activation::Relu,
+            n_used: 3,
+            ..of(DType::Q8_0, 160, 96)
+        },
+        Case {
+            biased: false,
+            gating: Gating::Softmax,
+            n_used: N_EXPERTS,
+            // Rows that end inside of a unit.
+            ..of(DType::F32, 36, 44)
+        },
+    ];
+    let mut gpu = gpu();
+    for case in formats.chain(shapes) {
+        let net = Net::new(case);
+        let moe = net.moe(&gpu);
+        let mut random = Random::new(900);
+        let n = if case.hidden == 256 { 33 } else { 257 };
+        let x = random.floats(n * case.hidden, 2.0);
+        let rows = x.chunks_exact(case.hidden);
+        let expected: Vec<f32> = rows.flat_map(|x| net.outputs(x)).collect();
+        if case.biased {
+            let mut routes = x.chunks_exact(case.hidden).map(|x| net.routes(x));
+            let all_or_none =
+                |routes: Vec<(usize, f64)>| routes[0].0 == 0 && routes.iter().all(|r| r.0 != 3);
+            assert!(routes.all(all_or_none));
+        }
+        // Half floats on both sides, or eight bits of what is multiplied, twice; floats are exact.
+        let share = |step| match (case.dtype, step) {
+            (DType::F32, _) | (DType::F16 | DType::BF16, Step::Decode) => 2e-5,
+            (_, Step::Prefill) => 1e-3,
+            (_, Step::Decode) => 2e-2,
+        };
+        let whole = run(&mut gpu, &moe, Step::Prefill, &x, case.hidden);
+        near(
+            &whole,
+            &expected,
+            share(Step::Prefill),
+            &format!("{case:?}"),
+        );
+        assert!(largest(&expected) > 0.01, "{case:?}");
+        // A token's outputs are the same whoever came with it.
+        let mut first = 0;
+        for n in [1, 7, 25, 33, 191] {
+            if (first + n) * case.hidden <= x.len() {
+                let x = &x[first * case.hidden..][..n * case.hidden];
+                let part = run(&mut gpu, &moe, Step::Prefill, x, case.hidden);
+                let whole = &whole[first * case.hidden..][..n * case.hidden];
+                assert_eq!(part, whole, "{n} tokens from {first}, {case:?}");
+                first += n;
+            }
+        }
+        for n in [1, 3] {
+            let (x, expected) = (&x[..n * case.hidden], &expected[..n * case.hidden]);
+            let found = run(&mut gpu, &moe, Step::Decode, x, case.hidden);
+            let what = format!("{n} tokens one by one, {case:?}");
+            near(&found, expected, share(Step::Decode), &what);
+        }
+    }
+}
