@@ -7,7 +7,7 @@
 //
 // A workgroup has a group of eight rows, a team of lanes ROWS of them or, where rows are long, every SPLIT-th part of
 // one; lane i reads units i, i + TEAM, ..., DEPTH at once. Nothing is prepared, so weights and x are on their way at
-// once. The first lane then has all eight rows. Grid: (groups, tokens).
+// once. The first lane then has all eight rows. Grid: (groups, tokens, or slots of all tokens with EACH).
 
 struct Params {
     n_units: u32,
@@ -22,6 +22,8 @@ struct Params {
     n_taps: u32,
     ring: u32,
     ring_row: u32, // for this token
+    n_used: u32,
+    routes_at: u32,
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
@@ -38,6 +40,9 @@ struct Params {
 // unroll i CONV
 @group(0) @binding(17) var<storage, read> taps: array<vec4<f32>>;
 @group(0) @binding(18) var<storage, read_write> memory: array<vec4<f32>>;
+// end
+// unroll i ROUTES
+@group(0) @binding(19) var<storage, read> routes: array<f32>;
 // end
 
 var<workgroup> shared_sums: array<f32, WG>;
@@ -80,6 +85,32 @@ fn dot_unit(w: Unit, x: X, half_sums: vec2<f32>) -> f32 {
     return s.x * first + s.z * second + s.y * half_sums.x + s.w * half_sums.y;
 }
 
+// Where a unit of a row of W and of x lies, and what their product counts.
+struct Place {
+    w: u32, // from the row of the first expert
+    x: u32,
+    share: f32,
+}
+
+fn place(wg: vec3<u32>, n_out: u32, unit: u32) -> Place {
+    var at = Place(unit, wg.y * 4u * p.n_units + unit, 1.0);
+    // unroll i EACH
+    let token = wg.y / p.n_used;
+    let expert = u32(routes[p.routes_at + token * p.n_used + wg.y]);
+    at.w += expert * n_out * p.n_units;
+    at.x = token * 4u * p.n_units + unit;
+    // end
+    // unroll i SUM
+    let slot = unit / p.n_units;
+    let route = p.routes_at + 2u * wg.y * p.n_used + slot;
+    let rest = unit - slot * p.n_units;
+    at.w = u32(routes[route]) * n_out * p.n_units + rest;
+    at.x = (wg.y * p.n_used + slot) * 4u * p.n_units + rest;
+    at.share = routes[route + p.n_used];
+    // end
+    return at;
+}
+
 fn run(wg: vec3<u32>, tid: u32, team: u32, lane: u32) {
     var which = 0u;
     if !GLU && MATRICES == 3u && wg.x >= p.first_wg.z {
@@ -107,28 +138,31 @@ fn run(wg: vec3<u32>, tid: u32, team: u32, lane: u32) {
     var third_#r = 0.0;
     // end
     var square = 0.0;
-    let base = token * 4u * p.n_units;
-    for (var unit = team % SPLIT * TEAM + lane; unit < p.n_units; unit += SPLIT * TEAM * DEPTH) {
+    var n_all = p.n_units;
+    // unroll i SUM
+    n_all *= p.n_used;
+    // end
+    for (var unit = team % SPLIT * TEAM + lane; unit < n_all; unit += SPLIT * TEAM * DEPTH) {
         // unroll d DEPTH
         // Lanes without work read what others read.
-        let u_#d = min(unit + #du * SPLIT * TEAM, p.n_units - 1u);
+        let at_#d = place(wg, n_out, min(unit + #du * SPLIT * TEAM, n_all - 1u));
         // unroll r ROWS
-        let w_#d_#r = load(which, row_#r + u_#d);
+        let w_#d_#r = load(which, row_#r + at_#d.w);
         // unroll i GLU
-        let w_up_#d_#r = load_1(row_#r + u_#d);
+        let w_up_#d_#r = load_1(row_#r + at_#d.w);
         // end
         // unroll i CONV
-        let w_up_#d_#r = load_0(row_#r + n_out * p.n_units + u_#d);
-        let w_third_#d_#r = load_0(row_#r + 2u * n_out * p.n_units + u_#d);
+        let w_up_#d_#r = load_0(row_#r + n_out * p.n_units + at_#d.w);
+        let w_third_#d_#r = load_0(row_#r + 2u * n_out * p.n_units + at_#d.w);
         // end
         // end
-        let x_#d = x_of(base + u_#d);
+        let x_#d = x_of(at_#d.x);
         // end
         // unroll d DEPTH
-        if #du == 0u || unit + #du * SPLIT * TEAM < p.n_units {
+        if #du == 0u || unit + #du * SPLIT * TEAM < n_all {
             let half_sums = halves(x_#d);
             // unroll r ROWS
-            sum_#r += dot_unit(w_#d_#r, x_#d, half_sums);
+            sum_#r += at_#d.share * dot_unit(w_#d_#r, x_#d, half_sums);
             // unroll i PAIRS
             up_#r += dot_unit(w_up_#d_#r, x_#d, half_sums);
             // end
@@ -137,7 +171,7 @@ fn run(wg: vec3<u32>, tid: u32, team: u32, lane: u32) {
             // end
             // end
             if NORM {
-                square += dot(bitcast<vec4<f32>>(x[base + 3u * p.n_units + u_#d]), vec4(1.0));
+                square += dot(bitcast<vec4<f32>>(x[at_#d.x + 3u * p.n_units]), vec4(1.0));
             }
         }
         // end

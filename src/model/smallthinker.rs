@@ -107,8 +107,9 @@ impl<B: Backend> Network<B> for SmallThinker<B> {
             let is_last = self.embedding.is_last(i);
             let from = if is_last { pass.output_from } else { 0 };
             let is_wanted = from < pass.tokens.len();
-            let routes = is_wanted.then(|| b.route(&x, from, &layer.moe));
+            // The norm first: a backend may make it together with the sum that the router reads.
             let h = b.rms_norm(&x, &layer.attention_norm, eps);
+            let routes = is_wanted.then(|| b.route(&x, from, &layer.moe));
             let h = layer.attention.forward(b, state.kv(), &h, &angles, pass);
             b.add(&mut x, &h);
             if is_last {

@@ -1,10 +1,12 @@
 //! Mixtures of experts, of prompts and of replies, against sums in f64 over the same weights.
 
+use kinglet::backend::gpu::{self, Gpu};
 use kinglet::backend::{Activation, Backend, Gating, LinearOf, MoeOf, Routing, Step};
+use kinglet::profile::{Label, Operation};
 use kinglet::quant::{self, DType};
 
 use super::common::Random;
-use super::{adapter, gpu, largest, near, random_tensor, read, tensor, upload};
+use super::{adapter, cpu, gpu as new_gpu, largest, near, random_tensor, read, tensor, upload};
 
 const N_EXPERTS: usize = 5;
 
@@ -206,7 +208,7 @@ fn mixtures_of_every_format_and_router() {
             ..of(DType::F32, 36, 44)
         },
     ];
-    let mut gpu = gpu();
+    let mut gpu = new_gpu();
     for case in formats.chain(shapes) {
         let net = Net::new(case);
         let moe = net.moe(&gpu);
@@ -251,6 +253,80 @@ fn mixtures_of_every_format_and_router() {
             let found = run(&mut gpu, &moe, Step::Decode, x, case.hidden);
             let what = format!("{n} tokens one by one, {case:?}");
             near(&found, expected, share(Step::Decode), &what);
+        }
+    }
+}
+
+/// A layer of a reply, whose products take from each other what is packed: after a convolution, experts between two norms.
+fn layer<B: Backend>(b: &mut B, net: &Net, n_tokens: usize, routes_first: bool) -> Vec<f32> {
+    let Case { hidden: n, .. } = net.case;
+    let mut random = Random::new(1000 + n_tokens as u64);
+    let moe = net.moe(b);
+    let mut floats = |n: usize, scale: f32| random.floats(n, scale);
+    let taps = b.vector(floats(3 * n, 1.0));
+    let [gain, last] = [(); 2].map(|()| b.vector(floats(n, 1.0)));
+    let mut bytes = vec![0; n * n / 32 * DType::Q8_0.block_bytes()];
+    quant::quantize(DType::Q8_0, &floats(n * n, 0.1), &mut bytes);
+    let square = LinearOf {
+        name: "square".into(),
+        weight: b
+            .matrix(&tensor(DType::Q8_0, n, n, bytes))
+            .expect("a known format"),
+        bias: None,
+    };
+    let [x, bcx] = [1, 3].map(|rows| floats(n_tokens * rows * n, 2.0));
+    let mut conv = b.conv(2, n);
+    b.begin(Step::Decode);
+    let mut x = upload(b, &x, n);
+    let bcx = upload(b, &bcx, 3 * n);
+    let h = b.short_conv(&bcx, &taps, &mut conv);
+    let [h] = b.linear(&h, [&square]);
+    b.add(&mut x, &h);
+    let h = b.rms_norm(&x, &gain, 1e-5);
+    let routes = b.route(if routes_first { &x } else { &h }, 0, &moe);
+    let h = b.moe(&h, routes, &moe);
+    b.add(&mut x, &h);
+    let h = b.rms_norm(&x, &last, 1e-5);
+    let [h] = b.linear(&h, [&square]);
+    b.add(&mut x, &h);
+    read(b, &x)
+}
+
+#[test]
+fn replies_take_experts_from_what_is_packed() {
+    if !adapter() {
+        return;
+    }
+    let of = |dtype: &DType, hidden, n_ffn| Case {
+        dtype: *dtype,
+        hidden,
+        n_ffn,
+        n_used: 2,
+        gating: Gating::Sigmoid,
+        biased: true,
+        activation: Activation::Relu,
+    };
+    let formats = DType::ALL.iter().map(|dtype| of(dtype, 256, 256));
+    // Two teams share what the rows of all slots have, 86 units, or 3 have less than a lane each.
+    let shapes = [of(&DType::Q4_0, 96, 2080), of(&DType::Q5_0, 96, 32)];
+    for (i, case) in formats.chain(shapes).enumerate() {
+        let mut net = Net::new(case);
+        net.bias.rotate_right(i % N_EXPERTS);
+        for n_tokens in [1, 3] {
+            let first = i % 2 == 0;
+            let expected = layer(&mut cpu(), &net, n_tokens, first);
+            let mut gpu = Gpu::timing(gpu::shared(None).expect("an adapter")).expect("memory");
+            let found = layer(&mut gpu, &net, n_tokens, first);
+            let what = format!("{n_tokens} tokens, {case:?}");
+            near(&found, &expected, 3e-2, &what);
+            let trace = gpu.take_trace().unwrap_or_default();
+            let has_clock = gpu.device().info().timestamps;
+            assert_eq!(trace.spans.is_empty(), !has_clock, "{what}");
+            let mut labels = trace.spans.iter().map(|span| trace.label(span));
+            let is_float = matches!(case.dtype, DType::F32 | DType::F16 | DType::BF16);
+            let fits = |label: &Label| label.kernel.ends_with("_packed") != is_float;
+            let all_fit = labels.all(|l| l.operation != Operation::Moe || fits(l));
+            assert!(all_fit, "{what}: {:?}", trace.labels);
         }
     }
 }

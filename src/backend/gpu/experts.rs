@@ -1,13 +1,16 @@
 //! Mixtures of experts: who reads what, and the products of those. A prompt's tokens are grouped by expert, so that each
 //! expert's weights serve all of its tokens at once; a reply's are multiplied one by one.
 
+use std::sync::Arc;
+
 use super::ops::{Gemm, Gemv, vec4};
 use super::pipeline::{Experts, Shader};
 use super::weights::Weights;
-use super::{Gpu, Input, Rows, Tensor, Value, Vector};
+use super::{Gpu, Input, Product, Rows, Tensor, Value, Vector};
 use crate::backend::{Backend, Gating, Moe, Step};
 
 /// What a router chose, `(n_tokens, 2 * n_used)`.
+#[derive(Clone)]
 pub(super) struct Routes {
     pub(super) rows: Rows,
     pub(super) n_experts: usize,
@@ -25,11 +28,17 @@ pub(super) struct Groups {
 impl Gpu {
     /// [`Backend::route`].
     pub(super) fn choose(&mut self, x: &Tensor, from: usize, moe: &Moe<Self>) -> Tensor {
-        let rows = self.rows(x);
         let n_tokens = x.n_tokens - from;
-        let at = rows.at + from * x.n_cols;
-        let x = Tensor::new(n_tokens, x.n_cols, Value::Rows(rows.from(at)));
-        let [logits] = self.linear(&x, [&moe.router]);
+        let [logits] = match from {
+            // A norm that others may join stays one.
+            0 => self.linear(x, [&moe.router]),
+            _ => {
+                let rows = self.rows(x);
+                let at = rows.at + from * x.n_cols;
+                let x = Tensor::new(n_tokens, x.n_cols, Value::Rows(rows.from(at)));
+                self.linear(&x, [&moe.router])
+            }
+        };
         let logits = self.rows(&logits);
         let routing = &moe.routing;
         let out = self.take(n_tokens * 2 * routing.n_used);
@@ -61,12 +70,12 @@ impl Gpu {
             n_experts: moe.routing.n_experts,
             n_used: moe.routing.n_used,
         };
-        let out = match self.step {
-            Step::Prefill => self.mix_groups(x, &routes, moe),
-            Step::Decode => self.mix_one_by_one(x, &routes, moe),
-        };
         let n_out = moe.down.weight.0.n_out / routes.n_experts;
-        Tensor::new(x.n_tokens, n_out, Value::Rows(out))
+        let value = match self.step {
+            Step::Prefill => Value::Rows(self.mix_groups(x, &routes, moe)),
+            Step::Decode => self.mix_one_by_one(x, routes, moe),
+        };
+        Tensor::new(x.n_tokens, n_out, value)
     }
 
     /// What there is no shader for.
@@ -153,13 +162,20 @@ impl Gpu {
         }
     }
 
-    fn mix_one_by_one(&self, x: &Tensor, routes: &Routes, moe: &Moe<Self>) -> Rows {
-        let [gate, up, down] = moe.layers().map(|layer| &*layer.weight.0);
+    fn mix_one_by_one(&self, x: &Tensor, routes: Routes, moe: &Moe<Self>) -> Value {
+        let layers = moe.layers().map(|layer| &*layer.weight.0);
+        let [gate, up, down] = layers;
         let k = routes.n_used;
-        let input = match &*x.value.borrow() {
-            Value::Normed(norm) => Input::Normed(norm.clone()),
-            _ => Input::Rows(self.rows(x)),
-        };
+        let input = self.input(x);
+        if let Some(h) = self.glu_packed(&input, layers, moe.activation, x.n_tokens, Some(&routes))
+        {
+            return Value::Product(Product {
+                x: Input::Packed(h),
+                weights: Arc::clone(&moe.down.weight.0),
+                bias: None,
+                routes: Some(routes),
+            });
+        }
         let h = self.take(x.n_tokens * k * moe.n_ffn);
         let call = Gemv {
             x: &input,
@@ -169,7 +185,7 @@ impl Gpu {
             residual: None,
             glu: Some(moe.activation),
             experts: Experts::Each,
-            routes: Some(routes),
+            routes: Some(&routes),
         };
         self.run_gemv(&call, [k, x.n_tokens]);
         let out = self.take(x.n_tokens * (down.n_out / routes.n_experts));
@@ -182,6 +198,6 @@ impl Gpu {
             ..call
         };
         self.run_gemv(&call, [x.n_tokens, 1]);
-        out
+        Value::Rows(out)
     }
 }

@@ -24,6 +24,7 @@ pub use self::attention::KvCache;
 use self::attention::Waiting;
 use self::device::Buffer;
 pub use self::device::{AdapterInfo, Device, adapters};
+use self::experts::Routes;
 use self::host::Host;
 pub use self::host::is_of_experts;
 use self::packed::Packed;
@@ -128,6 +129,16 @@ struct Product {
     x: Input,
     weights: Arc<Weights>,
     bias: Option<Vector>,
+    /// Of the experts whose outputs are weighted and summed: x is packed then, a row for each.
+    routes: Option<Routes>,
+}
+
+impl Product {
+    /// Rows of weights of a token's output.
+    fn n_out(&self) -> usize {
+        let n_experts = self.routes.as_ref().map_or(1, |routes| routes.n_experts);
+        self.weights.n_out / n_experts
+    }
 }
 
 #[derive(Clone)]

@@ -107,7 +107,7 @@ impl Gpu {
     }
 
     /// What a product reads: a norm that it can do itself, or rows.
-    fn input(&self, x: &Tensor) -> Input {
+    pub(super) fn input(&self, x: &Tensor) -> Input {
         if self.step == Step::Decode
             && let Value::Normed(norm) = &*x.value.borrow()
         {
@@ -182,6 +182,9 @@ impl Gpu {
 
     /// `x W^T + bias + residual`.
     fn product(&self, product: &Product, n_tokens: usize, residual: Option<&Rows>) -> Rows {
+        if product.routes.is_some() {
+            return self.sum_of_experts(product, n_tokens, residual);
+        }
         if self.step == Step::Decode {
             let layer = (&*product.weights, product.bias.as_ref());
             let [out] = self.gemv(&product.x, [layer], n_tokens, residual);
@@ -811,6 +814,7 @@ impl Backend for Gpu {
                 x: input.clone(),
                 weights: Arc::clone(&layers[i].weight.0),
                 bias: layers[i].bias.clone(),
+                routes: None,
             };
             tensor(i, Value::Product(product))
         })
@@ -945,11 +949,13 @@ impl Backend for Gpu {
             let input = self.input(x);
             let down = &ffn.down.weight.0;
             let (n_tokens, activation) = (x.n_tokens, ffn.activation);
-            if let Some(h) = self.glu_packed(&input, gate, up, down, activation, n_tokens) {
+            let layers = [gate, up, down];
+            if let Some(h) = self.glu_packed(&input, layers, activation, n_tokens, None) {
                 let product = Product {
                     x: Input::Packed(h),
                     weights: Arc::clone(down),
                     bias: ffn.down.bias.clone(),
+                    routes: None,
                 };
                 return Tensor::new(n_tokens, down.n_out, Value::Product(product));
             }

@@ -4,8 +4,9 @@
 use std::sync::Arc;
 
 use super::device::{Buffer, Span};
+use super::experts::Routes;
 use super::ops::vec4;
-use super::pipeline::{PackedShape, Shader, Then, is_float};
+use super::pipeline::{Experts, PackedShape, Shader, Then, is_float};
 use super::weights::{UNIT, Weights};
 use super::{ConvState, Gpu, Input, Norm, Product, Rows, Sum, Vector};
 use crate::backend::{Activation, Step};
@@ -38,6 +39,7 @@ struct Call<'a> {
     next: Option<(&'a Packed, Then)>,
     /// Of the norm that comes next.
     gain: Option<&'a Vector>,
+    routes: Option<(&'a Routes, Experts)>,
 }
 
 /// A convolution whose gates and input a product makes.
@@ -110,10 +112,38 @@ impl Gpu {
                 conv: None,
                 next: None,
                 gain: None,
+                routes: None,
             };
             self.run_packed(&call, n_tokens);
             i += n;
         }
+    }
+
+    /// The outputs of experts, weighted and summed, `+ residual`.
+    pub(super) fn sum_of_experts(
+        &self,
+        product: &Product,
+        n_tokens: usize,
+        residual: Option<&Rows>,
+    ) -> Rows {
+        let layers = [(&*product.weights, None)];
+        let (packed, eps) =
+            Self::packed_input(&product.x, &layers).expect("experts wait where they can be joined");
+        let out = self.take(n_tokens * product.n_out());
+        let call = Call {
+            x: packed,
+            eps,
+            layers: &layers,
+            outs: std::slice::from_ref(&out),
+            residual,
+            glu: None,
+            conv: None,
+            next: None,
+            gain: None,
+            routes: product.routes.as_ref().map(|r| (r, Experts::Sum)),
+        };
+        self.run_packed(&call, n_tokens);
+        out
     }
 
     /// `x W^T + bias + residual` and its norm, of which the product that follows reads what is packed; nothing if the product
@@ -125,14 +155,15 @@ impl Gpu {
         gain: &Vector,
         eps: f32,
     ) -> Option<Norm> {
-        let Product { x, weights, bias } = &sum.product;
-        let layers = [(&**weights, bias.as_ref())];
-        let (packed, x_eps) = Self::packed_input(x, &layers)?;
-        if !self.packs(weights.n_out) || weights.whole().is_none() {
+        let product = &sum.product;
+        let layers = [(&*product.weights, product.bias.as_ref())];
+        let (packed, x_eps) = Self::packed_input(&product.x, &layers)?;
+        let n_out = product.n_out();
+        if !self.packs(n_out) || product.weights.whole().is_none() {
             return None;
         }
-        let out = self.take(n_tokens * weights.n_out);
-        let next = self.take_packed(n_tokens, weights.n_out);
+        let out = self.take(n_tokens * n_out);
+        let next = self.take_packed(n_tokens, n_out);
         let call = Call {
             x: packed,
             eps: x_eps,
@@ -143,6 +174,7 @@ impl Gpu {
             conv: None,
             next: Some((&next, Then::Norm)),
             gain: Some(gain),
+            routes: product.routes.as_ref().map(|r| (r, Experts::Sum)),
         };
         self.run_packed(&call, n_tokens);
         Some(Norm {
@@ -153,22 +185,23 @@ impl Gpu {
         })
     }
 
-    /// `activation(x W0^T) * (x W1^T)`, packed for `down`; nothing if they cannot do that.
+    /// `activation(x W0^T) * (x W1^T)`, packed for `down`, or that of every slot of a route; nothing if they cannot do that.
     pub(super) fn glu_packed(
         &self,
         x: &Input,
-        gate: &Weights,
-        up: &Weights,
-        down: &Weights,
+        [gate, up, down]: [&Weights; 3],
         activation: Activation,
         n_tokens: usize,
+        routes: Option<&Routes>,
     ) -> Option<Packed> {
         let layers = [(gate, None), (up, None)];
         let (packed, eps) = Self::packed_input(x, &layers)?;
-        if !self.packs(gate.n_out) || !Self::reads_packed(down) {
+        let (n_experts, n_used) = routes.map_or((1, 1), |r| (r.n_experts, r.n_used));
+        let [n_ffn, n_out] = [gate, down].map(|weights| weights.n_out / n_experts);
+        if !self.packs(n_ffn) || !Self::reads_packed(down) || !n_out.is_multiple_of(8) {
             return None;
         }
-        let next = self.take_packed(n_tokens, gate.n_out);
+        let next = self.take_packed(n_tokens * n_used, n_ffn);
         let call = Call {
             x: packed,
             eps,
@@ -179,6 +212,7 @@ impl Gpu {
             conv: None,
             next: Some((&next, Then::Product)),
             gain: None,
+            routes: routes.map(|routes| (routes, Experts::Each)),
         };
         self.run_packed(&call, n_tokens);
         Some(next)
@@ -195,7 +229,8 @@ impl Gpu {
         let n = state.n_channels;
         let layers = [(&*product.weights, None)];
         let (packed, eps) = Self::packed_input(&product.x, &layers)?;
-        if !self.packs(n) || product.weights.whole().is_none() || product.bias.is_some() {
+        let is_plain = product.bias.is_none() && product.routes.is_none();
+        if !self.packs(n) || product.weights.whole().is_none() || !is_plain {
             return None;
         }
         let mut out = self.take(n);
@@ -210,6 +245,7 @@ impl Gpu {
             conv: Some(Conv { taps, state }),
             next: Some((&next, Then::Either)),
             gain: None,
+            routes: None,
         };
         self.run_packed(&call, 1);
         out.packed = Some(next);
@@ -219,10 +255,19 @@ impl Gpu {
     fn run_packed(&self, call: &Call, n_tokens: usize) {
         let (weights, bias) = call.layers[0];
         let n_units = weights.n_in.div_ceil(UNIT);
+        let (routes, experts) = call.routes.unzip();
+        let experts = experts.unwrap_or(Experts::None);
+        let (n_experts, n_used) = routes.map_or((1, 1), |r| (r.n_experts, r.n_used));
+        let (n_rows_of_x, n_rows_of_y) = match experts {
+            Experts::None => (1, n_tokens),
+            Experts::Each => (1, n_tokens * n_used),
+            Experts::Sum => (n_used, n_tokens),
+        };
+        let n_all = n_units * n_rows_of_x;
         let team = self.device.target.team();
         let limits = &self.device.limits;
         let lanes = 2 * 8 * team.min(32);
-        let splits = n_units >= LONG
+        let splits = n_all >= LONG
             && team <= 32
             && lanes <= limits.max_compute_invocations_per_workgroup
             && lanes <= limits.max_compute_workgroup_size_x;
@@ -232,7 +277,7 @@ impl Gpu {
             matrices: call.layers.len() as u32,
             shape: PackedShape {
                 team,
-                deep: n_units > team as usize,
+                deep: n_all > team as usize,
                 split: splits,
             },
             norm: call.eps.is_some(),
@@ -241,6 +286,7 @@ impl Gpu {
             glu: call.glu,
             conv: call.conv.is_some(),
             then,
+            experts,
         };
         for part in 0..weights.parts.len() {
             let parts = call.layers.iter().map(|(weights, _)| &weights.parts[part]);
@@ -248,8 +294,8 @@ impl Gpu {
             let mut stride = [0; 3];
             let mut first_wg = [0; 3];
             let mut n_groups = 0;
-            // Three rows make one channel.
-            let rows_of_y = if call.conv.is_some() { 3 } else { 1 };
+            // Three rows make one channel, and of experts each has its own.
+            let rows_of_y = if call.conv.is_some() { 3 } else { n_experts };
             for (i, (part, (weights, _))) in parts.clone().zip(call.layers).enumerate() {
                 let n_rows = part.n_rows / rows_of_y;
                 n_out[i] = n_rows as u32;
@@ -291,6 +337,8 @@ impl Gpu {
                 n_taps,
                 ring,
                 ring_row,
+                n_used as u32,
+                routes.map_or(0, |routes| routes.rows.at as u32),
             ];
             let mut buffers = Vec::with_capacity(16);
             buffers.push(Some(call.x.span()));
@@ -307,17 +355,19 @@ impl Gpu {
                 buffers.push(Some(conv.taps.span()));
                 buffers.push(Some(conv.state.memory.all()));
             }
+            buffers.extend(routes.map(|routes| Some(routes.rows.span())));
             let mut names = [""; 3];
             for (name, (weights, _)) in names.iter_mut().zip(call.layers) {
                 *name = &weights.name;
             }
             if part == 0 {
                 for (weights, _) in call.layers {
-                    self.count(weights, n_tokens);
+                    self.count_read(weights, (n_used, n_experts));
+                    self.count_products(weights, n_tokens * n_used, n_experts);
                 }
             }
             let names = &names[..call.layers.len()];
-            self.dispatch_of(names, shader, &params, &buffers, [n_groups, n_tokens, 1]);
+            self.dispatch_of(names, shader, &params, &buffers, [n_groups, n_rows_of_y, 1]);
         }
     }
 }

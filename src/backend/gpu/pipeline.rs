@@ -179,6 +179,8 @@ pub enum Shader {
         conv: bool,
         /// What comes next.
         then: Then,
+        /// Whose rows.
+        experts: Experts,
     },
     /// Products of many tokens.
     Gemm {
@@ -558,6 +560,7 @@ impl Shader {
                 glu,
                 conv,
                 then,
+                experts,
             } => {
                 let (teams, rows, split) = (shape.teams(), shape.rows(), shape.split());
                 text.uint("WG", teams * shape.team);
@@ -585,6 +588,9 @@ impl Shader {
                     ("GAIN", flag(then == Then::Norm)),
                     ("PACK", flag(then != Then::Nothing)),
                     ("OUT", flag(then != Then::Product)),
+                    ("ROUTES", flag(experts != Experts::None)),
+                    ("EACH", flag(experts == Experts::Each)),
+                    ("SUM", flag(experts == Experts::Sum)),
                 ];
                 let part = file!("gemv_packed_matrix.wgsl");
                 text.matrices(dtype, matrices, &unrolled(part, &counts));
@@ -751,7 +757,7 @@ impl Shader {
     }
 
     /// Some of [`Shader::GemvPacked`].
-    fn packed(dtype: DType) -> [Self; 6] {
+    fn packed(dtype: DType) -> [Self; 8] {
         let plain = |team: u32, deep: bool, then: Then| Self::GemvPacked {
             dtype,
             matrices: 1,
@@ -766,6 +772,7 @@ impl Shader {
             glu: (then == Then::Product).then_some(Activation::Silu),
             conv: then == Then::Either,
             then,
+            experts: Experts::None,
         };
         let some = |n: u32| {
             let mut shader = plain(32, n == 2, Then::Nothing);
@@ -774,9 +781,19 @@ impl Shader {
             }
             shader
         };
-        let mut unit = plain(32, true, Then::Product);
-        if let Self::GemvPacked { matrices, .. } = &mut unit {
-            *matrices = 2;
+        let unit = |of: Experts| {
+            let mut shader = plain(32, true, Then::Product);
+            if let Self::GemvPacked {
+                matrices, experts, ..
+            } = &mut shader
+            {
+                (*matrices, *experts) = (2, of);
+            }
+            shader
+        };
+        let mut sum = plain(32, true, Then::Norm);
+        if let Self::GemvPacked { experts, .. } = &mut sum {
+            *experts = Experts::Sum;
         }
         [
             plain(32, true, Then::Norm),
@@ -784,7 +801,9 @@ impl Shader {
             plain(8, true, Then::Either),
             some(2),
             some(3),
-            unit,
+            unit(Experts::None),
+            unit(Experts::Each),
+            sum,
         ]
     }
 

@@ -99,6 +99,7 @@ impl Times {
     pub(super) fn span(&mut self, shader: Shader, names: &[&str], work: Work) -> Span {
         let operation = match shader {
             Shader::Gemv { experts, .. }
+            | Shader::GemvPacked { experts, .. }
             | Shader::Gemm { experts, .. }
             | Shader::GemmMatrix { experts, .. }
                 if experts != Experts::None =>
