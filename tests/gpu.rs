@@ -24,7 +24,6 @@ use kinglet::backend::{
     Activation, Attention, Backend, GatedFfnOf, LinearOf, Rope, RopePairs, Step,
 };
 use kinglet::quant::{self, Bytes, DType, Tensor};
-use kinglet::sampler::{Sampler, Settings, Source};
 use kinglet::session::{Extra, StateFile};
 use kinglet::tokenizer::Special;
 use kinglet::{

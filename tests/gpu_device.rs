@@ -1,5 +1,5 @@
 //! The device as a whole: sessions go on where it fails at any submission, in every way that one can; a budget of its memory
-//! is kept; steady decode makes nothing on it. In a process of its own, since all sessions of one share the device. Needs an
+//! is kept; steady decode makes nothing on it, and is encoded ahead. In a process of its own, since all sessions of one share the device. Needs an
 //! adapter, as `gpu.rs`.
 
 #[path = "common/on_gpu.rs"]
@@ -206,7 +206,17 @@ fn steady_decode_makes_nothing_on_the_device() {
                 device.n_made()
             };
             let first = decode(6);
+            let [submitted, ahead] = device.n_submitted();
             assert_eq!(decode(12), first, "{file}, {k} logits");
+            let [submitted, ahead] = {
+                let now = device.n_submitted();
+                [now[0] - submitted, now[1] - ahead]
+            };
+            // All, but where attention over more tokens takes another workgroup.
+            assert!(
+                12 * ahead >= 10 * submitted,
+                "{file}: {ahead} of {submitted}"
+            );
         }
     }
 }

@@ -223,6 +223,8 @@ pub struct Device {
     budget: AtomicU64,
     /// Pipelines, bind groups and buffers.
     pub(super) n_made: AtomicU64,
+    /// Submissions, and how many of them had been encoded ahead.
+    pub(super) n_submitted: [AtomicU64; 2],
     /// Submissions until one fails, and how: see [`Device::fail_after`].
     fails: Mutex<Option<(u64, DeviceFault)>>,
     /// Whether the system may leave submissions out without a word, as Metal does with those of an app in the background.
@@ -306,6 +308,7 @@ impl Device {
             held: Arc::default(),
             budget: AtomicU64::new(u64::MAX),
             n_made: AtomicU64::new(0),
+            n_submitted: Default::default(),
             may_refuse: AtomicBool::new(info.api == wgpu::Backend::Metal.to_str()),
             raw,
             queue,
@@ -345,7 +348,7 @@ impl Device {
     }
 
     /// Hands what was encoded to the device.
-    pub(super) fn submit(&self, encoder: wgpu::CommandEncoder) -> Result<()> {
+    pub(super) fn submit(&self, encoded: wgpu::CommandBuffer) -> Result<()> {
         let mut fails = self.fails.lock().unwrap_or_else(PoisonError::into_inner);
         let fails_now = match &mut *fails {
             Some((0, fault)) => Some(*fault),
@@ -361,7 +364,7 @@ impl Device {
         drop(fails);
         match fails_now {
             None => {
-                self.queue.submit([encoder.finish()]);
+                self.queue.submit([encoded]);
             }
             Some(DeviceFault::Lost) => self.lose(),
             Some(DeviceFault::OutOfMemory) => self.faults.put(Fault::OutOfMemory),
@@ -444,6 +447,13 @@ impl Device {
         self.n_made.load(Ordering::Relaxed)
     }
 
+    /// Submissions of passes so far, and how many of them had been encoded while the pass before ran.
+    pub fn n_submitted(&self) -> [u64; 2] {
+        self.n_submitted
+            .each_ref()
+            .map(|n| n.load(Ordering::Relaxed))
+    }
+
     /// Bytes of its memory that are in use.
     pub fn held_bytes(&self) -> u64 {
         self.held.load(Ordering::Relaxed)
@@ -490,12 +500,12 @@ impl Device {
         let mut encoder = self.raw.create_command_encoder(&Default::default());
         encoder.copy_buffer_to_buffer(&from.raw, 0, &to.raw, 0, bytes);
         if !self.may_refuse.load(Ordering::Relaxed) {
-            return self.submit(encoder);
+            return self.submit(encoder.finish());
         }
         let usage = BufferUsages::MAP_READ | BufferUsages::COPY_DST;
         let staging = self.buffer(4, usage, "reading back")?;
         encoder.copy_buffer_to_buffer(&self.ran.raw, 0, &staging.raw, 0, 4);
-        self.submit(encoder)?;
+        self.submit(encoder.finish())?;
         let mut word = [0; 4];
         self.read_back(&staging.raw, 4, |view| word.copy_from_slice(view))?;
         self.must_have_run(&[u32::from_le_bytes(word)], RAN)
@@ -516,7 +526,7 @@ impl Device {
         let mut encoder = self.raw.create_command_encoder(&Default::default());
         encoder.copy_buffer_to_buffer(&buffer.raw, offset, &staging.raw, 0, bytes);
         encoder.copy_buffer_to_buffer(&self.ran.raw, 0, &staging.raw, bytes, 4);
-        self.submit(encoder)?;
+        self.submit(encoder.finish())?;
         let mut out = Vec::new();
         self.read_back(&staging.raw, bytes + 4, |view| out.extend_from_slice(view))?;
         let mark = out.split_off(bytes as usize);

@@ -43,12 +43,52 @@ struct Command {
     span: Option<Span>,
 }
 
+impl Command {
+    /// Whether it is `other` but for its parameters.
+    fn recurs(&self, other: &Self) -> bool {
+        self.pipeline.id == other.pipeline.id
+            && self.group == other.group
+            && self.grid == other.grid
+    }
+}
+
+/// What the host reads after a submission: `bytes` of a buffer from a byte on, if any, by way of another.
+#[derive(PartialEq)]
+struct Reading {
+    from: Option<(wgpu::Buffer, u64)>,
+    bytes: u64,
+    staging: wgpu::Buffer,
+}
+
+/// What a pass submitted. Those of passes that decode differ in their parameters alone, mostly: the next ones are encoded
+/// while the GPU works, for encoding takes the host about as long as it takes the GPU to run them.
+struct Submission {
+    commands: Vec<Command>,
+    reading: Option<Reading>,
+    /// Whether it was the same in the pass before.
+    recurs: bool,
+    /// The same once more.
+    again: Option<wgpu::CommandBuffer>,
+}
+
+impl Submission {
+    fn is(&self, commands: &[Command], reading: Option<&Reading>) -> bool {
+        let pairs = self.commands.iter().zip(commands);
+        self.commands.len() == commands.len()
+            && self.reading.as_ref() == reading
+            && pairs.into_iter().all(|(a, b)| a.recurs(b))
+    }
+}
+
 /// Records the passes of one session.
 pub(super) struct Recorder {
     device: Arc<Device>,
     pipelines: HashMap<Shader, Arc<Pipeline>>,
     groups: HashMap<Key, wgpu::BindGroup>,
     commands: Vec<Command>,
+    /// Those of this pass, `n_submitted`, then what is left of the pass before.
+    submissions: Vec<Submission>,
+    n_submitted: usize,
     params: Vec<u8>,
     uniforms: Buffer,
     pool: Vec<Arc<Buffer>>,
@@ -72,6 +112,8 @@ impl Recorder {
             pipelines: HashMap::new(),
             groups: HashMap::new(),
             commands: Vec::with_capacity(SLOTS),
+            submissions: Vec::new(),
+            n_submitted: 0,
             params: Vec::with_capacity(SLOTS * SLOT),
             uniforms,
             pool: Vec::new(),
@@ -101,6 +143,8 @@ impl Recorder {
     pub(super) fn begin(&mut self) {
         self.commands.clear();
         self.params.clear();
+        self.submissions.truncate(self.n_submitted);
+        self.n_submitted = 0;
         self.pass += 1;
         self.n_ran = 0;
     }
@@ -113,6 +157,8 @@ impl Recorder {
     /// Bind groups keep their buffers alive: those of buffers that were replaced must go.
     pub(super) fn forget_groups(&mut self) {
         self.groups.clear();
+        self.submissions.clear();
+        self.n_submitted = 0;
     }
 
     /// A buffer for `n` floats that nobody holds. Its contents are anything.
@@ -244,11 +290,11 @@ impl Recorder {
             })
     }
 
-    fn encode(&mut self) -> Result<wgpu::CommandEncoder> {
-        let queue = &self.device.queue;
-        if !self.params.is_empty() {
-            queue.write_buffer(&self.uniforms.raw, 0, &self.params);
-        }
+    fn encode(
+        &mut self,
+        commands: &[Command],
+        reading: Option<&Reading>,
+    ) -> Result<wgpu::CommandBuffer> {
         let mut encoder = self.device.raw.create_command_encoder(&Default::default());
         {
             let mut pass = encoder.begin_compute_pass(&Default::default());
@@ -256,7 +302,7 @@ impl Recorder {
             if let Some(times) = &self.times {
                 pass.write_timestamp(times.queries(), 0);
             }
-            for (i, command) in self.commands.iter().enumerate() {
+            for (i, command) in commands.iter().enumerate() {
                 if command.pipeline.id != last {
                     pass.set_pipeline(&command.pipeline.raw);
                     last = command.pipeline.id;
@@ -270,13 +316,91 @@ impl Recorder {
             }
         }
         if let Some(times) = &mut self.times {
-            let spans = self.commands.iter().filter_map(|command| command.span);
+            let spans = commands.iter().filter_map(|command| command.span);
             times.resolve(&mut encoder, spans);
         }
-        self.commands.clear();
-        self.params.clear();
         self.sign(&mut encoder)?;
-        Ok(encoder)
+        if let Some(Reading {
+            from,
+            bytes,
+            staging,
+        }) = reading
+        {
+            if let Some((buffer, at)) = from {
+                encoder.copy_buffer_to_buffer(buffer, *at, staging, 0, *bytes);
+            }
+            if let Some([_, ran]) = &self.ran {
+                encoder.copy_buffer_to_buffer(&ran.raw, 0, staging, *bytes, 4 * self.n_ran);
+            }
+        }
+        Ok(encoder.finish())
+    }
+
+    /// Hands what was recorded to the device, and what is read then.
+    fn hand_over(&mut self, reading: Option<Reading>) -> Result<()> {
+        if !self.params.is_empty() {
+            let queue = &self.device.queue;
+            queue.write_buffer(&self.uniforms.raw, 0, &self.params);
+            self.params.clear();
+        }
+        let at = self.n_submitted;
+        let before = self.submissions.get_mut(at);
+        let recurs = before
+            .as_ref()
+            .is_some_and(|before| before.is(&self.commands, reading.as_ref()));
+        let again = before.filter(|_| recurs).and_then(|s| s.again.take());
+        let [n_submitted, n_ahead] = &self.device.n_submitted;
+        n_submitted.fetch_add(1, Ordering::Relaxed);
+        n_ahead.fetch_add(u64::from(again.is_some()), Ordering::Relaxed);
+        let mut commands = std::mem::take(&mut self.commands);
+        let encoded = match again {
+            Some(again) => again,
+            None => self.encode(&commands, reading.as_ref())?,
+        };
+        if self.times.is_some() || self.device.may_refuse.load(Ordering::Relaxed) {
+            commands.clear(); // no two are the same
+        } else if recurs {
+            self.submissions[at].recurs = true;
+            commands.clear();
+            self.n_submitted += 1;
+        } else {
+            let new = Submission {
+                commands,
+                reading,
+                recurs: false,
+                again: None,
+            };
+            match self.submissions.get_mut(at) {
+                Some(before) => {
+                    commands = std::mem::replace(before, new).commands;
+                    commands.clear();
+                }
+                None => {
+                    commands = Vec::with_capacity(SLOTS);
+                    self.submissions.push(new);
+                }
+            }
+            self.n_submitted += 1;
+        }
+        self.commands = commands;
+        self.device.submit(encoded)
+    }
+
+    /// Encodes what this pass has submitted once more, where the pass before did the same.
+    fn encode_ahead(&mut self) -> Result<()> {
+        for at in 0..self.n_submitted {
+            if !self.submissions[at].recurs || self.submissions[at].again.is_some() {
+                continue;
+            }
+            let commands = std::mem::take(&mut self.submissions[at].commands);
+            let reading = self.submissions[at].reading.take();
+            let again = self.encode(&commands, reading.as_ref())?;
+            let submission = &mut self.submissions[at];
+            submission.commands = commands;
+            submission.reading = reading;
+            submission.again = Some(again);
+        }
+        Ok(())
     }
 
     /// The last thing that a submission does: puts the number of the pass into its word.
@@ -316,8 +440,7 @@ impl Recorder {
     /// Hands what was recorded to the device.
     pub(super) fn submit(&mut self) -> Result<()> {
         if !self.commands.is_empty() {
-            let encoder = self.encode()?;
-            self.device.submit(encoder)?;
+            self.hand_over(None)?;
             if let Some(times) = &mut self.times {
                 times.collect(&self.device)?;
             }
@@ -340,15 +463,14 @@ impl Recorder {
                 self.device.buffer(bytes, usage, "reading back")?
             }
         };
-        let mut encoder = self.encode()?;
-        if let Some((buffer, at, _)) = part {
-            encoder.copy_buffer_to_buffer(&buffer.raw, 4 * at as u64, &staging.raw, 0, wanted);
-        }
+        let reading = Reading {
+            from: part.map(|(buffer, at, _)| (buffer.raw.clone(), 4 * at as u64)),
+            bytes: wanted,
+            staging: staging.raw.clone(),
+        };
+        self.hand_over(Some(reading))?;
+        self.encode_ahead()?;
         let signed = 4 * self.n_ran;
-        if let Some([_, ran]) = &self.ran {
-            encoder.copy_buffer_to_buffer(&ran.raw, 0, &staging.raw, wanted, signed);
-        }
-        self.device.submit(encoder)?;
         let (pass, mut all_ran) = (self.pass as u32, Ok(()));
         let device = Arc::clone(&self.device);
         device.read_back(&staging.raw, wanted + signed, |view| {
