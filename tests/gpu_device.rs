@@ -11,6 +11,7 @@ use std::sync::{Mutex, PoisonError};
 use kinglet::backend::gpu;
 use kinglet::session::{Extra, GpuPlan, Plan, StateFile};
 use kinglet::{BackendKind, DeviceFault, KvType, LoadOptions, Model, Session, SessionOptions};
+use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use self::on_gpu::{adapter, argmax, distance, load, new_session, prefill};
 
@@ -219,4 +220,59 @@ fn steady_decode_makes_nothing_on_the_device() {
             );
         }
     }
+}
+
+#[test]
+fn pipelines_are_kept_for_the_next_process() {
+    if !adapter() {
+        return;
+    }
+    let _alone = DEVICE.lock().unwrap_or_else(PoisonError::into_inner);
+    let folder = std::env::temp_dir().join(format!("kinglet-kept-{}", std::process::id()));
+    let options = LoadOptions {
+        threads: 2,
+        backend: BackendKind::Gpu,
+        gpu_cache: Some(folder.join("made")),
+        ..LoadOptions::default()
+    };
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/lfm2-tiny-random.gguf");
+    // A device is closed with its last user, so that each run opens it as a process would.
+    let run = || {
+        let model = Model::load(&path, &options).expect("the model loads");
+        let mut session = new_session(&model, KvType::F16, 64);
+        prefill(&mut session, &[1, 2, 3]);
+        session.decode(4).expect("decode");
+        session.logits().to_vec()
+    };
+    let expected = run();
+    let Ok(mut files) = std::fs::read_dir(folder.join("made")) else {
+        println!("skipped: this driver does not give its pipelines away");
+        return;
+    };
+    let file = files.next().expect("a file").expect("its name").path();
+    assert!(files.next().is_none(), "one file, and no temporary one");
+    let whole = std::fs::read(&file).expect("what was kept");
+    assert_eq!(run(), expected, "with what was kept");
+    // What wgpu calls the key of the adapter, after our 16 bytes and 17 of its own; the checksum fits again.
+    let mut foreign = whole.clone();
+    foreign[33] ^= 1;
+    let seed = xxh3_64(env!("CARGO_PKG_VERSION").as_bytes());
+    let sum = xxh3_64_with_seed(&foreign[16..], seed);
+    foreign[8..16].copy_from_slice(&sum.to_le_bytes());
+    let mut flipped = whole.clone();
+    *flipped.last_mut().expect("some bytes") ^= 1;
+    for (what, bytes) in [
+        ("another device's", &foreign[..]),
+        ("a flipped bit", &flipped),
+        ("the first half", &whole[..whole.len() / 2]),
+        ("nothing", &[]),
+        ("a text", b"not pipelines at all"),
+    ] {
+        std::fs::write(&file, bytes).expect("room for a file");
+        assert_eq!(run(), expected, "{what}");
+        let again = std::fs::read(&file).expect("what was kept");
+        assert_eq!(again.len(), whole.len(), "{what} is replaced");
+        assert_ne!(again, bytes, "{what} is replaced");
+    }
+    std::fs::remove_dir_all(folder).expect("it was made");
 }

@@ -3,14 +3,14 @@
 //! One line of JSON. It belongs to one model and one layout; a file that does not fit counts as missing. It is written
 //! to a temporary, synced and renamed.
 
-use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::{Decayed, Key, Layout, UsageFile};
-use crate::profile::roofline::cache_folder;
+use crate::profile::roofline::{cache_folder, replace};
 use crate::{Error, Result};
 
 const FORMAT: u32 = 1;
@@ -81,30 +81,14 @@ impl UsageFile {
             layout: format!("{:016x}", layout.hash()),
             used: keys.map(|key| used.used(key, now) as f32).collect(),
         };
-        let body = serde_json::to_string(&stored).expect("numbers and names");
+        let body = serde_json::to_string(&stored).expect("numbers and names") + "\n";
         let mut refused = None;
         for path in self.places() {
-            match replace(&path, &body) {
+            match replace(&path, body.as_bytes()) {
                 Ok(()) => return Ok(path),
                 Err(e) => refused = Some(Error::io(path, e)),
             }
         }
         Err(refused.expect("there is at least one place"))
     }
-}
-
-fn replace(path: &Path, body: &str) -> io::Result<()> {
-    let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
-    let write = || {
-        if let Some(folder) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
-            fs::create_dir_all(folder)?;
-        }
-        let mut file = File::create(&temporary)?;
-        writeln!(file, "{body}")?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)
-    };
-    write().inspect_err(|_| {
-        let _ = fs::remove_file(&temporary); // it may never have been there
-    })
 }

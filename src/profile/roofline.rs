@@ -5,7 +5,7 @@
 //! or on another machine, counts as missing. It is written to a temporary, synced and renamed, so it is never half there.
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -121,23 +121,13 @@ impl Roofline {
     /// If the operating system refuses.
     pub fn save(&self, folder: &Path) -> Result<PathBuf> {
         let path = folder.join(self.key.file_name());
-        let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
         let stored = Stored {
             format: FORMAT,
             roofline: self,
         };
         let body = serde_json::to_string(&stored).expect("all names are strings");
-        let write = || -> std::io::Result<()> {
-            fs::create_dir_all(folder)?;
-            let mut file = File::create(&temporary)?;
-            writeln!(file, "{body}\n{}", hash(&body))?;
-            file.sync_all()?;
-            fs::rename(&temporary, &path)
-        };
-        write().map_err(|e| {
-            let _ = fs::remove_file(&temporary); // it may never have been there
-            Error::io(&path, e)
-        })?;
+        let text = format!("{body}\n{}\n", hash(&body));
+        replace(&path, text.as_bytes()).map_err(|e| Error::io(&path, e))?;
         Ok(path)
     }
 }
@@ -168,6 +158,23 @@ impl Key {
 fn hash(text: &str) -> String {
     let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
     format!("{:016x}", text.bytes().fold(0xcbf2_9ce4_8422_2325, step))
+}
+
+/// Puts a file where it is whole or as it was, whatever happens meanwhile; its folder is made if there is none.
+pub(crate) fn replace(path: &Path, body: &[u8]) -> io::Result<()> {
+    let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
+    let write = || {
+        if let Some(folder) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
+            fs::create_dir_all(folder)?;
+        }
+        let mut file = File::create(&temporary)?;
+        file.write_all(body)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)
+    };
+    write().inspect_err(|_| {
+        let _ = fs::remove_file(&temporary); // it may never have been there
+    })
 }
 
 /// Where a person's programs keep what can be made again, ours in a folder of its own. `None` where the system does

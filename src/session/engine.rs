@@ -139,6 +139,9 @@ pub(super) fn load(
             if let Some(bytes) = options.gpu_memory {
                 device.set_budget(bytes);
             }
+            if let Some(folder) = &options.gpu_cache {
+                device.keep_pipelines(folder);
+            }
             let timed = options.trace;
             let backend = move || {
                 // It times its own work: by the host it would be seen recording.

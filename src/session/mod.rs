@@ -36,7 +36,7 @@ pub use self::timeline::Snapshot;
 
 use std::fs::File;
 use std::ops::{ControlFlow, Range};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use self::budget::{Claim, Ledger};
@@ -92,6 +92,9 @@ pub struct LoadOptions {
     pub cpu_moe: bool,
     /// Bytes of the GPU's memory that may be used, by all models of the process. `None`: as many as its driver gives.
     pub gpu_memory: Option<u64>,
+    /// A folder where the shaders of a GPU are kept as its driver has compiled them, so that the next process need not wait for
+    /// that. `None`: nothing is written.
+    pub gpu_cache: Option<PathBuf>,
     /// Whether sessions keep an account of their time: see [`Session::take_trace`].
     pub trace: bool,
     /// Bytes that the process may have in memory, all together: the model, its sessions, the program and what else the

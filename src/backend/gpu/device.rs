@@ -2,10 +2,11 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use wgpu::{BufferUsages, DeviceType, Features};
 
+use super::kept::Kept;
 use super::pipeline::{self, Pipelines, Target};
 use super::weights::Weights;
 use crate::error::{DeviceFault, Error, Result};
@@ -149,6 +150,11 @@ enum Fault {
 }
 
 impl Faults {
+    fn is_lost(&self) -> bool {
+        let first = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        matches!(&*first, Some(Fault::Lost(_)))
+    }
+
     fn put(&self, fault: Fault) {
         let mut first = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let is_lost = matches!(&*first, Some(Fault::Lost(_)));
@@ -213,6 +219,8 @@ pub struct Device {
     pub(super) limits: wgpu::Limits,
     pub(super) target: Target,
     pub(super) pipelines: Pipelines,
+    /// Those of earlier processes, where somebody has said where they are.
+    pub(super) kept: OnceLock<Option<Kept>>,
     /// For bindings that a shader has and a dispatch does not use.
     pub(super) nothing: Buffer,
     /// Holds [`RAN`]: copied behind what is read back, it says that the copies were made.
@@ -252,6 +260,7 @@ impl Device {
         let info = describe(index, &adapter);
         let limits = adapter.limits();
         let mut wanted = Features::SHADER_F16 | Features::SUBGROUP | TIMESTAMPS;
+        wanted |= Features::PIPELINE_CACHE;
         let mut experimental = wgpu::ExperimentalFeatures::disabled();
         if info.matrices {
             wanted |= Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
@@ -302,6 +311,7 @@ impl Device {
                 matrices: info.matrices,
             },
             pipelines: Pipelines::default(),
+            kept: OnceLock::new(),
             nothing,
             ran,
             fails: Mutex::default(),
@@ -371,6 +381,10 @@ impl Device {
             Some(DeviceFault::Refused) => {}
         }
         self.check("submitting")
+    }
+
+    pub(super) fn is_lost(&self) -> bool {
+        self.faults.is_lost()
     }
 
     /// What the device has come to, if it is no good.

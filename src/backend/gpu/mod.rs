@@ -9,6 +9,7 @@ mod attention;
 pub mod device;
 mod experts;
 mod host;
+mod kept;
 mod ops;
 mod packed;
 pub mod pipeline;

@@ -956,6 +956,18 @@ pub(super) fn experimental() -> wgpu::ExperimentalFeatures {
     unsafe { wgpu::ExperimentalFeatures::enabled() }
 }
 
+/// What a driver compiles, with `data` that it gave away before.
+pub(super) fn cache(device: &wgpu::Device, data: Option<&[u8]>) -> wgpu::PipelineCache {
+    let descriptor = wgpu::PipelineCacheDescriptor {
+        label: None,
+        data,
+        // Of another driver, or another version of wgpu, it counts as none.
+        fallback: true,
+    };
+    // SAFETY: the data carry a checksum of what `get_data` returned in an earlier process; wgpu compares device and driver.
+    unsafe { device.create_pipeline_cache(&descriptor) }
+}
+
 /// A shader on a device.
 pub(super) struct Pipeline {
     /// Unlike any other's of the device.
@@ -1027,9 +1039,12 @@ impl Device {
                     zero_initialize_workgroup_memory: false,
                     ..Default::default()
                 },
-                cache: None,
+                cache: self.kept().map(|kept| &kept.raw),
             });
         self.check(&label)?;
+        if let Some(kept) = self.kept() {
+            kept.grew.store(true, Ordering::Relaxed);
+        }
         Ok(Pipeline {
             id,
             raw,

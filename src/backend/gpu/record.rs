@@ -104,6 +104,12 @@ pub(super) struct Recorder {
     times: Option<Times>,
 }
 
+impl Drop for Recorder {
+    fn drop(&mut self) {
+        self.device.save_pipelines();
+    }
+}
+
 impl Recorder {
     pub(super) fn new(device: Arc<Device>) -> Result<Self> {
         let usage = BufferUsages::UNIFORM | BufferUsages::COPY_DST;

@@ -3,6 +3,7 @@
 use std::str::FromStr;
 
 use clap::Args;
+use kinglet::profile::roofline::cache_folder;
 use kinglet::{BackendKind, LoadOptions};
 
 #[cfg(not(feature = "gpu"))]
@@ -57,6 +58,7 @@ impl DeviceArgs {
         load.gpu_layers = self.gpu_layers;
         load.cpu_moe = self.cpu_moe;
         load.gpu_memory = self.gpu_memory;
+        load.gpu_cache = cache_folder();
     }
 
     /// The backend and the number of its device, if the arguments say.
