@@ -3,8 +3,9 @@
 
 use std::sync::Arc;
 
-use super::ops::{Gemm, Gemv, vec4};
+use super::ops::vec4;
 use super::pipeline::{Experts, Shader};
+use super::products::{Gemm, Gemv};
 use super::weights::Weights;
 use super::{Gpu, Input, Product, Rows, Tensor, Value, Vector};
 use crate::backend::{Backend, Gating, Moe, Step};

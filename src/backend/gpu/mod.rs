@@ -6,6 +6,7 @@
 //! buffer that no living tensor holds.
 
 mod attention;
+mod compose;
 pub mod device;
 mod experts;
 mod host;
@@ -13,6 +14,7 @@ mod kept;
 mod ops;
 mod packed;
 pub mod pipeline;
+mod products;
 mod record;
 mod times;
 mod top;
