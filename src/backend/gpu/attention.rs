@@ -6,7 +6,9 @@ use wgpu::BufferUsages;
 
 use super::device::Buffer;
 use super::ops::vec4;
+use super::packed::Packed;
 use super::pipeline::Shader;
+use super::record::Bindings;
 use super::weights::UNIT;
 use super::{Gpu, Heads, Rows, Tensor, Value};
 use crate::backend::select::KvOptions;
@@ -459,14 +461,13 @@ impl Gpu {
             (n_heads * d / UNIT) as u32,
         ];
         let packed = out.packed.as_ref();
-        let mut buffers = vec![
-            Some(q.span()),
-            Some(cache.keys.all()),
-            Some(cache.values.all()),
-            Some(out.span()),
-            Some(part.span()),
-        ];
-        buffers.extend(packed.map(|packed| Some(packed.span())));
+        let mut buffers = Bindings::new();
+        buffers.push(Some(q.span()));
+        buffers.push(Some(cache.keys.all()));
+        buffers.push(Some(cache.values.all()));
+        buffers.push(Some(out.span()));
+        buffers.push(Some(part.span()));
+        buffers.push_some(packed.map(Packed::span));
         self.dispatch(shader, &params, &buffers, [n_splits, n_heads / group, 1]);
         if n_splits > 1 {
             let params = [
@@ -476,8 +477,10 @@ impl Gpu {
                 (at / 8) as u32,
                 (n_heads * d / UNIT) as u32,
             ];
-            let mut buffers = vec![Some(part.span()), Some(out.span())];
-            buffers.extend(packed.map(|packed| Some(packed.span())));
+            let mut buffers = Bindings::new();
+            buffers.push(Some(part.span()));
+            buffers.push(Some(out.span()));
+            buffers.push_some(packed.map(Packed::span));
             let shader = Shader::AttentionMerge {
                 pack: packed.is_some(),
             };

@@ -48,6 +48,8 @@ pub struct Gpu {
     step: Step,
     cancel: Cancel,
     work: Cell<Work>,
+    /// Of a pass, on their way to the device.
+    angles: Vec<f32>,
     /// Who has the experts, where they are not on the device; away while it works.
     host: Option<Box<Host>>,
 }
@@ -180,6 +182,7 @@ impl Gpu {
             step: Step::Prefill,
             cancel: Cancel::default(),
             work: Cell::default(),
+            angles: Vec::new(),
             host: None,
         })
     }

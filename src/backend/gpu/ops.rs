@@ -12,6 +12,7 @@ use super::host::is_of_experts;
 use super::packed::Packed;
 use super::pipeline::{Experts, Shader};
 use super::products::Gemv;
+use super::record::Bindings;
 use super::times::Times;
 use super::weights::{UNIT, Weights};
 use super::{
@@ -161,14 +162,14 @@ impl Gpu {
     ) {
         let spare = [(); 3].map(|()| self.take(1));
         let mut spare = spare.iter();
-        let mut filled = [None; 16];
+        let mut filled = Bindings::new();
         for (i, buffer) in buffers.iter().enumerate() {
-            filled[i] = *buffer;
-            if buffer.is_none() && writable.contains(&i) {
-                filled[i] = spare.next().map(Rows::span);
+            match buffer {
+                None if writable.contains(&i) => filled.push(spare.next().map(Rows::span)),
+                buffer => filled.push(*buffer),
             }
         }
-        self.dispatch(shader, params, &filled[..buffers.len()], grid);
+        self.dispatch(shader, params, &filled, grid);
     }
 
     /// `activation(gate) * up`, of `n` each.
@@ -465,7 +466,9 @@ impl Backend for Gpu {
 
     fn rope_angles(&mut self, rope: &Rope, start: usize, n: usize) -> Tensor {
         let half = rope.inv_freq.len();
-        let mut angles = vec![0.0f32; n * 2 * half];
+        let mut angles = std::mem::take(&mut self.angles);
+        angles.clear();
+        angles.resize(n * 2 * half, 0.0f32);
         for (i, row) in angles.chunks_exact_mut(2 * half).enumerate() {
             let (cos, sin) = row.split_at_mut(half);
             for ((cos, sin), freq) in cos.iter_mut().zip(sin).zip(&rope.inv_freq) {
@@ -476,6 +479,7 @@ impl Backend for Gpu {
             }
         }
         let rows = self.upload(bytemuck::cast_slice(&angles));
+        self.angles = angles;
         Tensor::new(n, 2 * half, Value::Rows(rows))
     }
 

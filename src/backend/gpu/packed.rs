@@ -7,6 +7,7 @@ use super::device::{Buffer, Span};
 use super::experts::Routes;
 use super::ops::vec4;
 use super::pipeline::{Experts, PackedShape, Shader, Then, is_float};
+use super::record::Bindings;
 use super::weights::{UNIT, Weights};
 use super::{ConvState, Gpu, Input, Norm, Product, Rows, Sum, Vector};
 use crate::backend::{Activation, Step};
@@ -340,22 +341,22 @@ impl Gpu {
                 n_used as u32,
                 routes.map_or(0, |routes| routes.rows.at as u32),
             ];
-            let mut buffers = Vec::with_capacity(16);
+            let mut buffers = Bindings::new();
             buffers.push(Some(call.x.span()));
-            buffers.extend(call.residual.map(|rows| Some(rows.span())));
-            buffers.extend(call.gain.map(|gain| Some(gain.span())));
-            buffers.extend(call.next.map(|(packed, _)| Some(packed.span())));
+            buffers.push_some(call.residual.map(Rows::span));
+            buffers.push_some(call.gain.map(Vector::span));
+            buffers.push_some(call.next.map(|(packed, _)| packed.span()));
             for (i, (part, (_, bias))) in parts.zip(call.layers).enumerate() {
                 buffers.push(Some(part.main()));
                 buffers.push(Some(part.aux()));
-                buffers.extend(bias.map(|bias| Some(bias.span())));
-                buffers.extend(call.outs.get(i).map(|out| Some(out.span())));
+                buffers.push_some(bias.map(Vector::span));
+                buffers.push_some(call.outs.get(i).map(Rows::span));
             }
             if let Some(conv) = &call.conv {
                 buffers.push(Some(conv.taps.span()));
                 buffers.push(Some(conv.state.memory.all()));
             }
-            buffers.extend(routes.map(|routes| Some(routes.rows.span())));
+            buffers.push_some(routes.map(|routes| routes.rows.span()));
             let mut names = [""; 3];
             for (name, (weights, _)) in names.iter_mut().zip(call.layers) {
                 *name = &weights.name;

@@ -3,6 +3,7 @@
 use super::experts::{Groups, Routes};
 use super::ops::vec4;
 use super::pipeline::{Experts, GEMV_LANES, MatrixTile, Shader, UnitsOf, is_float};
+use super::record::Bindings;
 use super::weights::{UNIT, Weights};
 use super::{Gpu, Input, Product, Rows, Vector};
 use crate::backend::{Activation, Step};
@@ -249,12 +250,11 @@ impl Gpu {
     pub(super) fn run_gemv(&self, call: &Gemv, others: [usize; 2]) {
         let (weights, bias) = call.layers[0];
         let n_units = weights.n_in.div_ceil(UNIT);
-        let parts: Vec<_> = call
+        let parts = call
             .layers
             .iter()
-            .map(|(weights, _)| &weights.parts[call.part])
-            .collect();
-        let n_rows: usize = parts.iter().map(|part| part.n_rows).sum();
+            .map(|(weights, _)| &weights.parts[call.part]);
+        let n_rows: usize = parts.clone().map(|part| part.n_rows).sum();
         let is_float = is_float(weights.dtype);
         // More rows of a team are more loads on their way, until they are too few teams for the device.
         let rows = match (is_float, call.glu.is_some()) {
@@ -270,7 +270,7 @@ impl Gpu {
         };
         let shader = Shader::Gemv {
             dtype: weights.dtype,
-            matrices: parts.len() as u32,
+            matrices: call.layers.len() as u32,
             rows,
             units: UnitsOf::new(n_units),
             norm: norm.is_some(),
@@ -291,7 +291,7 @@ impl Gpu {
         let mut stride = [0; 3];
         let mut first_wg = [0; 3];
         let mut n_groups = 0;
-        for (i, (part, (weights, _))) in parts.iter().zip(call.layers).enumerate() {
+        for (i, (part, (weights, _))) in parts.clone().zip(call.layers).enumerate() {
             n_out[i] = of_expert(part.n_rows) as u32;
             stride[i] = of_expert(weights.n_out) as u32;
             first_wg[i] = n_groups as u32;
@@ -302,7 +302,7 @@ impl Gpu {
         let params = [
             n_units as u32,
             vec4(x.at),
-            parts[0].first as u32,
+            weights.parts[call.part].first as u32,
             call.residual.map_or(0, |r| r.at as u32),
             n_out[0],
             n_out[1],
@@ -319,18 +319,18 @@ impl Gpu {
             vec4(weights.n_in),
             n_blocks as u32,
         ];
-        let mut buffers = [None; 16];
-        buffers[0] = Some(x.span());
-        buffers[1] = norm.map(|norm| norm.gain.span());
-        buffers[2] = call.residual.map(Rows::span);
-        buffers[3] = call.routes.map(|routes| routes.rows.span());
+        let mut buffers = Bindings::new();
+        buffers.push(Some(x.span()));
+        buffers.push(norm.map(|norm| norm.gain.span()));
+        buffers.push(call.residual.map(Rows::span));
+        buffers.push(call.routes.map(|routes| routes.rows.span()));
         // The second matrix of a gated unit has no output of its own.
         let spare = self.take(1);
-        for (i, (part, (_, bias))) in parts.iter().zip(call.layers).enumerate() {
-            buffers[4 + 4 * i] = Some(part.main());
-            buffers[5 + 4 * i] = Some(part.aux());
-            buffers[6 + 4 * i] = bias.map(Vector::span);
-            buffers[7 + 4 * i] = Some(call.outs.get(i).unwrap_or(&spare).span());
+        for (i, (part, (_, bias))) in parts.zip(call.layers).enumerate() {
+            buffers.push(Some(part.main()));
+            buffers.push(Some(part.aux()));
+            buffers.push(bias.map(Vector::span));
+            buffers.push(Some(call.outs.get(i).unwrap_or(&spare).span()));
         }
         let grid = [n_groups, others[0], others[1]];
         for (weights, _) in call.layers.iter().filter(|_| call.part == 0) {
@@ -348,13 +348,12 @@ impl Gpu {
             self.count_read(weights, (n_used, n_experts));
             self.count_products(weights, n_used * n_tokens, n_experts);
         }
-        let buffers = &buffers[..4 + 4 * parts.len()];
         let mut names = [""; 3];
         for (name, (weights, _)) in names.iter_mut().zip(call.layers) {
             *name = &weights.name;
         }
-        let names = &names[..parts.len()];
-        self.dispatch_of(names, shader, &params, buffers, grid);
+        let names = &names[..call.layers.len()];
+        self.dispatch_of(names, shader, &params, &buffers, grid);
     }
 
     /// That a matrix is read, and multiplied by so many tokens.

@@ -1,6 +1,7 @@
 //! What a pass will do: dispatches with their parameters, in order; buffers for activations; and the submission.
 
 use std::collections::HashMap;
+use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -14,6 +15,42 @@ use crate::profile::{Span, Work};
 
 /// Bindings of a shader at most, with the one for parameters.
 const MAX_BINDINGS: usize = 18;
+
+/// Buffers of a dispatch, in the order of its bindings.
+pub(super) struct Bindings<'a> {
+    spans: [Option<device::Span<'a>>; MAX_BINDINGS],
+    n: usize,
+}
+
+impl<'a> Bindings<'a> {
+    pub(super) fn new() -> Self {
+        Self {
+            spans: [None; MAX_BINDINGS],
+            n: 0,
+        }
+    }
+
+    /// The next; `None`: not used.
+    pub(super) fn push(&mut self, span: Option<device::Span<'a>>) {
+        self.spans[self.n] = span;
+        self.n += 1;
+    }
+
+    /// The next, of a shader that has it only where it is there.
+    pub(super) fn push_some(&mut self, span: Option<device::Span<'a>>) {
+        if span.is_some() {
+            self.push(span);
+        }
+    }
+}
+
+impl<'a> Deref for Bindings<'a> {
+    type Target = [Option<device::Span<'a>>];
+
+    fn deref(&self) -> &Self::Target {
+        &self.spans[..self.n]
+    }
+}
 
 /// What a bind group is made of: the pipeline, then buffers.
 type Key = [u64; MAX_BINDINGS];
