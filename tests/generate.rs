@@ -1,6 +1,7 @@
 //! Replies: what a session keeps of a prompt, what ends a reply, what cancelling leaves behind.
 
 #[path = "common/models.rs"]
+#[expect(dead_code, reason = "shared with tests that take SmolLM2 where it is")]
 mod models;
 #[path = "common/replies.rs"]
 mod replies;
