@@ -8,7 +8,7 @@ use super::pipeline::{Experts, Shader};
 use super::products::{Gemm, Gemv};
 use super::weights::Weights;
 use super::{Gpu, Input, Product, Rows, Tensor, Value, Vector};
-use crate::backend::{Backend, Gating, Moe, Step};
+use crate::backend::{Gating, Moe, Step};
 
 /// What a router chose, `(n_tokens, 2 * n_used)`.
 #[derive(Clone)]
@@ -27,20 +27,24 @@ pub(super) struct Groups {
 }
 
 impl Gpu {
-    /// [`Backend::route`].
+    /// [`Backend::route`](crate::backend::Backend::route).
     pub(super) fn choose(&mut self, x: &Tensor, from: usize, moe: &Moe<Self>) -> Tensor {
         let n_tokens = x.n_tokens - from;
-        let [logits] = match from {
-            // A norm that others may join stays one.
-            0 => self.linear(x, [&moe.router]),
+        let router = &*moe.router.weight.0;
+        let shape = (moe.routing.n_experts, x.n_cols);
+        assert_eq!((router.n_out, router.n_in), shape, "a router");
+        // A norm that others may join stays one.
+        let input = match from {
+            0 => self.input(x),
             _ => {
                 let rows = self.rows(x);
                 let at = rows.at + from * x.n_cols;
-                let x = Tensor::new(n_tokens, x.n_cols, Value::Rows(rows.from(at)));
-                self.linear(&x, [&moe.router])
+                Input::Rows(rows.from(at))
             }
         };
-        let logits = self.rows(&logits);
+        // Token by token in prompts too: a router has so few rows that tiles of them would leave most of a device idle.
+        let layer = (router, moe.router.bias.as_ref());
+        let [logits] = self.gemv(&input, [layer], n_tokens, None);
         let routing = &moe.routing;
         let out = self.take(n_tokens * 2 * routing.n_used);
         let params = [
@@ -61,17 +65,24 @@ impl Gpu {
         Tensor::new(n_tokens, 2 * routing.n_used, Value::Rows(out))
     }
 
-    /// [`Backend::moe`].
+    /// [`Backend::moe`](crate::backend::Backend::moe).
     pub(super) fn mixture(&mut self, x: &Tensor, routes: &Tensor, moe: &Moe<Self>) -> Tensor {
         if let Some((what, found)) = self.cannot_mix(moe) {
             self.unsupported(what, found, "whole matrices, gate and up in one format");
         }
+        let [gate, up, down] = moe.layers().map(|layer| &*layer.weight.0);
+        let n_all = moe.routing.n_experts * moe.n_ffn;
+        let reads = |weights: &Weights| (weights.n_in, weights.n_out) == (x.n_cols, n_all);
+        let down_fits = down.n_in == moe.n_ffn && down.n_out.is_multiple_of(moe.routing.n_experts);
+        assert!(reads(gate) && reads(up) && down_fits, "experts of a layer");
+        let chosen = (x.n_tokens, 2 * moe.routing.n_used);
+        assert_eq!((routes.n_tokens, routes.n_cols), chosen, "routes");
         let routes = Routes {
             rows: self.rows(routes),
             n_experts: moe.routing.n_experts,
             n_used: moe.routing.n_used,
         };
-        let n_out = moe.down.weight.0.n_out / routes.n_experts;
+        let n_out = down.n_out / routes.n_experts;
         let value = match self.step {
             Step::Prefill => Value::Rows(self.mix_groups(x, &routes, moe)),
             Step::Decode => self.mix_one_by_one(x, routes, moe),
