@@ -2,10 +2,12 @@
 """What attention that leaves something out costs and saves: one `kinglet eval` or `kinglet bench` per cell.
 
 Each cell is appended to a file of JSON lines as it is measured; what is there already is not measured again, so a run can be
-stopped and gone on with. Long texts and retrieval come first, then divergence and recall, several cells side by side; times come
-last, one after the other, and need a machine with nothing else to do. No cell is begun after `--hours`.
+stopped and gone on with. What matters most comes first: all of the first model, its longest texts before shorter ones, then
+the others. Of a model first what does not depend on the machine, some cells side by side; then times, with dense attention
+and each policy in turns, `--time-jobs` side by side: more than one only where there are cores for it. No cell is begun after
+`--minutes`, and one that is not done by then is stopped.
 
-    models/sparse-table.py run -m NAME=FILE [-m NAME=FILE …] -f TEXT -o cells.jsonl [--jobs N] [--threads N] [--hours H]
+    models/sparse-table.py run -m NAME=FILE [-m NAME=FILE …] -f TEXT -o cells.jsonl [--jobs N] [--threads N] [--minutes N]
     models/sparse-table.py show cells.jsonl                  # as a table in markdown
 
 Of the first model 44 facts are asked for a cell, of the others 11.
@@ -13,6 +15,7 @@ Of the first model 44 facts are asked for a cell, of the others 11.
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import threading
@@ -22,19 +25,35 @@ from concurrent.futures import ThreadPoolExecutor
 SHARES = [8, 4, 2]
 # Beyond, one budget must do.
 LONG = 8192
+DHSA = ["--dhsa", "on", "--dhsa-heads", "best", "--dhsa-chunk"]
 
 
-def policies(ctx):
-    """Name, share of keys, flags."""
-    yield "dense", None, []
+def policies(ctx, is_first, dense_layers):
+    """Name, which keys, flags."""
+    # The last keys are a part of the budget: no more than a quarter of it.
+    local = lambda budget: ["--local", str(min(128, budget // 4))]
+    yield "dense", "all", []
     for share in SHARES if ctx <= LONG else [4]:
-        budget = str(ctx // share)
-        # The last keys are a part of the budget: no more than a quarter of it.
-        local = ["--local", str(min(128, ctx // share // 4))]
-        yield "window", share, ["--window-sink", budget]
-        yield "block top-k", share, ["--block-topk", budget, *local]
-        yield "DHSA", share, ["--dhsa", "on", "--dhsa-budget", budget, *local]
-    yield "DeltaLLM", None, ["--delta", "1"]
+        budget, keys = ctx // share, f"1/{share}"
+        yield "window", keys, ["--window-sink", str(budget)]
+        yield "block top-k", keys, ["--block-topk", str(budget), *local(budget)]
+        yield "DHSA of 8", keys, [*DHSA, "8", "--dhsa-budget", str(budget), *local(budget)]
+        if is_first:
+            yield "DHSA of 4", keys, [*DHSA, "4", "--dhsa-budget", str(budget), *local(budget)]
+            pooled = [*DHSA, "8", "--dhsa-budget", str(budget), *local(budget), "--dhsa-repair", "pooled"]
+            yield "DHSA of 8, others pooled", keys, pooled
+    # Shares of what a token sees, so that the end of a text, where questions are, reads more.
+    for share in [20, 30]:
+        floor = max(ctx // 8, 256)
+        seen = ["--budget-share", str(share)]
+        keys = f"{share} % of seen"
+        dhsa = ["--dhsa-budget", str(floor), *seen, *local(floor)]
+        yield "window", keys, ["--window-sink", str(floor), *seen]
+        yield "DHSA of 8", keys, [*DHSA, "8", *dhsa]
+        if dense_layers:
+            yield f"DHSA of 8, layers {dense_layers} dense", keys, [*DHSA, "8", *dhsa, "--dense-layers", dense_layers]
+            yield f"window, layers {dense_layers} dense", keys, ["--window-sink", str(floor), *seen, "--dense-layers", dense_layers]
+    yield "DeltaLLM", "all", ["--delta", "1"]
 
 
 def commands(args, model, ctx, flags, is_first):
@@ -44,31 +63,39 @@ def commands(args, model, ctx, flags, is_first):
     trials = str(args.trials * (4 if is_first else 1))
     needle = [*text, "-l", str(ctx), "--needles", "11", "--trials", trials, "--json", *flags]
     yield "needle", ["eval", "needle", *common, *needle]
+    yield "kl", ["eval", "kl", *common, *text, "-c", str(ctx), "--chunks", "1", "--json", *flags]
+    yield "recall", ["eval", "recall", *common, "-l", str(ctx), "--trials", str(args.trials), "--json", *flags]
     if flags and is_first:
         yield "tail", ["eval", "needle", *common, "--dense-tail", *needle]
-    yield "kl", ["eval", "kl", *common, *text, "-c", str(ctx), "--chunks", "1", "--json", *flags]
-    yield "recall", ["eval", "recall", *common, "-l", str(ctx), "--trials", str(2 * args.trials), "--json", *flags]
-    bench = ["bench", *common, "-r", str(args.rounds), "-o", "json", *flags]
-    yield "time", [*bench, "-p", str(ctx), "-n", "0"]
-    yield "time", [*bench, "-p", "0", "-n", "32", "-d", str(ctx)]
+    # The prompt and 32 tokens after it fit what the model was made for.
+    both = ["--pg", f"{ctx - 64},32", "-p", "0", "-n", "0"]
+    yield "time", ["bench", *common, *both, "-r", "1", "--no-measure", "-o", "json", *flags]
 
 
 def cells(args):
-    """Every cell: what tells it from others, what it is of, its command."""
+    """Every cell, the most useful first: in stages of which each is done before the next is begun."""
     models = [pair.split("=", 1) for pair in args.model]
-    for what in args.what:
-        for ctx in args.ctx:
-            for name, model in models:
-                most = dict(pair.split("=", 1) for pair in args.most).get(name, LONG)
-                if ctx > int(most):
-                    continue
-                for policy, share, flags in policies(ctx):
-                    if policy == "DeltaLLM" and args.delta_file:
-                        flags = [*flags, "--delta-file", args.delta_file.replace("NAME", name)]
-                    for kind, command in commands(args, model, ctx, flags, name == models[0][0]):
-                        if kind == what:
-                            of = {"model": name, "policy": policy, "share": share, "ctx": ctx, "what": kind}
-                            yield " ".join([name, *(word for word in command if word != model)]), of, command
+    most, layers = (dict(pair.split("=", 1) for pair in given) for given in (args.most, args.dense_layers))
+
+    def of(name, model, ctx, whats):
+        is_first = name == models[0][0]
+        for what in whats:
+            for policy, keys, flags in policies(ctx, is_first, layers.get(name)):
+                if policy == "DeltaLLM" and args.delta_file:
+                    flags = [*flags, "--delta-file", args.delta_file.replace("NAME", name)]
+                for kind, command in commands(args, model, ctx, flags, is_first):
+                    if kind == what and what in args.what:
+                        id = {"model": name, "policy": policy, "keys": keys, "ctx": ctx, "what": kind}
+                        yield " ".join([name, *(word for word in command if word != model)]), id, command
+
+    for name, model in models:
+        lengths = [ctx for ctx in args.ctx if ctx <= int(most.get(name, LONG))]
+        yield [cell for ctx in lengths for cell in of(name, model, ctx, ["needle", "kl", "recall", "tail"])]
+        times = []
+        for ctx in lengths:
+            for turn in range(args.rounds):
+                times += [(f"{key} #{turn}", id, command) for key, id, command in of(name, model, ctx, ["time"])]
+        yield times
 
 
 def run(args):
@@ -77,31 +104,36 @@ def run(args):
             done = {json.loads(line)["key"] for line in file}
     except FileNotFoundError:
         done = set()
-    todo = [cell for cell in cells(args) if cell[0] not in done]
+    stages = [[cell for cell in stage if cell[0] not in done] for stage in cells(args)]
+    n_todo = sum(map(len, stages))
     begin, lock, n_done = time.monotonic(), threading.Lock(), 0
 
     def measure(cell):
         nonlocal n_done
-        key, of, command = cell
-        if time.monotonic() - begin > args.hours * 3600:
+        key, id, command = cell
+        left = begin + args.minutes * 60 - time.monotonic()
+        if left <= 0:
             return
         started = time.monotonic()
-        out = subprocess.run([*args.prefix, args.kinglet, *command], capture_output=True, text=True)
+        try:
+            out = subprocess.run([*args.prefix, args.kinglet, *command], capture_output=True, text=True, timeout=left)
+        except subprocess.TimeoutExpired:
+            return
         # Not every policy does with every budget: that is a result too. That somebody stops the run is none.
         if out.returncode < 0 or out.returncode == 130:
             return
         result = {"result": json.loads(out.stdout)} if out.returncode == 0 else {"error": out.stderr.strip()}
-        line = json.dumps({"key": key, **of, "seconds": round(time.monotonic() - started, 1), **result})
+        line = json.dumps({"key": key, **id, "seconds": round(time.monotonic() - started, 1), **result})
         with lock, open(args.out, "a") as file:
-            print(line, file=file)
+            print(line, file=file, flush=True)
             n_done += 1
-            print(f"{n_done} of {len(todo)}, {(time.monotonic() - begin) / 60:.0f} min: {key}", file=sys.stderr)
+            print(f"{n_done} of {n_todo}, {time.monotonic() - begin:.0f} s: {key}", file=sys.stderr, flush=True)
 
-    # Times alone.
-    for alone in False, True:
-        with ThreadPoolExecutor(1 if alone else args.jobs) as pool:
-            list(pool.map(measure, (cell for cell in todo if (cell[1]["what"] == "time") == alone)))
-    print(f"{len(todo) - n_done} cells are left", file=sys.stderr)
+    for stage in stages:
+        is_time = bool(stage) and stage[0][1]["what"] == "time"
+        with ThreadPoolExecutor(args.time_jobs if is_time else args.jobs) as pool:
+            list(pool.map(measure, stage))
+    print(f"{n_todo - n_done} cells are left", file=sys.stderr)
 
 
 def show(args):
@@ -110,19 +142,28 @@ def show(args):
         with open(path) as file:
             for line in file:
                 cell = json.loads(line)
-                row = rows.setdefault((cell["model"], cell["ctx"], cell["policy"], cell["share"]), {})
+                row = rows.setdefault((cell["model"], cell["ctx"], cell["policy"], cell["keys"]), {})
                 if "result" in cell:
                     read(cell, row)
     head = ["model", "tokens", "attention", "keys", "pairs", "KL", "PPL, dense", "needle gain, exact", "with a dense tail"]
-    head += ["recall", "prefill", "decode"]
+    head += ["recall", "prefill", "decode", "KiB of keys"]
     print("| " + " | ".join(head) + " |")
     print("|" + "---|" * len(head))
-    for (model, ctx, policy, share), row in sorted(rows.items(), key=lambda r: (r[0][0], r[0][1], r[0][2], r[0][3] or 0)):
-        dense = rows.get((model, ctx, "dense", None), {})
-        ratio = lambda key: f"{row[key] / dense[key]:.2f}" if key in row and key in dense else ""
-        cells = [model, str(ctx), policy, f"1/{share}" if share else "all"]
-        cells += [row.get(key, "") for key in ("pairs", "kl", "ppl", "needle", "tail", "recall")]
-        print("| " + " | ".join([*cells, ratio("prefill"), ratio("decode")]) + " |")
+    for (model, ctx, policy, keys), row in rows.items():
+        dense = rows.get((model, ctx, "dense", "all"), {})
+        line = [model, str(ctx), policy, keys]
+        line += [row.get(key, "") for key in ("pairs", "kl", "ppl", "needle", "tail", "recall")]
+        for key in ("prefill", "decode"):
+            ratio = ""
+            if key in row and key in dense:
+                ratio = f"{statistics.median(row[key]) / statistics.median(dense[key]):.2f}"
+            line.append(ratio)
+        # Half of what a dense cache takes is values, and so it is of others.
+        if "bytes" in row and "bytes" in dense:
+            line.append(f"{(row['bytes'] - dense['bytes'] / 2) / 1024:.0f}")
+        else:
+            line.append("")
+        print("| " + " | ".join(line) + " |")
 
 
 def read(cell, row):
@@ -130,7 +171,8 @@ def read(cell, row):
     if cell["what"] == "kl":
         row["kl"] = f"{result['kl_mean']:.4f}"
         row["ppl"] = f"{result['ppl']:.2f}, {result['ppl_dense']:.2f}"
-        row["pairs"] = f"{100 * result['saved']['pairs_read']:.0f} %" if "saved" in result else ""
+        row["pairs"] = f"{100 * result['saved']['pairs_read']:.0f} %"
+        row["bytes"] = result["saved"]["kv_bytes"]
     elif cell["what"] in ("needle", "tail"):
         length = result["lengths"][0]
         row[cell["what"]] = f"{length['gain']:.2f}, {length['exact']}/{length['cells']}"
@@ -139,7 +181,8 @@ def read(cell, row):
         row["recall"] = f"{length['exact']}/{length['asked']}"
     else:
         for test in result:
-            row["prefill" if test["n_gen"] == 0 else "decode"] = test["avg_ts"]
+            row.setdefault("prefill", []).append(test["n_prompt"] / test["first_token_ms"])
+            row.setdefault("decode", []).append(1 / test["token_ms_p50"])
 
 
 def main():
@@ -149,14 +192,16 @@ def main():
     verb.add_argument("-m", "--model", action="append", required=True, metavar="NAME=FILE")
     verb.add_argument("-f", "--text", required=True)
     verb.add_argument("-o", "--out", required=True)
-    verb.add_argument("-c", "--ctx", type=int, nargs="+", default=[16384, 8192, 4096, 2048])
+    verb.add_argument("-c", "--ctx", type=int, nargs="+", default=[8192, 4096, 2048, 16384])
     verb.add_argument("--most", action="append", default=[], metavar="NAME=N", help=f"the longest for a model, if not {LONG}")
+    verb.add_argument("--dense-layers", action="append", default=[], metavar="NAME=LAYERS", help="layers of a model that DHSA leaves dense")
     verb.add_argument("--what", nargs="+", default=["needle", "kl", "recall", "tail", "time"])
     verb.add_argument("--trials", type=int, default=1, help="how many times as many facts and questions")
-    verb.add_argument("--rounds", type=int, default=2, help="of each time")
+    verb.add_argument("--rounds", type=int, default=3, help="of each time")
     verb.add_argument("--threads", type=int, default=2, help="of each cell")
     verb.add_argument("--jobs", type=int, default=1, help="cells side by side, but for times")
-    verb.add_argument("--hours", type=float, default=1e9, help="after which no cell is begun")
+    verb.add_argument("--time-jobs", type=int, default=1, help="times side by side")
+    verb.add_argument("--minutes", type=float, default=1e9, help="after which the run ends")
     verb.add_argument("--delta-file", help="thresholds; NAME is the model's")
     verb.add_argument("--kinglet", default="kinglet")
     verb.add_argument("--prefix", nargs="*", default=[], help="a command in front, such as nice")

@@ -17,7 +17,7 @@ use kinglet::backend::{Backend, KvType, Step};
 use kinglet::gguf::Gguf;
 use kinglet::model::{self, Pass};
 use kinglet::session::{Extra, Plan as MemoryPlan, calibration};
-use kinglet::sparsity::{Heads, Policy, Sparsity};
+use kinglet::sparsity::{Heads, Layers, Policy, Sparsity};
 use kinglet::{Error, LoadOptions, Model, Session, SessionOptions};
 
 use self::models::{at, real_model};
@@ -41,7 +41,21 @@ fn policies(n: usize) -> Vec<Sparsity> {
         local: 40,
         ..Sparsity::new(policy, n)
     };
-    policies.into_iter().map(with_local).collect()
+    // And a share of what is seen, in all layers but two.
+    let share = |policy| Sparsity {
+        per_cent: 70,
+        dense_layers: "0,7".parse().expect("layers"),
+        ..with_local(policy)
+    };
+    let shares = [Policy::Window, Policy::Blocks, policies[6]].map(share);
+    // And means of what is left out.
+    let pooled = |policy| Sparsity {
+        pools: true,
+        ..with_local(policy)
+    };
+    let means = [policies[2], policies[4], policies[6]].map(pooled);
+    let plain = policies.into_iter().map(with_local);
+    plain.chain(shares).chain(means).collect()
 }
 
 /// Asks a policy and compares the answer with the definition.
@@ -53,6 +67,14 @@ struct Checked {
 }
 
 impl Select for Checked {
+    fn is_for(&self, layer: usize) -> bool {
+        self.sparsity.is_for(layer)
+    }
+
+    fn pools(&self) -> bool {
+        self.sparsity.pools
+    }
+
     fn chunking(&self) -> Option<Chunking> {
         self.sparsity.chunking()
     }
@@ -61,8 +83,8 @@ impl Select for Checked {
         self.sparsity.sees_all(position, seen)
     }
 
-    fn budget(&self) -> usize {
-        self.sparsity.budget
+    fn budget(&self, n_seen: usize) -> usize {
+        self.sparsity.budget(n_seen)
     }
 
     fn sums_queries(&self) -> bool {
@@ -87,7 +109,7 @@ fn check(sparsity: &Sparsity, ask: &Ask, spans: &[Range<usize>]) -> Result<(), S
     }
     let chosen: BTreeSet<usize> = spans.iter().cloned().flatten().collect();
     let n = ask.seen.end;
-    let budget = sparsity.budget;
+    let budget = sparsity.budget_of(n);
     let needed = |keys: Range<usize>| match keys.clone().find(|j| !chosen.contains(j)) {
         Some(j) => Err(format!(
             "key {j} is missing, of {keys:?} that must be there"
@@ -280,8 +302,10 @@ fn policies_choose_what_their_definitions_say_on_a_real_model() {
         cpu.begin(Step::Prefill);
         assert!(network.forward(&mut cpu, &mut state, &pass).is_none());
         cpu.flush().expect("computed");
-        // Positions 256 to 419, in each layer and for each head of keys.
-        let n_heads: usize = network.config().n_kv_heads.iter().sum();
+        // Positions 256 to 419, in each layer that is not dense and for each head of keys.
+        let n_kv_heads = network.config().n_kv_heads.iter().enumerate();
+        let sparse = n_kv_heads.filter(|(layer, _)| !sparsity.dense_layers.contains(*layer));
+        let n_heads: usize = sparse.map(|(_, n)| n).sum();
         assert_eq!(checked.n_asked.load(Ordering::Relaxed), 164 * n_heads);
         let broken = checked.broken.lock().expect("no panic before");
         assert!(broken.is_empty(), "{} of them: {}", broken.len(), broken[0]);
@@ -693,6 +717,21 @@ fn budgets_that_cannot_hold_what_is_always_read_are_refused() {
         let error = Session::new(&model, &options).err().expect("refused");
         assert!(matches!(error, Error::Invalid(_)), "{error}");
         assert!(error.to_string().contains("found 40"), "{error}");
+    }
+    let share = |per_cent| Sparsity {
+        per_cent,
+        ..Sparsity::new(Policy::Window, 256)
+    };
+    let pooled = Sparsity {
+        pools: true,
+        ..share(0)
+    };
+    for (sparsity, what) in [(share(101), "found 101"), (pooled, "found a window")] {
+        let error = sparsity.selector().expect_err("refused");
+        assert!(error.to_string().contains(what), "{error}");
+    }
+    for bad in ["", "1,,2", "128", "-1", "x"] {
+        assert!(bad.parse::<Layers>().is_err(), "{bad}");
     }
     for n in [0, 1, 3, 257, usize::MAX] {
         for chunking in [Chunking::Fixed(n), Chunking::Shift(n)] {

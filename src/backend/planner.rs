@@ -219,8 +219,11 @@ impl Backend for Planner {
     }
 
     fn kv_bytes(&self, kv: &Kv) -> usize {
-        let chunking = kv.options.select.as_ref().and_then(|s| s.chunking());
-        let sums = chunking.map_or(0, |c| c.bytes(&kv.shape, kv.n_pages * KV_PAGE));
+        let sums = kv.options.select.as_ref().and_then(|select| {
+            let chunking = select.chunking()?;
+            Some(chunking.bytes(&kv.shape, kv.n_pages * KV_PAGE, select.pools()))
+        });
+        let sums = sums.unwrap_or(0);
         kv.n_pages * attention::page_bytes(&kv.shape, kv.options.kinds) + sums
     }
 

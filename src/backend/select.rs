@@ -28,10 +28,11 @@ pub struct KvOptions {
 }
 
 impl KvOptions {
-    /// For another layer.
+    /// The same for a layer, where a policy that is not for it is left out.
     pub fn of_layer(&self, layer: usize) -> Self {
         Self {
             layer,
+            select: self.select.clone().filter(|s| s.is_for(layer)),
             ..self.clone()
         }
     }
@@ -49,14 +50,25 @@ impl From<KvTypes> for KvOptions {
 
 /// A policy that chooses keys.
 pub trait Select: Debug + Send + Sync {
+    /// Whether it chooses in a layer; if not, everything is read there.
+    fn is_for(&self, _layer: usize) -> bool {
+        true
+    }
+
     /// How the cache must sum keys for it; `None`: not at all.
     fn chunking(&self) -> Option<Chunking>;
+
+    /// Whether a chunk of which a query reads nothing counts for it all the same: as one key and one value, the means, with
+    /// the weight of as many as it has.
+    fn pools(&self) -> bool {
+        false
+    }
 
     /// Whether a query at `position` attends to all of `seen`.
     fn sees_all(&self, position: usize, seen: &Range<usize>) -> bool;
 
-    /// The most keys that another query attends to.
-    fn budget(&self) -> usize;
+    /// The most keys that another query attends to, of `n_seen`.
+    fn budget(&self, n_seen: usize) -> usize;
 
     /// Whether it wants scores of the sum of the queries that share a head of keys, in place of those of each.
     fn sums_queries(&self) -> bool;
@@ -191,13 +203,19 @@ impl Chunking {
         positions / self.least()
     }
 
-    /// Bytes of the sums of `positions`, at most.
-    pub(in crate::backend) fn bytes(self, attention: &Attention, positions: usize) -> usize {
+    /// Bytes of the sums of `positions`, at most; with those of values, if they are pooled.
+    pub(in crate::backend) fn bytes(
+        self,
+        attention: &Attention,
+        positions: usize,
+        pools: bool,
+    ) -> usize {
         let (n, key) = (
             positions / self.least(),
             attention.n_kv_heads * attention.head_dim * size_of::<f32>(),
         );
-        n * (size_of::<Chunk>() + key) + self.reach() * key
+        let sums = if pools { 2 * key } else { key };
+        n * (size_of::<Chunk>() + sums) + self.reach() * key
     }
 }
 
@@ -219,12 +237,14 @@ impl Chunk {
     }
 }
 
-/// Sums of adjacent keys: what a cache derives from the keys that it holds, and nothing else.
+/// Sums of adjacent keys: what a cache derives from what it holds, and nothing else.
 #[derive(Debug, Default)]
 pub struct Chunks {
     chunks: Vec<Chunk>,
     /// For each head of keys `(n_chunks, head_dim)`.
     sums: Vec<Vec<f32>>,
+    /// The same of values, where they are wanted.
+    values: Vec<Vec<f32>>,
     /// Where keys are read to: kept, so that steady work allocates nothing.
     room: Vec<f32>,
 }
@@ -246,6 +266,11 @@ impl Chunks {
         &self.sums[kv_head]
     }
 
+    /// The sums of the values of a head of keys, likewise.
+    pub fn values(&self, kv_head: usize) -> &[f32] {
+        &self.values[kv_head]
+    }
+
     /// A copy.
     ///
     /// # Errors
@@ -264,27 +289,33 @@ impl Chunks {
         Ok(Self {
             chunks: copy(&self.chunks)?,
             sums: self.sums.iter().map(copy).collect::<Result<_>>()?,
+            values: self.values.iter().map(copy).collect::<Result<_>>()?,
             room: copy(&self.room)?,
         })
     }
 
     /// Bytes held.
     pub(in crate::backend) fn bytes(&self) -> usize {
-        let sums: usize = self.sums.iter().map(Vec::capacity).sum();
+        let sums = self.sums.iter().chain(&self.values);
+        let sums: usize = sums.map(Vec::capacity).sum();
         let floats = sums + self.room.capacity();
         self.chunks.capacity() * size_of::<Chunk>() + floats * size_of::<f32>()
     }
 
-    /// Makes room for the sums of `positions`, of `(n_kv_heads, head_dim)`.
+    /// Makes room for the sums of `positions`, of `(n_kv_heads, head_dim)`; for those of values, if they are pooled.
     pub(in crate::backend) fn reserve(
         &mut self,
         chunking: Chunking,
         heads: (usize, usize),
         positions: usize,
+        pools: bool,
     ) -> Result<()> {
         let (n_kv_heads, head_dim) = heads;
         let n = positions / chunking.least();
         self.sums.resize_with(n_kv_heads, Vec::new);
+        if pools {
+            self.values.resize_with(n_kv_heads, Vec::new);
+        }
         let room = chunking.reach() * n_kv_heads * head_dim;
         let more = |held: usize, wanted: usize| wanted.saturating_sub(held);
         let mut reserved = self
@@ -292,7 +323,7 @@ impl Chunks {
             .try_reserve_exact(more(self.chunks.len(), n))
             .and_then(|()| self.room.try_reserve_exact(more(self.room.len(), room)))
             .is_ok();
-        for sums in &mut self.sums {
+        for sums in self.sums.iter_mut().chain(&mut self.values) {
             reserved &= sums
                 .try_reserve_exact(more(sums.len(), n * head_dim))
                 .is_ok();
@@ -303,18 +334,18 @@ impl Chunks {
         })
     }
 
-    /// Takes account of keys that were written at `positions`, of which none are left behind them. `key` reads those of a
-    /// position, `(n_kv_heads, head_dim)`, as they are cached.
+    /// Takes account of keys that were written at `positions`, of which none are left behind them. `key` and `value` read
+    /// those of a position, `(n_kv_heads, head_dim)`, as they are cached.
     pub(in crate::backend) fn update(
         &mut self,
         chunking: Chunking,
         head_dim: usize,
         positions: Range<usize>,
-        key: &dyn Fn(usize, &mut [f32]),
+        [key, value]: [&dyn Fn(usize, &mut [f32]); 2],
     ) {
         let kept = self.n_known(positions.start);
         self.chunks.truncate(kept);
-        for sums in &mut self.sums {
+        for sums in self.sums.iter_mut().chain(&mut self.values) {
             sums.truncate(kept * head_dim);
         }
         let n = self.sums.len() * head_dim;
@@ -341,19 +372,29 @@ impl Chunks {
                 end: (start + n_keys) as u32,
                 known: known as u32,
             });
-            for (kv_head, sums) in self.sums.iter_mut().enumerate() {
-                let at = sums.len();
-                sums.resize(at + head_dim, 0.0);
-                for key in keys.chunks_exact(n).take(n_keys) {
-                    let key = &key[kv_head * head_dim..][..head_dim];
-                    sums[at..]
-                        .iter_mut()
-                        .zip(key)
-                        .for_each(|(sum, k)| *sum += k);
+            add_sums(&mut self.sums, head_dim, &keys[..n_keys * n]);
+            if !self.values.is_empty() {
+                for (i, value_i) in keys.chunks_exact_mut(n).take(n_keys).enumerate() {
+                    value(start + i, value_i);
                 }
+                add_sums(&mut self.values, head_dim, &keys[..n_keys * n]);
             }
         }
         self.room = keys;
+    }
+}
+
+/// Appends to the sums of each head that of `rows`, `(n, n_heads, head_dim)`.
+fn add_sums(heads: &mut [Vec<f32>], head_dim: usize, rows: &[f32]) {
+    let n = heads.len() * head_dim;
+    for (head, sums) in heads.iter_mut().enumerate() {
+        let at = sums.len();
+        sums.resize(at + head_dim, 0.0);
+        for row in rows.chunks_exact(n) {
+            let row = &row[head * head_dim..][..head_dim];
+            let sums = sums[at..].iter_mut().zip(row);
+            sums.for_each(|(sum, x)| *sum += x);
+        }
     }
 }
 
@@ -390,10 +431,14 @@ mod tests {
         }
     }
 
+    fn value(position: usize, out: &mut [f32]) {
+        key(position + 1, out);
+    }
+
     fn whole(chunking: Chunking, n: usize) -> Chunks {
         let mut chunks = Chunks::default();
-        chunks.reserve(chunking, HEADS, n).unwrap();
-        chunks.update(chunking, HEADS.1, 0..n, &key);
+        chunks.reserve(chunking, HEADS, n, true).unwrap();
+        chunks.update(chunking, HEADS.1, 0..n, [&key, &value]);
         chunks
     }
 
@@ -407,16 +452,17 @@ mod tests {
                 at = chunk.end as usize;
                 assert!((chunking.least()..=chunking.most()).contains(&chunk.n_keys()));
                 assert!(at <= chunk.known as usize && chunk.known as usize <= 200);
-                for head in 0..2 {
+                for (head, first) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
                     let mut expected = [0.0f64; 4];
                     for position in chunk.start..chunk.end {
                         let mut keys = [0.0; 8];
-                        key(position as usize, &mut keys);
+                        key(position as usize + first, &mut keys);
                         for (sum, k) in expected.iter_mut().zip(&keys[head * 4..]) {
                             *sum += f64::from(*k);
                         }
                     }
-                    for (sum, expected) in chunks.sums(head)[i * 4..].iter().zip(expected) {
+                    let sums = [chunks.sums(head), chunks.values(head)][first];
+                    for (sum, expected) in sums[i * 4..].iter().zip(expected) {
                         assert!((f64::from(*sum) - expected).abs() < 1e-4);
                     }
                 }
@@ -438,13 +484,14 @@ mod tests {
         for chunking in [Chunking::Fixed(16), Chunking::Shift(12)] {
             let expected = whole(chunking, 150);
             let mut chunks = Chunks::default();
-            chunks.reserve(chunking, HEADS, 300).unwrap();
+            chunks.reserve(chunking, HEADS, 300, true).unwrap();
             // In steps, too far, back, and on.
             for positions in [0..7, 7..64, 64..65, 65..131, 131..290, 100..101, 101..150] {
-                chunks.update(chunking, HEADS.1, positions, &key);
+                chunks.update(chunking, HEADS.1, positions, [&key, &value]);
             }
             assert_eq!(chunks.chunks(), expected.chunks());
             assert_eq!(chunks.sums, expected.sums);
+            assert_eq!(chunks.values, expected.values);
             // What may be known of a beginning is what the beginning alone gives.
             for n in [0, 15, 16, 40, 99, 150] {
                 let alone = whole(chunking, n);

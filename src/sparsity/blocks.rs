@@ -55,7 +55,7 @@ pub(super) fn select(sparsity: &Sparsity, ask: &Ask, plan: &mut Plan) {
     plan.order.extend(blocks);
     // The block in which the last keys begin is read whole.
     let n_read = BLOCK + (seen.end - (end * BLOCK).max(seen.start));
-    let k = sparsity.budget.saturating_sub(n_read) / BLOCK;
+    let k = sparsity.budget_of(seen.len()).saturating_sub(n_read) / BLOCK;
     let last = match k.min(plan.order.len()) {
         0 => 0,
         k => *plan.order.select_nth_unstable(k - 1).1,

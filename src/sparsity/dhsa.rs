@@ -20,7 +20,7 @@
 //! threshold on a chunk's share of attention in place of a budget keeps more attention and loses the facts (0.74).
 
 use super::{Sparsity, at_place, dot, max, place};
-use crate::backend::select::{Ask, Chunking, Plan};
+use crate::backend::select::{Ask, Chunking, Plan, Select};
 
 /// Who shares a plan.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -54,7 +54,7 @@ pub(super) fn select(
     // Chunks with keys between the first and the last.
     let between = chunks.partition_point(|c| c.end as usize <= sink)
         ..chunks.partition_point(|c| (c.start as usize) < local);
-    score((chunking, heads), ask, between.end, plan);
+    score(sparsity, (chunking, heads), ask, between.end, plan);
     let keys = |i: usize| {
         let chunk = &chunks[i];
         (chunk.start as usize).max(sink)..(chunk.end as usize).min(local)
@@ -63,7 +63,7 @@ pub(super) fn select(
     let places = between.clone().map(|i| place(&plan.scores, i));
     plan.order.extend(places);
     let always = sink - seen.start + seen.end - local;
-    let mut left = sparsity.budget.saturating_sub(always);
+    let mut left = sparsity.budget_of(seen.len()).saturating_sub(always);
     // So many are certain to fit; then as many more as are certain to fit into what is left.
     // The last of them may be cut.
     let (mut last, mut n_cut) = (0, 0);
@@ -92,12 +92,27 @@ pub(super) fn select(
 }
 
 /// `plan.scores`: of the first `n` chunks.
-fn score((chunking, heads): (Chunking, Heads), ask: &Ask, n: usize, plan: &mut Plan) {
+fn score(
+    sparsity: &Sparsity,
+    (chunking, heads): (Chunking, Heads),
+    ask: &Ask,
+    n: usize,
+    plan: &mut Plan,
+) {
     let group = ask.attention.n_heads / ask.attention.n_kv_heads;
     plan.scores.clear();
     plan.scores.resize(n, 0.0);
     match heads {
-        Heads::Each => products(chunking, ask, 0, &mut plan.scores),
+        Heads::Each if sparsity.sums_queries() => products(chunking, ask, 0, &mut plan.scores),
+        Heads::Each => {
+            for query in 0..group {
+                plan.weights.clear();
+                plan.weights.resize(n, 0.0);
+                products(chunking, ask, query, &mut plan.weights);
+                let scores = plan.scores.iter_mut().zip(&plan.weights);
+                scores.for_each(|(score, product)| *score += product);
+            }
+        }
         Heads::Shared => add_shared(ask, plan),
         Heads::Vote => {
             for query in 0..group {

@@ -14,6 +14,7 @@ pub mod window;
 
 use std::fmt;
 use std::ops::Range;
+use std::str::FromStr;
 use std::sync::Arc;
 
 pub use self::dhsa::Heads;
@@ -25,14 +26,56 @@ use crate::error::{Error, Result};
 pub struct Sparsity {
     /// Who chooses.
     pub policy: Policy,
-    /// Keys that a query reads at most.
+    /// Keys that a query reads at most,
     pub budget: usize,
+    /// or so many per cent of those that it sees, where these are more.
+    pub per_cent: usize,
+    /// Layers that read everything.
+    pub dense_layers: Layers,
+    /// Whether chunks that are left out count as one key and value each, their means, with the weight of all of them.
+    pub pools: bool,
     /// Of these the first of the sequence.
     pub sink: usize,
     /// Of these the last before the query, itself included.
     pub local: usize,
     /// From this position on queries read everything.
     pub dense_from: Option<usize>,
+}
+
+/// Some of the first 128 layers of a network.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Layers(u128);
+
+impl Layers {
+    /// Whether `layer` is one of them.
+    pub fn contains(self, layer: usize) -> bool {
+        layer < 128 && self.0 >> layer & 1 == 1
+    }
+}
+
+/// Numbers of layers from 0, with commas between.
+impl FromStr for Layers {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let mut layers = Self::default();
+        for layer in text.split(',') {
+            match layer.trim().parse() {
+                Ok(layer @ 0..128) => layers.0 |= 1 << layer,
+                _ => return Err("expected layers from 0 to 127, such as 0,7".into()),
+            }
+        }
+        Ok(layers)
+    }
+}
+
+/// As they are read.
+impl fmt::Display for Layers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let all = (0..128).filter(|layer| self.contains(*layer));
+        let all: Vec<String> = all.map(|layer| layer.to_string()).collect();
+        f.write_str(&all.join(","))
+    }
 }
 
 /// Who chooses keys between the first and the last.
@@ -66,10 +109,18 @@ impl Sparsity {
         Self {
             policy,
             budget,
+            per_cent: 0,
+            dense_layers: Layers::default(),
+            pools: false,
             sink: Self::DEFAULT_SINK,
             local: Self::DEFAULT_LOCAL,
             dense_from: None,
         }
+    }
+
+    /// Keys that a query reads at most, of `n_seen`.
+    pub fn budget_of(&self, n_seen: usize) -> usize {
+        self.budget.max(n_seen * self.per_cent / 100)
     }
 
     /// Whether everything is read.
@@ -80,7 +131,7 @@ impl Sparsity {
     /// Who chooses, for a cache; `None` if everything is read.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if the budget does not suffice for what is always read.
+    /// [`Error::Invalid`] if the budget does not suffice for what is always read, or is more than everything.
     pub fn selector(&self) -> Result<Option<Arc<dyn Select>>> {
         if let Policy::Dhsa { chunking, .. } = self.policy
             && !(4..=256).contains(&chunking.nominal())
@@ -89,6 +140,17 @@ impl Sparsity {
                 "chunk: expected 4 to 256 keys, found {}",
                 chunking.nominal()
             )));
+        }
+        if self.per_cent > 100 {
+            return Err(Error::Invalid(format!(
+                "budget: expected at most 100 per cent of the keys, found {}",
+                self.per_cent
+            )));
+        }
+        if self.pools && matches!(self.policy, Policy::Window) {
+            return Err(Error::Invalid(
+                "means of what is left out: expected a policy with chunks, found a window".into(),
+            ));
         }
         let least = match self.policy {
             Policy::Dense => return Ok(None),
@@ -113,14 +175,20 @@ impl Sparsity {
 impl fmt::Display for Sparsity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (sink, local) = (self.sink, self.local);
+        let budget = match self.per_cent {
+            0 => format!("{} keys", self.budget),
+            share => format!("{} keys or {share} %", self.budget),
+        };
         match self.policy {
             Policy::Dense => return f.write_str("dense"),
-            Policy::Window => write!(f, "window of {} keys, first {sink}", self.budget)?,
-            policy => write!(
-                f,
-                "{policy}, {} keys, first {sink}, last {local}",
-                self.budget
-            )?,
+            Policy::Window => write!(f, "window of {budget}, first {sink}")?,
+            policy => write!(f, "{policy}, {budget}, first {sink}, last {local}")?,
+        }
+        if self.pools {
+            f.write_str(", others pooled")?;
+        }
+        if self.dense_layers != Layers::default() {
+            write!(f, ", layers dense: {}", self.dense_layers)?;
         }
         match self.dense_from {
             Some(position) => write!(f, ", dense from {position}"),
@@ -152,6 +220,10 @@ impl fmt::Display for Policy {
 }
 
 impl Select for Sparsity {
+    fn is_for(&self, layer: usize) -> bool {
+        !self.dense_layers.contains(layer)
+    }
+
     fn chunking(&self) -> Option<Chunking> {
         match self.policy {
             Policy::Dense | Policy::Window => None,
@@ -161,11 +233,12 @@ impl Select for Sparsity {
     }
 
     fn sees_all(&self, position: usize, seen: &Range<usize>) -> bool {
-        seen.len() <= self.budget || self.dense_from.is_some_and(|from| position >= from)
+        seen.len() <= self.budget_of(seen.len())
+            || self.dense_from.is_some_and(|from| position >= from)
     }
 
-    fn budget(&self) -> usize {
-        self.budget
+    fn budget(&self, n_seen: usize) -> usize {
+        self.budget_of(n_seen)
     }
 
     fn sums_queries(&self) -> bool {
@@ -173,7 +246,12 @@ impl Select for Sparsity {
             Policy::Dhsa { heads, .. } => heads,
             _ => return false,
         };
-        heads == Heads::Each
+        // Means of chunks are weighed by each query.
+        heads == Heads::Each && !self.pools
+    }
+
+    fn pools(&self) -> bool {
+        self.pools
     }
 
     fn select(&self, ask: &Ask, plan: &mut Plan) {

@@ -8,7 +8,7 @@ use crate::backend::select::{Ask, Plan};
 pub(super) fn select(sparsity: &Sparsity, ask: &Ask, plan: &mut Plan) {
     let seen = &ask.seen;
     let sink = sparsity.sink.clamp(seen.start, seen.end);
-    let n_last = sparsity.budget - (sink - seen.start);
+    let n_last = sparsity.budget_of(seen.len()) - (sink - seen.start);
     plan.push(seen.start..sink);
     plan.push(seen.end.saturating_sub(n_last).max(sink)..seen.end);
 }

@@ -121,17 +121,20 @@ impl KvCache {
         let Some(chunking) = self.chunking() else {
             return;
         };
-        let Self { keys, chunks, .. } = self;
-        let own = Arc::get_mut(chunks).expect("the cache's own since room was made there");
-        let (n, kind) = (self.head_dim, self.kinds.keys);
-        let row = kind.row_bytes(n);
-        own.update(chunking, n, positions, &|position, out| {
-            let page = &keys[position / PAGE];
+        let own =
+            Arc::get_mut(&mut self.chunks).expect("the cache's own since room was made there");
+        let n = self.head_dim;
+        let read = |pages: &[Arc<Page>], kind: KvType, position: usize, out: &mut [f32]| {
+            let (page, row) = (&pages[position / PAGE], kind.row_bytes(n));
             for (head, out) in out.chunks_exact_mut(n).enumerate() {
                 let at = (head * PAGE + position % PAGE) * row;
                 quant::dequantize(kind.dtype(), &page[at..at + row], out);
             }
-        });
+        };
+        let (keys, values, kinds) = (&self.keys, &self.values, self.kinds);
+        let key = |position: usize, out: &mut [f32]| read(keys, kinds.keys, position, out);
+        let value = |position: usize, out: &mut [f32]| read(values, kinds.values, position, out);
+        own.update(chunking, n, positions, [&key, &value]);
     }
 
     /// Makes room to write at `positions`.
@@ -163,11 +166,17 @@ impl KvCache {
             }
         }
         if let Some(chunking) = self.chunking() {
+            let pools = self.select().is_some_and(Select::pools);
             if Arc::get_mut(&mut self.chunks).is_none() {
                 self.chunks = Arc::new(self.chunks.try_clone()?);
             }
             let chunks = Arc::get_mut(&mut self.chunks).expect("made so");
-            chunks.reserve(chunking, (self.n_kv_heads, self.head_dim), end * PAGE)?;
+            chunks.reserve(
+                chunking,
+                (self.n_kv_heads, self.head_dim),
+                end * PAGE,
+                pools,
+            )?;
         }
         Ok(())
     }
@@ -338,7 +347,8 @@ pub(in crate::backend) fn work_selected(
     for (is_dense, run) in runs(shape, select.as_ref(), positions) {
         let mut dense = work(shape, options.kinds, run.clone());
         if !is_dense {
-            let n_keys = run.len() * select.budget();
+            let keys = |position| select.budget(seen_from(shape, position).len());
+            let n_keys: usize = run.clone().map(keys).sum();
             dense.pairs_read = (n_keys * shape.n_heads) as u64;
             dense.attention_ops = 4 * dense.pairs_read * shape.head_dim as u64;
             dense.kv_bytes =

@@ -59,11 +59,21 @@ impl Plans {
     }
 }
 
-/// The tokens of a task, and the floats of its buffers for queries at `positions`.
-fn task(
+/// How tokens lie side by side; `None` where each reads alone, as those do that read means of chunks too.
+fn side_by_side(
     operations: &Operations,
     shape: &Attention,
+    select: &dyn Select,
     step: Step,
+) -> Option<Lanes> {
+    let lanes = Lanes::take_choices(operations, shape.head_dim, step);
+    lanes.filter(|_| !select.pools())
+}
+
+/// The tokens of a task, and the floats of its buffers for queries at `positions`.
+fn task(
+    lanes: Option<Lanes>,
+    shape: &Attention,
     positions: Range<usize>,
     n_threads: usize,
 ) -> (usize, [usize; 3]) {
@@ -71,7 +81,7 @@ fn task(
     let n_tokens = positions.len();
     // And the sums of queries that share a head of keys.
     let scaled = n_tokens.min(TASK_TOKENS) * (group + 1) * n;
-    match Lanes::take_choices(operations, n, step) {
+    match lanes {
         Some(lanes) => {
             let task_tokens = Lanes::task_tokens(shape, n_tokens, n_threads);
             let n_words = attention::pages(shape, positions).len() * (PAGE / WORD);
@@ -85,13 +95,12 @@ fn task(
 
 /// The floats of the buffers that queries at `positions`, none of which sees everything, take on `n_threads` together.
 fn run_scratch(
-    operations: &Operations,
+    lanes: Option<Lanes>,
     shape: &Attention,
-    step: Step,
     positions: Range<usize>,
     n_threads: usize,
 ) -> impl Iterator<Item = usize> + use<> {
-    let (task_tokens, task) = task(operations, shape, step, positions.clone(), n_threads);
+    let (task_tokens, task) = task(lanes, shape, positions.clone(), n_threads);
     let n_tasks = positions.len().div_ceil(task_tokens) * shape.n_kv_heads;
     let tasks = std::iter::repeat_n(task, n_tasks.min(n_threads));
     tasks.flatten().filter(|floats| *floats > 0)
@@ -110,9 +119,10 @@ pub(in crate::backend) fn scratch(
     let Some(select) = &options.select else {
         return dense(positions);
     };
+    let lanes = side_by_side(operations, shape, select.as_ref(), step);
     let of_run = |(is_dense, run): (bool, Range<usize>)| match is_dense {
         true => dense(run),
-        false => vec![run_scratch(operations, shape, step, run, n_threads).collect()],
+        false => vec![run_scratch(lanes, shape, run, n_threads).collect()],
     };
     attention::runs(shape, select.as_ref(), positions)
         .flat_map(of_run)
@@ -126,8 +136,8 @@ struct Done {
     decide_ns: AtomicU64,
 }
 
-/// What is done with a token, its scaled queries and what it reads.
-type With<'a> = dyn FnMut(usize, &[f32], &[Range<usize>]) + 'a;
+/// What is done with a token, what was asked for it, its scaled queries, and the answer.
+type With<'a> = dyn FnMut(usize, &Ask, &[f32], &mut Plan) + 'a;
 
 /// Attention to keys that somebody chooses.
 struct Selected<'a> {
@@ -153,10 +163,10 @@ impl Cpu {
         let positions = start..start + q.len() / n_cols;
         let (step, n_threads) = (self.step, self.pool.n_threads());
         let operations = &self.operations;
-        let room = run_scratch(operations, shape, step, positions.clone(), n_threads);
+        let lanes = side_by_side(operations, shape, select, step);
+        let room = run_scratch(lanes, shape, positions.clone(), n_threads);
         self.scratch.reserve(room);
-        let (task_tokens, _) = task(operations, shape, step, positions.clone(), n_threads);
-        let lanes = Lanes::take_choices(operations, n, step);
+        let (task_tokens, _) = task(lanes, shape, positions.clone(), n_threads);
         let attend = Attend {
             cache,
             shape,
@@ -279,7 +289,7 @@ impl Selected<'_> {
                 decide_ns += now() - begin;
                 let n_keys: usize = plan.spans.iter().map(Range::len).sum();
                 self.done.keys.fetch_add(n_keys as u64, Relaxed);
-                with(token, &scaled[i * group * n..][..group * n], &plan.spans);
+                with(token, &ask, &scaled[i * group * n..][..group * n], plan);
             }
             self.done.decide_ns.fetch_add(decide_ns, Relaxed);
         }
@@ -301,9 +311,9 @@ impl Selected<'_> {
         let mut words = scratch.take(n_tokens * n_words);
         let words: &mut [u32] = bytemuck::cast_slice_mut(&mut words);
         words.fill(0);
-        self.decide(plan, kv_head, tokens.clone(), &mut |token, _, spans| {
+        self.decide(plan, kv_head, tokens.clone(), &mut |token, _, _, plan| {
             let words = &mut words[(token - tokens.start) * n_words..][..n_words];
-            for span in spans {
+            for span in &plan.spans {
                 set(words, span.start - first..span.end - first);
             }
         });
@@ -342,10 +352,13 @@ impl Selected<'_> {
         let kv_head = tile.first_col / (group * n);
         let tokens = tile.first_row..tile.first_row + tile.out.n_tokens();
         let mut buffer = self.attend.scratch.take(Sums::floats(group, n));
-        self.decide(plan, kv_head, tokens, &mut |token, q, spans| {
+        self.decide(plan, kv_head, tokens, &mut |token, ask, q, plan| {
             let mut sums = Sums::fresh(&mut buffer, group);
-            for span in spans {
+            for span in &plan.spans {
                 self.attend.add_span(kv_head, span.clone(), q, &mut sums);
+            }
+            if self.select.pools() {
+                add_pooled(ask, plan, &mut sums);
             }
             let out = tile.out.row(token - tile.first_row);
             for (i, out) in out.chunks_exact_mut(n).enumerate() {
@@ -356,6 +369,43 @@ impl Selected<'_> {
                     .for_each(|(o, v)| *o = v * inverse);
             }
         });
+    }
+}
+
+/// Adds to the sums of a token's queries the chunks of which it sees all and reads nothing: the mean of the values, with
+/// the weight of the mean of the keys for as many as there are.
+fn add_pooled(ask: &Ask, plan: &mut Plan, sums: &mut Sums) {
+    let n = ask.attention.head_dim;
+    let chunks = &ask.chunks.chunks()[..ask.chunks.n_known(ask.seen.end)];
+    let values = ask.chunks.values(ask.kv_head);
+    let Plan { spans, scores, .. } = plan;
+    let left_out = || {
+        let mut spans = spans.iter().peekable();
+        let all = chunks.iter().enumerate();
+        all.filter_map(move |(i, chunk)| {
+            while spans.next_if(|s| s.end <= chunk.start as usize).is_some() {}
+            let is_read = spans.peek().is_some_and(|s| s.start < chunk.end as usize);
+            let is_seen = chunk.start as usize >= ask.seen.start;
+            (is_seen && !is_read).then_some((i, chunk.n_keys() as f32))
+        })
+    };
+    for query in 0..sums.max.len() {
+        let products = ask.scores(query);
+        scores.clear();
+        scores.extend(left_out().map(|(i, n_keys)| products[i] / n_keys + n_keys.ln()));
+        let max = scores.iter().copied().fold(sums.max[query], f32::max);
+        let out = &mut sums.out[query * n..][..n];
+        let before = (sums.max[query] - max).exp();
+        out.iter_mut().for_each(|out| *out *= before);
+        sums.sum[query] *= before;
+        sums.max[query] = max;
+        for ((i, n_keys), score) in left_out().zip(&*scores) {
+            let weight = (score - max).exp();
+            sums.sum[query] += weight;
+            let each = weight / n_keys;
+            let values = out.iter_mut().zip(&values[i * n..][..n]);
+            values.for_each(|(out, v)| *out += each * v);
+        }
     }
 }
 
@@ -425,9 +475,19 @@ mod tests {
     const N: usize = 700;
 
     /// Ranges that look like chance, some of them beyond what may be seen; for every third position none.
-    #[derive(Debug)]
+    #[derive(Clone, Copy, Debug)]
     struct Chance {
         dense_below: usize,
+        /// Means of these stand for what is left out.
+        pooled: Option<Chunking>,
+    }
+
+    /// Nothing stands for what is left out.
+    fn below(dense_below: usize) -> Chance {
+        Chance {
+            dense_below,
+            pooled: None,
+        }
     }
 
     impl Chance {
@@ -448,14 +508,18 @@ mod tests {
 
     impl Select for Chance {
         fn chunking(&self) -> Option<Chunking> {
-            None
+            self.pooled
+        }
+
+        fn pools(&self) -> bool {
+            self.pooled.is_some()
         }
 
         fn sees_all(&self, position: usize, _: &Range<usize>) -> bool {
             position < self.dense_below
         }
 
-        fn budget(&self) -> usize {
+        fn budget(&self, _n_seen: usize) -> usize {
             N
         }
 
@@ -484,7 +548,7 @@ mod tests {
 
     /// All positions, from `start` in steps of `batch`, `(n - start, n_heads * head_dim)`; and the work of that.
     fn attend(
-        dense_below: Option<usize>,
+        chance: Option<Chance>,
         shape: &Attention,
         kinds: KvTypes,
         step: Step,
@@ -493,7 +557,7 @@ mod tests {
         let mut cpu = Cpu::new(Arc::new(Pool::new(2).unwrap()));
         let options = KvOptions {
             kinds,
-            select: dense_below.map(|dense_below| Arc::new(Chance { dense_below }) as _),
+            select: chance.map(|chance| Arc::new(chance) as _),
             ..KvOptions::default()
         };
         let mut kv = cpu.kv(shape, &options);
@@ -524,7 +588,7 @@ mod tests {
     }
 
     /// The same by the definition, in double precision, and how many pairs were read.
-    fn oracle(dense_below: usize, shape: &Attention, kinds: KvTypes) -> (Vec<f64>, u64) {
+    fn oracle(chance: Chance, shape: &Attention, kinds: KvTypes) -> (Vec<f64>, u64) {
         let (n, group) = (shape.head_dim, shape.n_heads / shape.n_kv_heads);
         let n_kv = shape.n_kv_heads * n;
         let cached = |kind: KvType, seed| {
@@ -544,7 +608,7 @@ mod tests {
             let seen = |j: &usize| (first..=position).contains(j);
             let chosen = Chance::spans(position, kv_head).into_iter().flatten();
             let mut keys: Vec<usize> = chosen.filter(seen).collect();
-            if keys.is_empty() || position < dense_below {
+            if keys.is_empty() || position < chance.dense_below {
                 keys = (first..=position).collect();
             }
             pairs += keys.len() as u64;
@@ -553,12 +617,34 @@ mod tests {
                 let products = q.iter().zip(key).map(|(q, k)| f64::from(*q) * k);
                 products.sum::<f64>() * f64::from(shape.scale)
             };
-            let scores: Vec<f64> = keys.iter().map(score).collect();
+            // Each key and its weight in a softmax; means of `n` keys beside them.
+            let mut scores: Vec<f64> = keys.iter().map(score).collect();
+            let mut values: Vec<Vec<f64>> = keys
+                .iter()
+                .map(|j| v[j * n_kv + kv_head * n..][..n].to_vec())
+                .collect();
+            if let Some(Chunking::Fixed(size)) = chance.pooled
+                && keys.len() < position + 1 - first
+            {
+                for start in (first.next_multiple_of(size)..position + 2).step_by(size) {
+                    let chunk = start..start + size;
+                    if chunk.end > position + 1 || keys.iter().any(|j| chunk.contains(j)) {
+                        continue;
+                    }
+                    let mean = |of: &[f64], c: usize| {
+                        let row = |j: usize| of[j * n_kv + kv_head * n + c];
+                        chunk.clone().map(row).sum::<f64>() / size as f64
+                    };
+                    let product = (0..n).map(|c| f64::from(q[c]) * mean(&k, c)).sum::<f64>();
+                    scores.push(product * f64::from(shape.scale) + (size as f64).ln());
+                    values.push((0..n).map(|c| mean(&v, c)).collect());
+                }
+            }
             let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
             let sum: f64 = weights.iter().sum();
             for i in 0..n {
-                let values = keys.iter().map(|j| v[j * n_kv + kv_head * n + i]);
+                let values = values.iter().map(|v| v[i]);
                 out.push(values.zip(&weights).map(|(v, w)| v * w).sum::<f64>() / sum);
             }
         }
@@ -575,9 +661,9 @@ mod tests {
         let cases = kinds.map(|kinds| [(None, kinds), (Some(150), kinds)]);
         for (window, kinds) in cases.into_iter().flatten() {
             let shape = Attention { window, ..SHAPE };
-            let (expected, pairs) = oracle(100, &shape, kinds);
+            let (expected, pairs) = oracle(below(100), &shape, kinds);
             for step in [Step::Prefill, Step::Decode] {
-                let (found, work) = attend(Some(100), &shape, kinds, step, 97);
+                let (found, work) = attend(Some(below(100)), &shape, kinds, step, 97);
                 for (found, expected) in found.iter().zip(&expected) {
                     assert!(
                         (f64::from(*found) - expected).abs() < 2e-5,
@@ -593,6 +679,34 @@ mod tests {
     }
 
     #[test]
+    fn what_is_left_out_counts_as_its_mean() {
+        let kinds = [KvType::F16.into(), KvType::F32.into()];
+        for (window, kinds) in [(None, kinds[0]), (Some(150), kinds[1])] {
+            let shape = Attention { window, ..SHAPE };
+            for size in [4, 16] {
+                let chance = Chance {
+                    pooled: Some(Chunking::Fixed(size)),
+                    ..below(100)
+                };
+                let (expected, pairs) = oracle(chance, &shape, kinds);
+                let (without, _) = oracle(below(100), &shape, kinds);
+                assert!(expected != without);
+                for step in [Step::Prefill, Step::Decode] {
+                    let (found, work) = attend(Some(chance), &shape, kinds, step, 97);
+                    for (found, expected) in found.iter().zip(&expected) {
+                        let off = (f64::from(*found) - expected).abs();
+                        assert!(off < 5e-5, "{found} {expected}");
+                    }
+                    assert_eq!(work.pairs_read, pairs);
+                }
+                let (parts, _) = attend(Some(chance), &shape, kinds, Step::Prefill, 350);
+                let (whole, _) = attend(Some(chance), &shape, kinds, Step::Prefill, N);
+                assert!(parts == whole);
+            }
+        }
+    }
+
+    #[test]
     fn more_heads_than_a_kernel_takes_may_share_keys() {
         let shape = Attention {
             n_heads: MAX_GROUP + 6,
@@ -600,9 +714,9 @@ mod tests {
             head_dim: 32,
             ..SHAPE
         };
-        let (expected, _) = oracle(100, &shape, KvTypes::default());
+        let (expected, _) = oracle(below(100), &shape, KvTypes::default());
         for step in [Step::Prefill, Step::Decode] {
-            let (found, _) = attend(Some(100), &shape, KvTypes::default(), step, 350);
+            let (found, _) = attend(Some(below(100)), &shape, KvTypes::default(), step, 350);
             for (found, expected) in found.iter().zip(&expected) {
                 assert!(
                     (f64::from(*found) - expected).abs() < 2e-5,
@@ -614,9 +728,21 @@ mod tests {
 
     #[test]
     fn a_tokens_result_depends_on_no_other_token_of_its_pass() {
-        let (whole, _) = attend(Some(100), &SHAPE, KvTypes::default(), Step::Prefill, N);
+        let (whole, _) = attend(
+            Some(below(100)),
+            &SHAPE,
+            KvTypes::default(),
+            Step::Prefill,
+            N,
+        );
         for batch in [1, 7, 64, 350] {
-            let (parts, _) = attend(Some(100), &SHAPE, KvTypes::default(), Step::Prefill, batch);
+            let (parts, _) = attend(
+                Some(below(100)),
+                &SHAPE,
+                KvTypes::default(),
+                Step::Prefill,
+                batch,
+            );
             assert!(parts == whole, "{batch}");
         }
     }
@@ -625,7 +751,7 @@ mod tests {
     fn where_all_is_seen_the_dense_kernel_runs() {
         for step in [Step::Prefill, Step::Decode] {
             let (dense, _) = attend(None, &SHAPE, KvTypes::default(), step, 97);
-            let (all, work) = attend(Some(N), &SHAPE, KvTypes::default(), step, 97);
+            let (all, work) = attend(Some(below(N)), &SHAPE, KvTypes::default(), step, 97);
             assert!(all == dense);
             assert_eq!((work.pairs, work.decide_ns), (work.pairs_read, 0));
         }

@@ -14,7 +14,7 @@ use kinglet::grammar::ReplyFormat;
 use kinglet::sampler::{Settings, Source};
 use kinglet::session::calibration;
 use kinglet::session::{ExpertOptions, GenerateOptions, OnExceed, Pooling, Repack};
-use kinglet::sparsity::{Heads, Policy, Sparsity};
+use kinglet::sparsity::{Heads, Layers, Policy, Sparsity};
 use kinglet::{BackendKind, KvType, KvTypes, Model, Session, SessionOptions};
 
 use crate::device::DeviceArgs;
@@ -324,12 +324,21 @@ pub struct AttentionArgs {
     /// Whether heads of keys choose each by the mean of their queries, share one choice, or let their queries vote
     #[arg(long, value_name = "WHAT", default_value = "each")]
     dhsa_heads: DhsaHeads,
+    /// What chunks that are left out count as: nothing, or one key and value each, the means, with the weight of all
+    #[arg(long, value_name = "WHAT", default_value = "off")]
+    dhsa_repair: Repair,
     /// Each token reads the blocks of 64 keys whose pooled keys score best, N keys in all
     #[arg(long, value_name = "N", value_parser = positive, conflicts_with = "window_sink")]
     block_topk: Option<usize>,
     /// Each token reads the first keys and the last, N in all
     #[arg(long, value_name = "N", value_parser = positive)]
     window_sink: Option<usize>,
+    /// Of the keys that it sees a token reads this many per cent, where that is more than N
+    #[arg(long, value_name = "PERCENT", default_value_t = 0)]
+    budget_share: usize,
+    /// Layers that read everything all the same, such as 0,7
+    #[arg(long, value_name = "LAYERS")]
+    dense_layers: Option<Layers>,
     /// DeltaLLM: scores with keys far back from what changes from key to key by more than this in a channel; 0: all
     #[arg(long, value_name = "RATE", value_parser = rate, conflicts_with_all = ["dhsa", "block_topk", "window_sink"])]
     delta: Option<f32>,
@@ -365,6 +374,12 @@ enum DhsaHeads {
     Shared,
     Vote,
     Best,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Repair {
+    Off,
+    Pooled,
 }
 
 fn rate(text: &str) -> Result<f32, String> {
@@ -413,6 +428,9 @@ impl AttentionArgs {
             _ => return Sparsity::default(),
         };
         Sparsity {
+            per_cent: self.budget_share,
+            dense_layers: self.dense_layers.unwrap_or_default(),
+            pools: self.dhsa_repair == Repair::Pooled,
             sink: self.sink,
             local: self.local,
             ..Sparsity::new(policy, budget)

@@ -37,10 +37,14 @@ fn lossy(options: &SessionOptions) -> Value {
     })
 }
 
-/// What a session has left out so far.
+/// What a session has left out so far, and what its cache takes.
 fn saved(session: &Session) -> Value {
     let work = session.work();
-    json!({ "pairs_read": work.share_read(), "delta": work.delta.sparsity() })
+    json!({
+        "pairs_read": work.share_read(),
+        "delta": work.delta.sparsity(),
+        "kv_bytes": session.memory().kv,
+    })
 }
 
 /// The same in a line of text.
