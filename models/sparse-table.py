@@ -43,8 +43,8 @@ def policies(ctx, is_first, dense_layers):
             pooled = [*DHSA, "8", "--dhsa-budget", str(budget), *local(budget), "--dhsa-repair", "pooled"]
             yield "DHSA of 8, others pooled", keys, pooled
     # Shares of what a token sees, so that the end of a text, where questions are, reads more.
-    for share in [25]:
-        floor = max(ctx // 8, 256)
+    for share in [20]:
+        floor = max(ctx // 16, 256)
         seen = ["--budget-share", str(share)]
         keys = f"{share} % of seen"
         dhsa = ["--dhsa-budget", str(floor), *seen, *local(floor)]
@@ -65,7 +65,7 @@ def commands(args, model, ctx, keys, flags, is_first):
     yield "needle", ["eval", "needle", *common, *needle]
     yield "kl", ["eval", "kl", *common, *text, "-c", str(ctx), "--chunks", "1", "--json", *flags]
     yield "recall", ["eval", "recall", *common, "-l", str(ctx), "--trials", str(args.trials), "--json", *flags]
-    if flags and is_first and keys in ("1/4", "25 % of seen"):
+    if flags and is_first and keys in ("1/4", "20 % of seen"):
         yield "tail", ["eval", "needle", *common, "--dense-tail", *needle]
     # The prompt and 32 tokens after it fit what the model was made for.
     both = ["--pg", f"{ctx - 64},32", "-p", "0", "-n", "0"]

@@ -39,6 +39,7 @@ fn all_rows() -> Vec<(&'static str, &'static str)> {
         .chain(names(table::PACK_BF16))
         .chain(names(table::ATTEND_TILES))
         .chain(names(table::ATTEND_LANES))
+        .chain(names(table::MULTIPLY_PANELS))
         .chain(names(table::QUANTIZE))
         .chain(names(table::RMS_NORM))
         .chain(names(table::ROPE_HALVES))

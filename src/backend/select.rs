@@ -120,17 +120,22 @@ pub struct Plan {
     pub weights: Vec<f32>,
     /// For the policy.
     pub order: Vec<u64>,
+    /// For the policy.
+    pub keys: Vec<i32>,
     /// For the backend: scores of some tokens with sums of keys.
     pub(in crate::backend) sums: Vec<f32>,
+    /// For the backend: sums of keys, turned.
+    pub(in crate::backend) panels: Vec<f32>,
 }
 
 impl Plan {
-    /// Makes room to choose among `n_chunks` for queries of `head_dim` with `n_scores` together.
+    /// Makes room to choose among `n_chunks` for queries of `head_dim` with `n_scores` together, and for `n_turned` floats.
     pub(in crate::backend) fn reserve(
         &mut self,
         n_chunks: usize,
-        n_scores: usize,
         head_dim: usize,
+        n_scores: usize,
+        n_turned: usize,
     ) {
         fn to<T>(list: &mut Vec<T>, n: usize) {
             list.reserve_exact(n.saturating_sub(list.len()));
@@ -140,7 +145,9 @@ impl Plan {
         to(&mut self.scores, n_chunks + 1);
         to(&mut self.weights, (n_chunks + 1).max(head_dim));
         to(&mut self.order, n_chunks + 1);
+        to(&mut self.keys, n_chunks + 1);
         to(&mut self.sums, n_scores);
+        to(&mut self.panels, n_turned);
     }
 
     /// Appends a range; one that touches the last becomes a part of it.

@@ -19,7 +19,9 @@
 //! 0.88; chunks of 4 0.95; by the keys themselves 0.96 to 0.97. So it is the size of what is averaged that loses facts. A
 //! threshold on a chunk's share of attention in place of a budget keeps more attention and loses the facts (0.74).
 
-use super::{Sparsity, at_place, dot, max, place};
+use std::ops::Range;
+
+use super::{Sparsity, dot, max};
 use crate::backend::select::{Ask, Chunking, Plan, Select};
 
 /// Who shares a plan.
@@ -59,36 +61,143 @@ pub(super) fn select(
         let chunk = &chunks[i];
         (chunk.start as usize).max(sink)..(chunk.end as usize).min(local)
     };
-    plan.order.clear();
-    let places = between.clone().map(|i| place(&plan.scores, i));
-    plan.order.extend(places);
     let always = sink - seen.start + seen.end - local;
-    let mut left = sparsity.budget_of(seen.len()).saturating_sub(always);
-    // So many are certain to fit; then as many more as are certain to fit into what is left.
-    // The last of them may be cut.
-    let (mut last, mut n_cut) = (0, 0);
-    let mut order = &mut plan.order[..];
-    while left > 0 && !order.is_empty() {
-        let k = (left / chunking.most()).max(1).min(order.len());
-        last = *order.select_nth_unstable(k - 1).1;
-        let (read, rest) = order.split_at_mut(k);
-        for place in read {
-            let n_keys = keys(at_place(*place)).len();
-            n_cut = n_keys.saturating_sub(left);
-            left -= n_keys - n_cut;
+    let left = sparsity.budget_of(seen.len()).saturating_sub(always);
+    plan.keys.clear();
+    let best = plan.scores[between.clone()].iter();
+    plan.keys.extend(best.map(|score| order(*score)));
+    let n_keys = |i: usize| keys(between.start + i).len();
+    let count = |least: i32, of: &[i32]| match chunking {
+        // All but the first and the last are whole.
+        Chunking::Fixed(n) => {
+            let n_chosen: u32 = of.iter().map(|key| u32::from(*key >= least)).sum();
+            let missing = |i: usize| match of.get(i).is_some_and(|key| *key >= least) {
+                true => n - n_keys(i),
+                false => 0,
+            };
+            let ends = if of.len() > 1 {
+                missing(of.len() - 1)
+            } else {
+                0
+            };
+            n * n_chosen as usize - missing(0) - ends
         }
-        order = rest;
-    }
+        Chunking::Shift(_) => {
+            let chosen = (0..of.len()).filter(|i| of[*i] >= least);
+            chosen.map(n_keys).sum()
+        }
+    };
+    let few = match chunking {
+        Chunking::Fixed(n) => n,
+        Chunking::Shift(n) => n / 2,
+    };
     plan.push(seen.start..sink);
-    for i in between {
-        let place = place(&plan.scores, i);
-        if place <= last {
-            let span = keys(i);
-            let n_cut = if place == last { n_cut } else { 0 };
-            plan.push(span.start..span.end - n_cut);
+    if let Some(cut) = Cut::find(&plan.keys, (left, few), &count, &n_keys) {
+        let of = std::mem::take(&mut plan.keys);
+        let (first, rest) = of.split_at(cut.last + 1);
+        push_runs(first, cut.least, &mut |run| {
+            let (start, end) = (between.start + run.start, between.start + run.end - 1);
+            plan.push(keys(start).start..keys(end).end);
+        });
+        if let Some(span) = plan.spans.last_mut() {
+            span.end -= cut.n_cut;
         }
+        push_runs(rest, cut.least.saturating_add(1), &mut |run| {
+            let run = run.start + cut.last + 1..run.end + cut.last + 1;
+            let (start, end) = (between.start + run.start, between.start + run.end - 1);
+            plan.push(keys(start).start..keys(end).end);
+        });
+        plan.keys = of;
     }
     plan.push(local..seen.end);
+}
+
+/// Where chunks that are read end in the order of their scores.
+struct Cut {
+    /// The least score that is read, as [`order`] has it.
+    least: i32,
+    /// The last chunk of that score that is read,
+    last: usize,
+    /// but for so many keys at its end.
+    n_cut: usize,
+}
+
+impl Cut {
+    /// The best chunks of `of` with `left` keys in all, of equals the first; `None` for none. `count` tells the keys of
+    /// those from a score on, `n_keys` those of one; all but the first and the last have at least `few`.
+    fn find(
+        of: &[i32],
+        (left, few): (usize, usize),
+        count: &dyn Fn(i32, &[i32]) -> usize,
+        n_keys: &dyn Fn(usize) -> usize,
+    ) -> Option<Self> {
+        let (worst, best) = of.iter().fold((i32::MAX, i32::MIN), |(least, most), key| {
+            (least.min(*key), most.max(*key))
+        });
+        if of.is_empty() || left == 0 {
+            return None;
+        }
+        // From `low` on there are `left` keys, and so many more, or all; from above `high` fewer.
+        let (mut low, mut high, mut more) = (worst, best, usize::MAX);
+        while low < high && more >= few {
+            // Halfway, rounded up.
+            let middle = high - ((i64::from(high) - i64::from(low)) / 2) as i32;
+            match count(middle, of).checked_sub(left) {
+                Some(found) => (low, more) = (middle, found),
+                None => high = middle - 1,
+            }
+        }
+        // The least there is from there on, unless it is a short one that is not needed.
+        let above = loop {
+            low = of
+                .iter()
+                .map(|key| if *key >= low { *key } else { best })
+                .fold(best, i32::min);
+            let above = low.checked_add(1).map_or(0, |above| count(above, of));
+            if above < left {
+                break above;
+            }
+            low += 1;
+        };
+        let mut left = left - above;
+        let mut cut = None;
+        for i in (0..of.len()).filter(|i| of[*i] == low) {
+            let n_cut = n_keys(i).saturating_sub(left);
+            left -= n_keys(i) - n_cut;
+            cut = Some(Self {
+                least: low,
+                last: i,
+                n_cut,
+            });
+            if left == 0 {
+                break;
+            }
+        }
+        cut
+    }
+}
+
+/// A whole number for a score: the greater, the better, in the order of numbers, zeros and NaNs that `total_cmp` has.
+fn order(score: f32) -> i32 {
+    let bits = score.to_bits() as i32;
+    bits ^ ((bits >> 31) as u32 >> 1) as i32
+}
+
+/// Calls `push` with each run of adjacent items that are at least `least`.
+fn push_runs(of: &[i32], least: i32, push: &mut dyn FnMut(Range<usize>)) {
+    for (word, of) in of.chunks(64).enumerate() {
+        let bits = of.iter().enumerate();
+        let mut bits = bits.fold(0, |bits, (i, key)| bits | u64::from(*key >= least) << i);
+        let mut at = 64 * word;
+        while bits != 0 {
+            at += bits.trailing_zeros() as usize;
+            bits >>= bits.trailing_zeros();
+            let n = bits.trailing_ones();
+            push(at..at + n as usize);
+            at += n as usize;
+            bits = bits.checked_shr(n).unwrap_or(0);
+        }
+    }
 }
 
 /// `plan.scores`: of the first `n` chunks.

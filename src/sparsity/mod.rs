@@ -286,11 +286,6 @@ fn place(scores: &[f32], i: usize) -> u64 {
     u64::from(!(ascending as u32)) << 32 | i as u64
 }
 
-/// The item that [`place`] gave a number to.
-fn at_place(place: u64) -> usize {
-    place as u32 as usize
-}
-
 /// The largest number.
 fn max(x: &[f32]) -> f32 {
     let mut most = [f32::NEG_INFINITY; 8];

@@ -251,6 +251,47 @@ fn to_f16_rows_are_equal() {
     }
 }
 
+#[test]
+fn products_with_turned_rows_are_their_sums() {
+    let mut random = Random::new(7);
+    for (n_in, n_panels) in [(64, 3), (20, 1), (256, 2)] {
+        let panels = random.floats(n_panels * n_in * table::PANEL_ROWS, 2.0);
+        let queries = random.floats(21 * n_in, 2.0);
+        let run = |kernel: Ready<table::MultiplyPanels>, n: usize| {
+            let mut out = vec![f32::NAN; n * n_panels * table::PANEL_ROWS];
+            kernel.run(&mut table::PanelProducts {
+                queries: &queries[..n * n_in],
+                n_in,
+                panels: &panels,
+                out: &mut out,
+            });
+            out
+        };
+        let scalar = scalar_row(table::MULTIPLY_PANELS);
+        let all = vector_rows(table::MULTIPLY_PANELS).map(|(_, kernel)| kernel);
+        for kernel in all.chain([scalar]) {
+            let whole = run(kernel, 21);
+            for (at, found) in whole.iter().enumerate() {
+                let row = at % (n_panels * table::PANEL_ROWS);
+                let query = &queries[at / (n_panels * table::PANEL_ROWS) * n_in..][..n_in];
+                let product = |c: usize| {
+                    let panel = row / table::PANEL_ROWS * n_in + c;
+                    let x = panels[panel * table::PANEL_ROWS + row % table::PANEL_ROWS];
+                    f64::from(query[c]) * f64::from(x)
+                };
+                let expected = (0..n_in).map(product).sum::<f64>();
+                let off = (f64::from(*found) - expected).abs();
+                assert!(off < 1e-4, "{}: {found} {expected}", kernel.name());
+            }
+            // What is beside a query does not matter.
+            for n in [1, 7, 8, 16] {
+                let n_out = n * n_panels * table::PANEL_ROWS;
+                assert!(run(kernel, n) == whole[..n_out], "{}", kernel.name());
+            }
+        }
+    }
+}
+
 fn convolve(
     kernel: Ready<ShortConv>,
     bcx: &[f32],

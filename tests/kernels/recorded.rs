@@ -56,7 +56,7 @@ impl Select for Recorder {
         false
     }
 
-    fn budget(&self) -> usize {
+    fn budget(&self, _n_seen: usize) -> usize {
         self.n
     }
 

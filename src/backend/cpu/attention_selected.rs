@@ -12,7 +12,9 @@ use super::acts::Acts;
 use super::attention::{self, Attend, KvCache, PAGE, Sums, work};
 use super::attention_lanes::{self, Lanes};
 use super::pool::{OutCols, Output, Tile};
-use super::table::{AttendBatch, AttendSpan, Chosen, LanesBatch, Operations};
+use super::table::{
+    AttendBatch, AttendSpan, Chosen, LanesBatch, Operations, PANEL_ROWS, PanelProducts,
+};
 use crate::backend::delta::Exact;
 use crate::backend::select::{Ask, KvOptions, Plan, Select};
 use crate::backend::{Attention, Step};
@@ -41,13 +43,11 @@ impl Plans {
             .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    fn reserve(&self, n_threads: usize, n_chunks: usize, n_scores: usize, head_dim: usize) {
+    fn reserve(&self, n_threads: usize, to: impl Fn(&mut Plan)) {
         let mut plans = self.list();
         let n = n_threads.max(plans.len());
         plans.resize_with(n, Plan::default);
-        plans
-            .iter_mut()
-            .for_each(|plan| plan.reserve(n_chunks, n_scores, head_dim));
+        plans.iter_mut().for_each(to);
     }
 
     fn with<T>(&self, work: impl FnOnce(&mut Plan) -> T) -> T {
@@ -179,8 +179,12 @@ impl Cpu {
         let n_chunks = select
             .chunking()
             .map_or(0, |chunks| chunks.most_chunks(cache.n_positions()));
-        let n_scores = positions.len().min(TASK_TOKENS) * group * n_chunks;
-        self.plans.reserve(n_threads, n_chunks, n_scores, n);
+        let n_rows = n_chunks.next_multiple_of(PANEL_ROWS);
+        let n_scores = positions.len().min(TASK_TOKENS) * group * n_rows;
+        let n_turned = if step == Step::Decode { 0 } else { n_rows * n };
+        self.plans.reserve(n_threads, |plan| {
+            plan.reserve(n_chunks, n, n_scores, n_turned)
+        });
         let selected = Selected {
             attend,
             select,
@@ -221,6 +225,16 @@ impl Selected<'_> {
         let most = tokens.len().min(TASK_TOKENS) * (group + 1) * n;
         let mut scaled = self.attend.scratch.take(most);
         let mut scores = std::mem::take(&mut plan.sums);
+        let mut panels = std::mem::take(&mut plan.panels);
+        let known = |end: usize| match chunks.n_known(self.attend.start + end) {
+            0 => &[][..],
+            n_known => &chunks.sums(kv_head)[..n_known * n],
+        };
+        // The sums of a prompt's tokens meet many queries.
+        let turned = !self.attend.decode;
+        if turned {
+            turn(known(tokens.end), n, &mut panels);
+        }
         for first in tokens.clone().step_by(TASK_TOKENS) {
             let some = first..tokens.end.min(first + TASK_TOKENS);
             let begin = now();
@@ -245,10 +259,21 @@ impl Selected<'_> {
                 }
                 false => (&*scaled, group),
             };
-            let n_scores = chunks.n_known(self.attend.start + some.end);
+            let sums = known(some.end);
+            let n_scores = if turned { panels.len() } else { sums.len() } / n;
             scores.clear();
             scores.resize(some.len() * n_rows * n_scores, 0.0);
-            if n_scores > 0 {
+            if turned && n_scores > 0 {
+                self.attend
+                    .operations
+                    .multiply_panels
+                    .run(&mut PanelProducts {
+                        queries,
+                        n_in: n,
+                        panels: &panels,
+                        out: &mut scores,
+                    });
+            } else if n_scores > 0 {
                 let queries = Acts {
                     n_tokens: some.len() * n_rows,
                     n_in: n,
@@ -256,7 +281,6 @@ impl Selected<'_> {
                     q8: &[],
                     bf16: &[],
                 };
-                let sums = &chunks.sums(kv_head)[..n_scores * n];
                 let mut scores = OutCols::whole(&mut scores, n_scores);
                 let products = self.attend.operations.products;
                 products.run(bytemuck::cast_slice(sums), &queries, &mut scores);
@@ -294,6 +318,7 @@ impl Selected<'_> {
             self.done.decide_ns.fetch_add(decide_ns, Relaxed);
         }
         plan.sums = scores;
+        plan.panels = panels;
     }
 
     /// Tokens whose queries lie side by side in vectors.
@@ -369,6 +394,22 @@ impl Selected<'_> {
                     .for_each(|(o, v)| *o = v * inverse);
             }
         });
+    }
+}
+
+/// Rows of `n` floats in panels, see [`PanelProducts`]; the last is filled with zeros.
+fn turn(rows: &[f32], n: usize, panels: &mut Vec<f32>) {
+    panels.clear();
+    panels.resize((rows.len() / n).next_multiple_of(PANEL_ROWS) * n, 0.0);
+    let panels = panels.as_chunks_mut::<PANEL_ROWS>().0;
+    let rows = rows.chunks(PANEL_ROWS * n);
+    for (panel, rows) in panels.chunks_exact_mut(n).zip(rows) {
+        for (i, row) in rows.chunks_exact(n).enumerate() {
+            panel
+                .iter_mut()
+                .zip(row)
+                .for_each(|(lanes, x)| lanes[i] = *x);
+        }
     }
 }
 

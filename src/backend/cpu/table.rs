@@ -364,6 +364,10 @@ operation! {
     AttendLanes(batch: &mut LanesBatch)
 }
 operation! {
+    /// Multiplies queries with rows that lie turned, see [`PanelProducts`].
+    MultiplyPanels(products: &mut PanelProducts)
+}
+operation! {
     /// Reads all of `x`: adds the exclusive or of its 64-bit words to `sum` by exclusive or.
     Read(x: &[Line], sum: &mut u64)
 }
@@ -583,10 +587,9 @@ impl LanesBatch<'_> {
         Self::room_of_tiles(n_queries.next_multiple_of(64), head_dim, frame)
     }
 
-    /// The same where tokens choose keys.
+    /// The same where tokens choose keys, in smaller tiles.
     pub fn room_to_choose(n_queries: usize, head_dim: usize, frame: usize) -> usize {
-        // A tile takes as much room, but has fewer queries.
-        Self::room_of_tiles(2 * n_queries.next_multiple_of(32), head_dim, frame)
+        Self::room_of_tiles(n_queries.next_multiple_of(32), head_dim, frame)
     }
 
     fn room_of_tiles(n_queries: usize, head_dim: usize, frame: usize) -> usize {
@@ -594,6 +597,22 @@ impl LanesBatch<'_> {
         // Keys, values, changes, their channels; where those of a key end.
         tiles + frame * (3 * head_dim + head_dim / 4 + 1) + 4 * 16 + head_dim
     }
+}
+
+/// Rows of a panel.
+pub const PANEL_ROWS: usize = 16;
+
+/// Products of queries with rows that lie turned, in panels of sixteen: `out[q][16 p + r] = sum_c queries[q][c]
+/// panels[p][c][r]`, each sum from the first channel to the last, so it does not depend on what stands beside it.
+pub struct PanelProducts<'a> {
+    /// `(n_queries, n_in)`.
+    pub queries: &'a [f32],
+    /// Channels.
+    pub n_in: usize,
+    /// `(n_panels, n_in, PANEL_ROWS)`.
+    pub panels: &'a [f32],
+    /// `(n_queries, n_panels * PANEL_ROWS)`.
+    pub out: &'a mut [f32],
 }
 
 /// The kernels of the operations that have no weight format, chosen once for a backend.
@@ -625,6 +644,8 @@ pub struct Operations {
     pub attend_lanes: Ready<AttendLanes>,
     /// Products of queries with sums of keys.
     pub products: Ready<MatMul>,
+    /// The same where many queries meet them.
+    pub multiply_panels: Ready<MultiplyPanels>,
 }
 
 impl Operations {
@@ -647,6 +668,7 @@ impl Operations {
             attend_tiles: Ready::best(ATTEND_TILES.iter()),
             attend_lanes: best(ATTEND_LANES),
             products: gemm(DType::F32).expect("a row for floats"),
+            multiply_panels: best(MULTIPLY_PANELS),
         }
     }
 }
@@ -1258,6 +1280,16 @@ rows! {
         #[cfg(target_arch = "x86_64")]
         "attend_lanes_avx2", Avx2, avx2::attend_lanes::attend;
         "attend_lanes_scalar", Scalar, scalar::attend_lanes::attend;
+    }
+}
+rows! {
+    /// Products of queries with turned rows.
+    MULTIPLY_PANELS: MultiplyPanels {
+        #[cfg(target_arch = "x86_64")]
+        "multiply_panels_avx512vnni", Avx512Vnni, avx512vnni::multiply_panels::multiply;
+        #[cfg(target_arch = "x86_64")]
+        "multiply_panels_avx2", Avx2, avx2::multiply_panels::multiply;
+        "multiply_panels_scalar", Scalar, scalar::multiply_panels::multiply;
     }
 }
 rows! {

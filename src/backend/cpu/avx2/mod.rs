@@ -32,6 +32,7 @@ pub(crate) mod gemv_q6_k;
 pub(crate) mod gemv_q8_0;
 pub(crate) mod gemv_unpacked;
 mod lanes;
+pub(crate) mod multiply_panels;
 pub(crate) mod panels;
 pub(crate) mod roofline;
 pub(in crate::backend::cpu) mod unpack;

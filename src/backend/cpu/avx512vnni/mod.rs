@@ -30,6 +30,7 @@ pub(crate) mod gemv_q5_k;
 pub(crate) mod gemv_q6_k;
 pub(crate) mod gemv_q8_0;
 mod lanes;
+pub(crate) mod multiply_panels;
 pub(crate) mod panels;
 pub(crate) mod roofline;
 

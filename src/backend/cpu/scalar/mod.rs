@@ -4,6 +4,7 @@ pub(crate) mod attend;
 pub(crate) mod attend_lanes;
 pub(crate) mod elementwise;
 pub(crate) mod gemv;
+pub(crate) mod multiply_panels;
 pub(crate) mod panels;
 pub(crate) mod roofline;
 pub(crate) mod short_conv;

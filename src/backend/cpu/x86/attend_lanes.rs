@@ -13,11 +13,8 @@ macro_rules! attend_lanes {
         /// Vectors of queries in a tile.
         const WIDTH: usize = 4;
 
-        /// Queries of a tile.
-        const QUERIES: usize = WIDTH * v::LANES;
-
-        /// Queries of a tile whose tokens choose keys: fewer tokens choose fewer keys together.
-        const CHOOSING: usize = 32;
+        /// The same where tokens choose keys: fewer tokens choose fewer keys together.
+        const CHOOSING: usize = 32 / v::LANES;
 
         /// Keys that are weighted together.
         const KEYS: usize = 32;
@@ -26,7 +23,7 @@ macro_rules! attend_lanes {
         const DEEP: usize = v::LANES / 4;
 
         /// A number for each query of a tile.
-        type Row = [[f32; v::LANES]; WIDTH];
+        type Row<const W: usize> = [[f32; v::LANES]; W];
 
         /// Keys or values, `C` vectors each.
         type Tile<const C: usize> = [[[f32; v::LANES]; C]; KEYS];
@@ -46,47 +43,47 @@ macro_rules! attend_lanes {
         }
 
         /// The keys of a tile of keys that some queries read, of which each reads its own.
-        struct Read {
+        struct Read<const W: usize> {
             /// Their indices: whole groups of `DEEP`.
             keys: [u8; KEYS],
             n: usize,
             /// Bits of the keys, for each query, where they choose.
-            words: Option<[[u32; v::LANES]; WIDTH]>,
+            words: Option<[[u32; v::LANES]; W]>,
         }
 
         /// Queries of a tile, turned: `(head_dim)` rows; and their sums.
-        struct Queries<'a> {
+        struct Queries<'a, const W: usize> {
             /// Of the first, among all of the batch.
             first: usize,
             n: usize,
-            q: &'a [Row],
-            out: &'a mut [Row],
-            max: &'a mut Row,
-            sum: &'a mut Row,
+            q: &'a [Row<W>],
+            out: &'a mut [Row<W>],
+            max: &'a mut Row<W>,
+            sum: &'a mut Row<W>,
         }
 
         /// See [`LanesBatch`].
         #[target_feature(enable = $features)]
         pub(crate) fn attend(batch: &mut LanesBatch) {
-            match batch.attend.head_dim {
-                64 => heads::<{ 64 / v::LANES }>(batch),
-                128 => heads::<{ 128 / v::LANES }>(batch),
-                256 => heads::<{ 256 / v::LANES }>(batch),
+            match (batch.attend.head_dim, batch.chosen) {
+                (64, None) => heads::<{ 64 / v::LANES }, WIDTH>(batch),
+                (128, None) => heads::<{ 128 / v::LANES }, WIDTH>(batch),
+                (256, None) => heads::<{ 256 / v::LANES }, WIDTH>(batch),
+                (64, _) => heads::<{ 64 / v::LANES }, CHOOSING>(batch),
+                (128, _) => heads::<{ 128 / v::LANES }, CHOOSING>(batch),
+                (256, _) => heads::<{ 256 / v::LANES }, CHOOSING>(batch),
                 _ => $below::attend(batch),
             }
         }
 
         #[inline]
         #[target_feature(enable = $features)]
-        fn heads<const C: usize>(batch: &mut LanesBatch) {
+        fn heads<const C: usize, const W: usize>(batch: &mut LanesBatch) {
             let n = C * v::LANES;
             let (group, start) = (batch.attend.group, batch.attend.start);
             let n_tokens = batch.attend.out.n_tokens();
             let n_queries = n_tokens * group;
-            let queries = match batch.chosen {
-                Some(_) => CHOOSING,
-                None => QUERIES,
-            };
+            let queries = W * v::LANES;
             let done = &mut batch.done;
             let mut room = &mut *batch.room;
             let mut take = |floats: usize| {
@@ -94,7 +91,7 @@ macro_rules! attend_lanes {
                 room = rest;
                 taken
             };
-            let tile_floats = (2 * n + 2) * QUERIES;
+            let tile_floats = (2 * n + 2) * queries;
             let tiles = take(n_queries.div_ceil(queries) * tile_floats);
             let keys = take(batch.frame * n).as_chunks_mut::<{ v::LANES }>().0;
             let keys = keys.as_chunks_mut::<C>().0.as_chunks_mut::<KEYS>().0;
@@ -109,13 +106,13 @@ macro_rules! attend_lanes {
                 let rows = floats
                     .as_chunks_mut::<{ v::LANES }>()
                     .0
-                    .as_chunks_mut::<WIDTH>()
+                    .as_chunks_mut::<W>()
                     .0;
                 let these = i * queries..n_queries.min((i + 1) * queries);
                 turn(&batch.attend, these, &mut rows[..n]);
-                rows[n..2 * n].fill([[0.0; v::LANES]; WIDTH]);
-                rows[2 * n] = [[f32::NEG_INFINITY; v::LANES]; WIDTH];
-                rows[2 * n + 1] = [[0.0; v::LANES]; WIDTH];
+                rows[n..2 * n].fill([[0.0; v::LANES]; W]);
+                rows[2 * n] = [[f32::NEG_INFINITY; v::LANES]; W];
+                rows[2 * n + 1] = [[0.0; v::LANES]; W];
             }
             let end = start + n_tokens;
             let window = batch.attend.window.unwrap_or(usize::MAX);
@@ -164,7 +161,7 @@ macro_rules! attend_lanes {
                     let rows = floats
                         .as_chunks_mut::<{ v::LANES }>()
                         .0
-                        .as_chunks_mut::<WIDTH>()
+                        .as_chunks_mut::<W>()
                         .0;
                     let (q, rest) = rows.split_at_mut(n);
                     let (out, rest) = rest.split_at_mut(n);
@@ -185,22 +182,22 @@ macro_rules! attend_lanes {
                     // Few queries are not worth a whole tile.
                     let attend = &batch.attend;
                     match n.div_ceil(v::LANES) {
-                        1 => add_frame::<C, 1>(attend, chosen, done, &frame, queries),
-                        2 => add_frame::<C, 2>(attend, chosen, done, &frame, queries),
-                        _ => add_frame::<C, WIDTH>(attend, chosen, done, &frame, queries),
+                        1 => add_frame::<C, W, 1>(attend, chosen, done, &frame, queries),
+                        2 => add_frame::<C, W, 2>(attend, chosen, done, &frame, queries),
+                        _ => add_frame::<C, W, W>(attend, chosen, done, &frame, queries),
                     }
                 }
                 at += batch.frame;
             }
             for (i, floats) in tiles.chunks_exact(tile_floats).enumerate() {
-                let rows = floats.as_chunks::<QUERIES>().0;
+                let rows = floats.as_chunks::<{ v::LANES }>().0.as_chunks::<W>().0;
                 for lane in 0..queries.min(n_queries - i * queries) {
                     let query = i * queries + lane;
                     let (token, head) = (query / group, query % group);
-                    let inverse = 1.0 / rows[2 * n + 1][lane];
+                    let inverse = 1.0 / rows[2 * n + 1].as_flattened()[lane];
                     let out = &mut batch.attend.out.row(token)[head * n..][..n];
                     for (c, out) in out.iter_mut().enumerate() {
-                        *out = rows[n + c][lane] * inverse;
+                        *out = rows[n + c].as_flattened()[lane] * inverse;
                     }
                 }
             }
@@ -209,8 +206,8 @@ macro_rules! attend_lanes {
         /// Some queries, scaled and turned; zeros beyond the last.
         #[inline]
         #[target_feature(enable = $features)]
-        fn turn(attend: &AttendBatch, queries: Range<usize>, q: &mut [Row]) {
-            for lane in 0..QUERIES {
+        fn turn<const W: usize>(attend: &AttendBatch, queries: Range<usize>, q: &mut [Row<W>]) {
+            for lane in 0..W * v::LANES {
                 let query = queries.start + lane;
                 let at = query / attend.group * attend.q_stride + query % attend.group * q.len();
                 for c in 0..q.len() {
@@ -225,16 +222,16 @@ macro_rules! attend_lanes {
         /// What queries read of `n_keys` keys of a tile.
         #[inline]
         #[target_feature(enable = $features)]
-        fn read(
+        fn read<const W: usize>(
             (attend, chosen): (&AttendBatch, Option<Chosen>),
-            queries: &Queries,
+            queries: &Queries<W>,
             start: usize,
             n_keys: usize,
-        ) -> Read {
+        ) -> Read<W> {
             let mut any = u32::MAX;
             let words = chosen.map(|chosen| {
                 let word = (start - attend.first) / KEYS;
-                let mut words = [[0; v::LANES]; WIDTH];
+                let mut words = [[0; v::LANES]; W];
                 let all = queries.first..queries.first + queries.n;
                 any = 0;
                 for token in all.start / attend.group..all.end.div_ceil(attend.group) {
@@ -309,12 +306,12 @@ macro_rules! attend_lanes {
         /// Adds a frame to the sums of some queries, `N` vectors of them.
         #[inline]
         #[target_feature(enable = $features)]
-        fn add_frame<const C: usize, const N: usize>(
+        fn add_frame<const C: usize, const W: usize, const N: usize>(
             attend: &AttendBatch,
             chosen: Option<Chosen>,
             done: &mut DeltaWork,
             frame: &Frame<C>,
-            queries: Queries,
+            queries: Queries<W>,
         ) {
             let (start, group) = (attend.start, attend.group);
             let window = attend.window.unwrap_or(usize::MAX);
@@ -335,8 +332,8 @@ macro_rules! attend_lanes {
                 Some(_) => far,
                 None => queries.n,
             };
-            let mut running = [[0.0; v::LANES]; WIDTH];
-            let mut scores = [[[0.0; v::LANES]; WIDTH]; KEYS];
+            let mut running = [[0.0; v::LANES]; W];
+            let mut scores = [[[0.0; v::LANES]; W]; KEYS];
             let mut exact = scores;
             for first in (0..frame.n_keys).step_by(KEYS) {
                 let keys = first..frame.n_keys.min(first + KEYS);
@@ -350,7 +347,7 @@ macro_rules! attend_lanes {
                 match (near, frame.ends) {
                     (0, Some(ends)) => {
                         let changes = (frame.channels, frame.changes, ends);
-                        add_changes::<N>(
+                        add_changes::<W, N>(
                             queries.q,
                             changes,
                             keys.clone(),
@@ -360,20 +357,20 @@ macro_rules! attend_lanes {
                     }
                     (near, Some(ends)) if near < queries.n => {
                         let changes = (frame.channels, frame.changes, ends);
-                        add_changes::<N>(
+                        add_changes::<W, N>(
                             queries.q,
                             changes,
                             keys.clone(),
                             &mut running,
                             &mut scores,
                         );
-                        multiply::<C, N>(queries.q, &frame.keys[tile], &read, &mut exact);
+                        multiply::<C, W, N>(queries.q, &frame.keys[tile], &read, &mut exact);
                         for (score, exact) in scores.iter_mut().zip(&exact) {
                             let exact = &exact.as_flattened()[..near];
                             score.as_flattened_mut()[..near].copy_from_slice(exact);
                         }
                     }
-                    _ => multiply::<C, N>(queries.q, &frame.keys[tile], &read, &mut scores),
+                    _ => multiply::<C, W, N>(queries.q, &frame.keys[tile], &read, &mut scores),
                 }
                 let end = begin + n_keys;
                 let all = end <= oldest + 1 && newest < begin.saturating_add(window);
@@ -396,7 +393,7 @@ macro_rules! attend_lanes {
                                 |l: usize| l.clamp(w * v::LANES, (w + 1) * v::LANES) - w * v::LANES;
                             // Lanes beyond the last query see what it sees.
                             let seen_end = match seen.end == queries.n {
-                                true => QUERIES,
+                                true => W * v::LANES,
                                 false => seen.end,
                             };
                             let score = &mut scores[key][w];
@@ -422,20 +419,20 @@ macro_rules! attend_lanes {
                     done.far += (seen.end.max(far) - seen.start.max(far)) as u64 * n;
                     done.done += exact * n + (pairs - exact) * changed;
                 }
-                let shrink = softmax::<N>(&mut scores, read.n, queries.max, queries.sum);
+                let shrink = softmax::<W, N>(&mut scores, read.n, queries.max, queries.sum);
                 let keys = &read.keys[..read.n];
-                add_values::<C, N>(&scores, &frame.values[tile], keys, &shrink, queries.out);
+                add_values::<C, W, N>(&scores, &frame.values[tile], keys, &shrink, queries.out);
             }
         }
 
         /// Products of all channels with the keys that are read, side by side.
         #[inline]
         #[target_feature(enable = $features)]
-        fn multiply<const C: usize, const N: usize>(
-            q: &[Row],
+        fn multiply<const C: usize, const W: usize, const N: usize>(
+            q: &[Row<W>],
             keys: &Tile<C>,
-            read: &Read,
-            scores: &mut [Row; KEYS],
+            read: &Read<W>,
+            scores: &mut [Row<W>; KEYS],
         ) {
             assert!(q.len() == C * v::LANES);
             let scores = scores.as_chunks_mut::<DEEP>().0;
@@ -465,12 +462,12 @@ macro_rules! attend_lanes {
         /// Scores of `keys` of a frame: to those of the key before, `running`, the products with what changed are added.
         #[inline]
         #[target_feature(enable = $features)]
-        fn add_changes<const N: usize>(
-            q: &[Row],
+        fn add_changes<const W: usize, const N: usize>(
+            q: &[Row<W>],
             (channels, changes, ends): (&[u8], &[f32], &[u32]),
             keys: Range<usize>,
-            running: &mut Row,
-            scores: &mut [Row; KEYS],
+            running: &mut Row<W>,
+            scores: &mut [Row<W>; KEYS],
         ) {
             let mut sums = [v::splat(0.0); N];
             for w in 0..N {
@@ -502,11 +499,11 @@ macro_rules! attend_lanes {
         /// Scores to weights. Returns the factors that what was summed before must take.
         #[inline]
         #[target_feature(enable = $features)]
-        fn softmax<const N: usize>(
-            scores: &mut [Row; KEYS],
+        fn softmax<const W: usize, const N: usize>(
+            scores: &mut [Row<W>; KEYS],
             n_keys: usize,
-            max: &mut Row,
-            sum: &mut Row,
+            max: &mut Row<W>,
+            sum: &mut Row<W>,
         ) -> [v::V; N] {
             let scores = &mut scores[..n_keys];
             let mut shrink = [v::splat(0.0); N];
@@ -534,12 +531,12 @@ macro_rules! attend_lanes {
         /// `out = out * shrink + weights * values`.
         #[inline]
         #[target_feature(enable = $features)]
-        fn add_values<const C: usize, const N: usize>(
-            weights: &[Row; KEYS],
+        fn add_values<const C: usize, const W: usize, const N: usize>(
+            weights: &[Row<W>; KEYS],
             values: &Tile<C>,
             keys: &[u8],
             shrink: &[v::V; N],
-            out: &mut [Row],
+            out: &mut [Row<W>],
         ) {
             assert!(out.len() == C * v::LANES && keys.len() <= KEYS);
             for (at, out) in out.as_chunks_mut::<DEEP>().0.iter_mut().enumerate() {

@@ -10,6 +10,7 @@ pub(super) mod elementwise;
 pub(super) mod floats;
 pub(super) mod gemm_float;
 pub(super) mod gemv;
+pub(super) mod multiply_panels;
 pub(super) mod panels;
 pub(super) mod roofline;
 
