@@ -13,8 +13,9 @@ macro_rules! attend_lanes {
         /// Vectors of queries in a tile.
         const WIDTH: usize = 4;
 
-        /// The same where tokens choose keys: fewer tokens choose fewer keys together.
-        const CHOOSING: usize = 32 / v::LANES;
+        /// The same where tokens choose keys: fewer tokens choose fewer keys together. On an EPYC a prompt is read 8 %
+        /// faster so than with twice as many.
+        const CHOOSING: usize = 16 / v::LANES;
 
         /// Keys that are weighted together.
         const KEYS: usize = 32;
@@ -436,24 +437,47 @@ macro_rules! attend_lanes {
         ) {
             assert!(q.len() == C * v::LANES);
             let scores = scores.as_chunks_mut::<DEEP>().0;
-            for (first, scores) in read.keys[..read.n].iter().step_by(DEEP).zip(scores) {
-                let keys = &keys.as_chunks::<DEEP>().0[usize::from(*first) / DEEP];
-                let mut sums = [[v::splat(0.0); N]; DEEP];
-                for c in 0..C * v::LANES {
-                    let mut row = [v::splat(0.0); N];
-                    for w in 0..N {
-                        row[w] = v::load(&q[c][w]);
-                    }
+            let group = |at: usize| &keys.as_chunks::<DEEP>().0[usize::from(read.keys[at]) / DEEP];
+            let (mut at, n) = (0, read.n.div_ceil(DEEP));
+            while at < n {
+                // One vector of queries needs more sums than a group has to keep the units busy.
+                if N == 1 && at + 2 <= n {
+                    let groups = [group(at * DEEP), group((at + 1) * DEEP)];
+                    multiply_groups::<C, W, N, 2>(q, groups, &mut scores[at..at + 2]);
+                    at += 2;
+                } else {
+                    multiply_groups::<C, W, N, 1>(q, [group(at * DEEP)], &mut scores[at..=at]);
+                    at += 1;
+                }
+            }
+        }
+
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn multiply_groups<const C: usize, const W: usize, const N: usize, const G: usize>(
+            q: &[Row<W>],
+            keys: [&[[[f32; v::LANES]; C]; DEEP]; G],
+            scores: &mut [[Row<W>; DEEP]],
+        ) {
+            let mut sums = [[[v::splat(0.0); N]; DEEP]; G];
+            for c in 0..C * v::LANES {
+                let mut row = [v::splat(0.0); N];
+                for w in 0..N {
+                    row[w] = v::load(&q[c][w]);
+                }
+                for g in 0..G {
                     for b in 0..DEEP {
-                        let key = v::splat(keys[b].as_flattened()[c]);
+                        let key = v::splat(keys[g][b].as_flattened()[c]);
                         for w in 0..N {
-                            sums[b][w] = v::fma(key, row[w], sums[b][w]);
+                            sums[g][b][w] = v::fma(key, row[w], sums[g][b][w]);
                         }
                     }
                 }
+            }
+            for g in 0..G {
                 for b in 0..DEEP {
                     for w in 0..N {
-                        v::store(sums[b][w], &mut scores[b][w]);
+                        v::store(sums[g][b][w], &mut scores[g][b][w]);
                     }
                 }
             }
@@ -539,11 +563,30 @@ macro_rules! attend_lanes {
             out: &mut [Row<W>],
         ) {
             assert!(out.len() == C * v::LANES && keys.len() <= KEYS);
-            for (at, out) in out.as_chunks_mut::<DEEP>().0.iter_mut().enumerate() {
-                let mut sums = [[v::splat(0.0); N]; DEEP];
-                for b in 0..DEEP {
-                    for w in 0..N {
-                        sums[b][w] = v::mul(v::load(&out[b][w]), shrink[w]);
+            match N {
+                1 => add_elements::<C, W, N, 2>(weights, values, keys, shrink, out),
+                _ => add_elements::<C, W, N, 1>(weights, values, keys, shrink, out),
+            }
+        }
+
+        /// The same, `G` times `DEEP` elements at a time.
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn add_elements<const C: usize, const W: usize, const N: usize, const G: usize>(
+            weights: &[Row<W>; KEYS],
+            values: &Tile<C>,
+            keys: &[u8],
+            shrink: &[v::V; N],
+            out: &mut [Row<W>],
+        ) {
+            let groups = out.as_chunks_mut::<DEEP>().0.as_chunks_mut::<G>().0;
+            for (at, out) in groups.iter_mut().enumerate() {
+                let mut sums = [[[v::splat(0.0); N]; DEEP]; G];
+                for g in 0..G {
+                    for b in 0..DEEP {
+                        for w in 0..N {
+                            sums[g][b][w] = v::mul(v::load(&out[g][b][w]), shrink[w]);
+                        }
                     }
                 }
                 for (i, key) in keys.iter().enumerate() {
@@ -551,20 +594,22 @@ macro_rules! attend_lanes {
                     for w in 0..N {
                         weight[w] = v::load(&weights[i][w]);
                     }
-                    let value = &values[usize::from(*key) % KEYS]
-                        .as_flattened()
-                        .as_chunks::<DEEP>()
-                        .0[at];
-                    for b in 0..DEEP {
-                        let value = v::splat(value[b]);
-                        for w in 0..N {
-                            sums[b][w] = v::fma(value, weight[w], sums[b][w]);
+                    let value = values[usize::from(*key) % KEYS].as_flattened();
+                    let value = &value.as_chunks::<DEEP>().0.as_chunks::<G>().0[at];
+                    for g in 0..G {
+                        for b in 0..DEEP {
+                            let value = v::splat(value[g][b]);
+                            for w in 0..N {
+                                sums[g][b][w] = v::fma(value, weight[w], sums[g][b][w]);
+                            }
                         }
                     }
                 }
-                for b in 0..DEEP {
-                    for w in 0..N {
-                        v::store(sums[b][w], &mut out[b][w]);
+                for g in 0..G {
+                    for b in 0..DEEP {
+                        for w in 0..N {
+                            v::store(sums[g][b][w], &mut out[g][b][w]);
+                        }
                     }
                 }
             }
