@@ -170,6 +170,9 @@ pub enum Chunking {
     Shift(usize),
 }
 
+/// Reads what a position has, `(n_kv_heads, head_dim)`.
+type ReadRow<'a> = dyn Fn(usize, &mut [f32]) + 'a;
+
 /// Keys on each side of a boundary that are compared.
 pub const SHIFT_WINDOW: usize = 4;
 
@@ -348,7 +351,7 @@ impl Chunks {
         chunking: Chunking,
         head_dim: usize,
         positions: Range<usize>,
-        [key, value]: [&dyn Fn(usize, &mut [f32]); 2],
+        [key, value]: [&ReadRow; 2],
     ) {
         let kept = self.n_known(positions.start);
         self.chunks.truncate(kept);
