@@ -33,7 +33,7 @@ enum Device {
     Cpu,
     Gpu,
     Auto,
-    Index(usize),
+    Index(#[cfg_attr(not(feature = "gpu"), expect(dead_code, reason = "an error there"))] usize),
 }
 
 impl FromStr for Device {
