@@ -41,10 +41,10 @@ fn policies(n: usize) -> Vec<Sparsity> {
         local: 40,
         ..Sparsity::new(policy, n)
     };
-    // And a share of what is seen, in all layers but two.
+    // And a share of what is seen, in all layers but two, of which the second has attention in every model here.
     let share = |policy| Sparsity {
         per_cent: 70,
-        dense_layers: "0,7".parse().expect("layers"),
+        dense_layers: "0,2".parse().expect("layers"),
         ..with_local(policy)
     };
     let shares = [Policy::Window, Policy::Blocks, policies[6]].map(share);
@@ -730,6 +730,15 @@ fn budgets_that_cannot_hold_what_is_always_read_are_refused() {
         let error = sparsity.selector().expect_err("refused");
         assert!(error.to_string().contains(what), "{error}");
     }
+    let options = SessionOptions {
+        sparsity: Sparsity {
+            dense_layers: "0,99".parse().expect("layers"),
+            ..share(20)
+        },
+        ..SessionOptions::default()
+    };
+    let error = Session::new(&model, &options).err().expect("refused");
+    assert!(error.to_string().contains("found 99"), "{error}");
     for bad in ["", "1,,2", "128", "-1", "x"] {
         assert!(bad.parse::<Layers>().is_err(), "{bad}");
     }

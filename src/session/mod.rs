@@ -646,6 +646,9 @@ impl Session {
         if let Some(delta) = &options.delta {
             model.check_delta(delta)?;
         }
+        options
+            .sparsity
+            .check_layers(model.info().config.n_layers)?;
         let (mut engine, fault) = model.engine(&options.kv_options()?)?;
         // What may be used of a GPU was shared out for a full context.
         if model.0.options.gpu_memory.is_some() && fault.is_none() {

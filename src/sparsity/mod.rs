@@ -128,6 +128,19 @@ impl Sparsity {
         self.policy == Policy::Dense
     }
 
+    /// That a network of `n_layers` has the layers that it names.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if not.
+    pub fn check_layers(&self, n_layers: usize) -> Result<()> {
+        match (n_layers..128).find(|layer| self.dense_layers.contains(*layer)) {
+            None => Ok(()),
+            Some(layer) => Err(Error::Invalid(format!(
+                "dense layers: expected numbers below {n_layers}, found {layer}"
+            ))),
+        }
+    }
+
     /// Who chooses, for a cache; `None` if everything is read.
     ///
     /// # Errors
