@@ -40,10 +40,8 @@ def policies(ctx, is_first, dense_layers):
         yield "DHSA of 8", keys, [*DHSA, "8", "--dhsa-budget", str(budget), *local(budget)]
         if is_first and share > 2:
             yield "DHSA of 4", keys, [*DHSA, "4", "--dhsa-budget", str(budget), *local(budget)]
-            pooled = [*DHSA, "8", "--dhsa-budget", str(budget), *local(budget), "--dhsa-repair", "pooled"]
-            yield "DHSA of 8, others pooled", keys, pooled
     # Shares of what a token sees, so that the end of a text, where questions are, reads more.
-    for share in [20]:
+    for share in [20] if is_first else []:
         floor = max(ctx // 16, 256)
         seen = ["--budget-share", str(share)]
         keys = f"{share} % of seen"
@@ -86,7 +84,12 @@ def cells(args):
                 for kind, command in commands(args, model, ctx, keys, flags, is_first):
                     if kind == what and what in args.what:
                         id = {"model": name, "policy": policy, "keys": keys, "ctx": ctx, "what": kind}
-                        yield " ".join([name, *(word for word in command if word != model)]), id, command
+                        words = [word for word in command if word != model]
+                        if kind != "time":
+                            # What is found does not depend on how many threads find it.
+                            at = words.index("-t")
+                            del words[at : at + 2]
+                        yield " ".join([name, *words]), id, command
 
     for name, model in models:
         for ctx in args.ctx:
@@ -200,7 +203,7 @@ def main():
     verb.add_argument("--threads", type=int, default=2, help="of each cell")
     verb.add_argument("--jobs", type=int, default=1, help="cells side by side, but for times")
     verb.add_argument("--time-jobs", type=int, default=1, help="times side by side")
-    verb.add_argument("--minutes", type=float, default=1e9, help="after which the run ends")
+    verb.add_argument("--minutes", type=float, default=7 * 24 * 60, help="after which the run ends")
     verb.add_argument("--delta-file", help="thresholds; NAME is the model's")
     verb.add_argument("--kinglet", default="kinglet")
     verb.add_argument("--prefix", nargs="*", default=[], help="a command in front, such as nice")
