@@ -122,6 +122,8 @@ pub struct Plan {
     pub order: Vec<u64>,
     /// For the policy.
     pub keys: Vec<i32>,
+    /// For the policy.
+    pub words: Vec<u64>,
     /// For the backend: scores of some tokens with sums of keys.
     pub(in crate::backend) sums: Vec<f32>,
     /// For the backend: sums of keys, turned.
@@ -146,6 +148,7 @@ impl Plan {
         to(&mut self.weights, (n_chunks + 1).max(head_dim));
         to(&mut self.order, n_chunks + 1);
         to(&mut self.keys, n_chunks + 1);
+        to(&mut self.words, n_chunks / u64::BITS as usize + 1);
         to(&mut self.sums, n_scores);
         to(&mut self.panels, n_turned);
     }

@@ -1,6 +1,8 @@
 //! Plain floats: a block is one weight.
 
 use bytemuck::{Pod, Zeroable};
+use half::f16;
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
 use super::{Block, DType, Quantize, f16_to_f32, f32_to_f16};
 
@@ -32,6 +34,10 @@ impl Block for BlockF16 {
     const LEN: usize = 1;
     fn dequantize(&self, out: &mut [f32]) {
         out[0] = f16_to_f32(self.0);
+    }
+    fn dequantize_all(blocks: &[Self], out: &mut [f32]) {
+        let halves: &[f16] = bytemuck::cast_slice::<_, u16>(blocks).reinterpret_cast();
+        halves.convert_to_f32_slice(out);
     }
 }
 

@@ -59,6 +59,12 @@ pub trait Block: Pod {
     const LEN: usize;
     /// Writes the `LEN` weights of the block to `out`.
     fn dequantize(&self, out: &mut [f32]);
+    /// Writes the weights of all `blocks`.
+    fn dequantize_all(blocks: &[Self], out: &mut [f32]) {
+        for (block, out) in blocks.iter().zip(out.chunks_exact_mut(Self::LEN)) {
+            block.dequantize(out);
+        }
+    }
 }
 
 /// A block that can be made from floats.
@@ -193,9 +199,7 @@ fn dequantize_blocks<B: Block>(bytes: &[u8], out: &mut [f32]) {
         "{}: blocks and output differ in length",
         B::DTYPE
     );
-    for (block, out) in blocks.iter().zip(out.chunks_exact_mut(B::LEN)) {
-        block.dequantize(out);
-    }
+    B::dequantize_all(blocks, out);
 }
 
 /// Weights to whole blocks.

@@ -24,6 +24,8 @@
 use std::ops::Range;
 
 use super::{Sparsity, dot, max};
+use crate::backend::cpu::ranking::order;
+use crate::backend::cpu::table::Ranking;
 use crate::backend::select::{Ask, Chunking, Plan, Select};
 
 /// Who shares a plan.
@@ -58,21 +60,20 @@ pub(super) fn select(
     // Chunks with keys between the first and the last.
     let between = chunks.partition_point(|c| c.end as usize <= sink)
         ..chunks.partition_point(|c| (c.start as usize) < local);
-    score(sparsity, (chunking, heads), ask, between.end, plan);
+    rank(sparsity, (chunking, heads), ask, between.end, plan);
+    let ranking = Ranking::best();
     let keys = |i: usize| {
         let chunk = &chunks[i];
         (chunk.start as usize).max(sink)..(chunk.end as usize).min(local)
     };
     let always = sink - seen.start + seen.end - local;
     let left = sparsity.budget_of(seen.len()).saturating_sub(always);
-    plan.keys.clear();
-    let best = plan.scores[between.clone()].iter();
-    plan.keys.extend(best.map(|score| order(*score)));
     let n_keys = |i: usize| keys(between.start + i).len();
     let count = |least: i32, of: &[i32]| match chunking {
         // All but the first and the last are whole.
         Chunking::Fixed(n) => {
-            let n_chosen: u32 = of.iter().map(|key| u32::from(*key >= least)).sum();
+            let mut n_chosen = 0;
+            ranking.count.run(of, least, &mut n_chosen);
             let missing = |i: usize| match of.get(i).is_some_and(|key| *key >= least) {
                 true => n - n_keys(i),
                 false => 0,
@@ -82,7 +83,7 @@ pub(super) fn select(
             } else {
                 0
             };
-            n * n_chosen as usize - missing(0) - ends
+            n * n_chosen - missing(0) - ends
         }
         Chunking::Shift(_) => {
             let chosen = (0..of.len()).filter(|i| of[*i] >= least);
@@ -94,23 +95,27 @@ pub(super) fn select(
         Chunking::Shift(n) => n / 2,
     };
     plan.push(seen.start..sink);
-    if let Some(cut) = Cut::find(&plan.keys, (left, few), &count, &n_keys) {
-        let of = std::mem::take(&mut plan.keys);
+    let all = std::mem::take(&mut plan.keys);
+    let mut words = std::mem::take(&mut plan.words);
+    let of = &all[between.start..];
+    if let Some(cut) = Cut::find(of, (left, few), &count, &n_keys) {
         let (first, rest) = of.split_at(cut.last + 1);
-        push_runs(first, cut.least, &mut |run| {
-            let (start, end) = (between.start + run.start, between.start + run.end - 1);
-            plan.push(keys(start).start..keys(end).end);
-        });
+        let mut push_from = |at: usize, of: &[i32], least: i32, plan: &mut Plan| {
+            words.clear();
+            words.resize(of.len().div_ceil(u64::BITS as usize), 0);
+            ranking.mark.run(of, least, &mut words);
+            for_runs(&words, &mut |run| {
+                plan.push(keys(at + run.start).start..keys(at + run.end - 1).end);
+            });
+        };
+        push_from(between.start, first, cut.least, plan);
         if let Some(span) = plan.spans.last_mut() {
             span.end -= cut.n_cut;
         }
-        push_runs(rest, cut.least.saturating_add(1), &mut |run| {
-            let run = run.start + cut.last + 1..run.end + cut.last + 1;
-            let (start, end) = (between.start + run.start, between.start + run.end - 1);
-            plan.push(keys(start).start..keys(end).end);
-        });
-        plan.keys = of;
+        let at = between.start + first.len();
+        push_from(at, rest, cut.least.saturating_add(1), plan);
     }
+    (plan.keys, plan.words) = (all, words);
     plan.push(local..seen.end);
 }
 
@@ -179,18 +184,10 @@ impl Cut {
     }
 }
 
-/// A whole number for a score: the greater, the better, in the order of numbers, zeros and NaNs that `total_cmp` has.
-fn order(score: f32) -> i32 {
-    let bits = score.to_bits() as i32;
-    bits ^ ((bits >> 31) as u32 >> 1) as i32
-}
-
-/// Calls `push` with each run of adjacent items that are at least `least`.
-fn push_runs(of: &[i32], least: i32, push: &mut dyn FnMut(Range<usize>)) {
-    for (word, of) in of.chunks(64).enumerate() {
-        let bits = of.iter().enumerate();
-        let mut bits = bits.fold(0, |bits, (i, key)| bits | u64::from(*key >= least) << i);
-        let mut at = 64 * word;
+/// Calls `push` with each run of bits that are set.
+fn for_runs(words: &[u64], push: &mut dyn FnMut(Range<usize>)) {
+    for (word, mut bits) in words.iter().copied().enumerate() {
+        let mut at = word * u64::BITS as usize;
         while bits != 0 {
             at += bits.trailing_zeros() as usize;
             bits >>= bits.trailing_zeros();
@@ -202,8 +199,8 @@ fn push_runs(of: &[i32], least: i32, push: &mut dyn FnMut(Range<usize>)) {
     }
 }
 
-/// `plan.scores`: of the first `n` chunks.
-fn score(
+/// `plan.keys`: the ranks of the first `n` chunks, the greater, the better.
+fn rank(
     sparsity: &Sparsity,
     (chunking, heads): (Chunking, Heads),
     ask: &Ask,
@@ -231,26 +228,25 @@ fn score(
             }
         }
         Heads::Best => {
-            plan.scores.fill(f32::NEG_INFINITY);
+            plan.keys.clear();
+            plan.keys.resize(n, i32::MIN);
             for query in 0..group {
                 // A factor that all chunks share changes no order.
                 let products = match chunking {
                     Chunking::Fixed(_) => &ask.scores(query)[..n],
                     Chunking::Shift(_) => {
-                        plan.weights.clear();
-                        plan.weights.resize(n, 0.0);
-                        products(chunking, ask, query, &mut plan.weights);
-                        &plan.weights
+                        plan.scores.fill(0.0);
+                        products(chunking, ask, query, &mut plan.scores);
+                        &plan.scores
                     }
                 };
-                let best = max(products);
-                for (score, product) in plan.scores.iter_mut().zip(products) {
-                    let below = product - best;
-                    *score = if below > *score { below } else { *score };
-                }
+                Ranking::best().rank.run(products, &mut plan.keys);
             }
+            return;
         }
     }
+    plan.keys.clear();
+    plan.keys.extend(plan.scores.iter().copied().map(order));
 }
 
 /// Adds the products of the sum of all queries with the sum over heads of the representations of chunks. Sums in place

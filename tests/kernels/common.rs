@@ -45,6 +45,12 @@ pub fn vector_rows<K: Kernel>(rows: &'static [K]) -> impl Iterator<Item = (&'sta
         })
 }
 
+/// The rows that this CPU can run.
+pub fn all_rows<K: Kernel>(rows: &'static [K]) -> impl Iterator<Item = Ready<K>> {
+    let vectors = vector_rows(rows).map(|(_, kernel)| kernel);
+    std::iter::once(scalar_row(rows)).chain(vectors)
+}
+
 /// The scalar row of a table.
 pub fn scalar_row<K: Kernel>(rows: &'static [K]) -> Ready<K> {
     let row = rows.iter().find(|k| k.isa() == Isa::Scalar);

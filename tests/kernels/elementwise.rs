@@ -3,9 +3,10 @@
 use kinglet::backend::Activation;
 use kinglet::backend::cpu::acts::{Q8_LEN, Q8RowMut, Tile};
 use kinglet::backend::cpu::logits::Largest;
+use kinglet::backend::cpu::ranking::order;
 use kinglet::backend::cpu::table::{self, Ready, ShortConv, ShortConvRows};
 
-use crate::common::{Random, assert_near, bf16, scalar_row, vector_rows};
+use crate::common::{Random, all_rows, assert_near, bf16, scalar_row, vector_rows};
 
 const EPSILON: f64 = f32::EPSILON as f64 / 2.0;
 
@@ -421,6 +422,57 @@ fn passes_over_logits_give_the_same_bits() {
             let expected = weights(scalar_row(table::WEIGH));
             for (_, kernel) in vector_rows(table::WEIGH) {
                 assert_eq!(weights(kernel), expected, "{}", kernel.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn passes_over_scores_of_chunks_give_the_same_numbers() {
+    let mut random = Random::new(9);
+    for n in [0, 1, 15, 64, 100, 333] {
+        let mut queries: Vec<Vec<f32>> = (0..3)
+            .map(|_| (0..n).map(|_| random.float() * 9.0).collect())
+            .collect();
+        for special in [None, Some(f32::NEG_INFINITY), Some(f32::NAN)] {
+            if let (Some(special), true) = (special, n > 0) {
+                queries[random.below(3)][random.below(n)] = special;
+            }
+            // By the definition: how near a query's score comes to its best one.
+            let best = |query: &Vec<f32>| query.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let key = |i: usize| {
+                let below = queries.iter().map(|query| query[i] - best(query));
+                let below = below.filter(|below| !below.is_nan());
+                below.map(order).max().unwrap_or(i32::MIN)
+            };
+            let expected: Vec<i32> = (0..n).map(key).collect();
+            let middle = expected.get(n / 2).copied().unwrap_or(0);
+            for kernel in all_rows(table::RANK) {
+                let mut keys = vec![i32::MIN; n];
+                queries
+                    .iter()
+                    .for_each(|query| kernel.run(query, &mut keys));
+                assert_eq!(keys, expected, "{}", kernel.name());
+            }
+            for least in [i32::MIN, middle, middle.saturating_add(1), i32::MAX] {
+                let at_least = |i: &usize| expected[*i] >= least;
+                for kernel in all_rows(table::COUNT) {
+                    let mut found = 0;
+                    kernel.run(&expected, least, &mut found);
+                    let name = kernel.name();
+                    assert_eq!(found, (0..n).filter(at_least).count(), "{name}");
+                }
+                for kernel in all_rows(table::MARK) {
+                    let mut words = vec![!0u64; n.div_ceil(64)];
+                    kernel.run(&expected, least, &mut words);
+                    let is_set = |i: &usize| words[i / 64] >> (i % 64) & 1 == 1;
+                    let name = kernel.name();
+                    assert!((0..n).all(|i| is_set(&i) == at_least(&i)), "{name}");
+                    let beyond = words
+                        .last()
+                        .map_or(0, |last| last.unbounded_shr((n - 1) as u32 % 64 + 1));
+                    assert_eq!(beyond, 0, "{name}");
+                }
             }
         }
     }

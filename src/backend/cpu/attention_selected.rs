@@ -261,7 +261,7 @@ impl Selected<'_> {
             };
             let sums = known(some.end);
             let n_scores = if turned { panels.len() } else { sums.len() } / n;
-            scores.clear();
+            // All of them are written.
             scores.resize(some.len() * n_rows * n_scores, 0.0);
             if turned && n_scores > 0 {
                 self.attend

@@ -22,6 +22,7 @@ mod neon_dotprod;
 mod pace;
 pub mod panels;
 pub mod pool;
+pub mod ranking;
 pub mod residency;
 pub mod roofline;
 mod scalar;

@@ -16,6 +16,7 @@ use super::isa::Isa;
 use super::logits::{self, Largest};
 use super::panels;
 use super::pool::OutCols;
+use super::ranking;
 use super::scalar;
 #[cfg(target_arch = "x86_64")]
 use super::{amx, avx2, avx512vbmi, avx512vnni};
@@ -337,6 +338,18 @@ operation! {
 operation! {
     /// The largest of logits, see [`Largest`].
     LargestOf(logits: &[f32], found: &mut Largest)
+}
+operation! {
+    /// Ranks chunks by the scores of one query more, see [`ranking`].
+    Rank(scores: &[f32], keys: &mut [i32])
+}
+operation! {
+    /// How many keys are at least `least`.
+    Count(keys: &[i32], least: i32, n: &mut usize)
+}
+operation! {
+    /// Which keys are at least `least`: bit `i % 64` of word `i / 64` for key `i`.
+    Mark(keys: &[i32], least: i32, words: &mut [u64])
 }
 operation! {
     /// `x += y`.
@@ -689,6 +702,29 @@ impl Logits {
         BEST.get_or_init(|| Self {
             weigh: Ready::best(WEIGH.iter()).expect("the table ends with a scalar row"),
             largest: Ready::best(LARGEST.iter()).expect("the table ends with a scalar row"),
+        })
+    }
+}
+
+/// The kernels of passes over scores of chunks, chosen once for a program.
+#[derive(Clone, Copy)]
+pub struct Ranking {
+    /// Ranks by one query more.
+    pub rank: Ready<Rank>,
+    /// How many rank so high.
+    pub count: Ready<Count>,
+    /// Which these are.
+    pub mark: Ready<Mark>,
+}
+
+impl Ranking {
+    /// The best rows for this CPU.
+    pub fn best() -> &'static Self {
+        static BEST: OnceLock<Ranking> = OnceLock::new();
+        BEST.get_or_init(|| Self {
+            rank: Ready::best(RANK.iter()).expect("the table ends with a scalar row"),
+            count: Ready::best(COUNT.iter()).expect("the table ends with a scalar row"),
+            mark: Ready::best(MARK.iter()).expect("the table ends with a scalar row"),
         })
     }
 }
@@ -1229,6 +1265,36 @@ rows! {
         #[cfg(target_arch = "x86_64")]
         "largest_avx2", Avx2, avx2::elementwise::largest;
         "largest_scalar", Scalar, logits::largest;
+    }
+}
+rows! {
+    /// Ranks of chunks.
+    RANK: Rank {
+        #[cfg(target_arch = "x86_64")]
+        "rank_avx512vnni", Avx512Vnni, avx512vnni::elementwise::rank;
+        #[cfg(target_arch = "x86_64")]
+        "rank_avx2", Avx2, avx2::elementwise::rank;
+        "rank_scalar", Scalar, ranking::rank;
+    }
+}
+rows! {
+    /// How many chunks rank so high.
+    COUNT: Count {
+        #[cfg(target_arch = "x86_64")]
+        "count_avx512vnni", Avx512Vnni, avx512vnni::elementwise::count;
+        #[cfg(target_arch = "x86_64")]
+        "count_avx2", Avx2, avx2::elementwise::count;
+        "count_scalar", Scalar, ranking::count;
+    }
+}
+rows! {
+    /// Which chunks rank so high.
+    MARK: Mark {
+        #[cfg(target_arch = "x86_64")]
+        "mark_avx512vnni", Avx512Vnni, avx512vnni::elementwise::mark;
+        #[cfg(target_arch = "x86_64")]
+        "mark_avx2", Avx2, avx2::elementwise::mark;
+        "mark_scalar", Scalar, ranking::mark;
     }
 }
 rows! {

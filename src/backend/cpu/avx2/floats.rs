@@ -107,6 +107,11 @@ crate::backend::cpu::x86::floats::operations! { "avx2,fma,f16c":
         let chosen = _mm256_castsi256_ps(_mm256_cmpeq_epi32(chosen, bits));
         _mm256_blendv_ps(splat(f32::NEG_INFINITY), x, chosen)
     };
+    /// A bit for each key that is at least `least`.
+    fn at_least(keys: &[i32; LANES], least: i32) -> u8 = {
+        let below = _mm256_cmpgt_epi32(_mm256_set1_epi32(least), super::load(keys));
+        !(_mm256_movemask_ps(_mm256_castsi256_ps(below)) as u8)
+    };
     /// `p * 2^n`; 0 where `x` is below -87.3.
     fn times_power_of_two(p: V, n: V, x: V) -> V = {
         let normal = _mm256_cmp_ps::<_CMP_NLT_UQ>(x, splat(-87.3));

@@ -5,6 +5,7 @@ use super::floats as v;
 use crate::backend::Activation;
 use crate::backend::cpu::acts::{Q8_LEN, Q8RowMut};
 use crate::backend::cpu::logits::{self, Largest};
+use crate::backend::cpu::ranking;
 use crate::backend::cpu::scalar::{elementwise as scalar, short_conv};
 use crate::backend::cpu::table::ShortConvRows;
 

@@ -89,6 +89,10 @@ crate::backend::cpu::x86::floats::operations! { "avx512bw,avx512dq,avx512vl,avx5
         let chosen = _mm512_test_epi32_mask(load_bits(words), bits);
         _mm512_mask_mov_ps(splat(f32::NEG_INFINITY), chosen, x)
     };
+    /// A bit for each key that is at least `least`.
+    fn at_least(keys: &[i32; LANES], least: i32) -> u16 = {
+        _mm512_cmpge_epi32_mask(load_bits(keys), _mm512_set1_epi32(least))
+    };
     /// `p * 2^n`; 0 where `x` is below -87.3.
     fn times_power_of_two(p: V, n: V, x: V) -> V = {
         let normal = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, splat(-87.3));

@@ -70,6 +70,32 @@ macro_rules! elementwise {
             logits::largest(logits, found)
         }
 
+        /// See [`ranking::rank`].
+        #[target_feature(enable = $features)]
+        pub(crate) fn rank(scores: &[f32], keys: &mut [i32]) {
+            ranking::rank(scores, keys)
+        }
+
+        /// See [`ranking::count`].
+        #[target_feature(enable = $features)]
+        pub(crate) fn count(keys: &[i32], least: i32, n: &mut usize) {
+            ranking::count(keys, least, n)
+        }
+
+        /// See [`ranking::mark`].
+        #[target_feature(enable = $features)]
+        pub(crate) fn mark(keys: &[i32], least: i32, words: &mut [u64]) {
+            let (blocks, rest) = keys.as_chunks::<{ u64::BITS as usize }>();
+            let (words, last) = words.split_at_mut(blocks.len());
+            for (word, keys) in words.iter_mut().zip(blocks) {
+                let lanes = keys.as_chunks::<{ v::LANES }>().0.iter().enumerate();
+                *word = lanes.fold(0, |bits, (i, keys)| {
+                    bits | u64::from(v::at_least(keys, least)) << (i * v::LANES)
+                });
+            }
+            ranking::mark(rest, least, last)
+        }
+
         /// `x += y`.
         #[target_feature(enable = $features)]
         pub(crate) fn add(x: &mut [f32], y: &[f32]) {
