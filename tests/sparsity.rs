@@ -17,7 +17,7 @@ use kinglet::backend::{Backend, KvType, Step};
 use kinglet::gguf::Gguf;
 use kinglet::model::{self, Pass};
 use kinglet::session::{Extra, Plan as MemoryPlan, calibration};
-use kinglet::sparsity::{Heads, Layers, Policy, Sparsity};
+use kinglet::sparsity::{Heads, Layers, Policy, Repair, Sparsity};
 use kinglet::{Error, LoadOptions, Model, Session, SessionOptions};
 
 use self::models::{at, real_model};
@@ -50,12 +50,19 @@ fn policies(n: usize) -> Vec<Sparsity> {
     let shares = [Policy::Window, Policy::Blocks, policies[6]].map(share);
     // And means of what is left out.
     let pooled = |policy| Sparsity {
-        pools: true,
+        repair: Repair::Pooled,
         ..with_local(policy)
     };
     let means = [policies[2], policies[4], policies[6]].map(pooled);
+    // And differences of a token in 24, some of them in layers that are not dense.
+    let corrected = |sparsity| Sparsity {
+        repair: Repair::Delta(24),
+        ..sparsity
+    };
+    let differences = [with_local(policies[0]), share(policies[6])].map(corrected);
     let plain = policies.into_iter().map(with_local);
-    plain.chain(shares).chain(means).collect()
+    let repaired = means.into_iter().chain(differences);
+    plain.chain(shares).chain(repaired).collect()
 }
 
 /// Asks a policy and compares the answer with the definition.
@@ -72,7 +79,7 @@ impl Select for Checked {
     }
 
     fn pools(&self) -> bool {
-        self.sparsity.pools
+        self.sparsity.pools()
     }
 
     fn chunking(&self) -> Option<Chunking> {
@@ -723,10 +730,19 @@ fn budgets_that_cannot_hold_what_is_always_read_are_refused() {
         ..Sparsity::new(Policy::Window, 256)
     };
     let pooled = Sparsity {
-        pools: true,
+        repair: Repair::Pooled,
         ..share(0)
     };
-    for (sparsity, what) in [(share(101), "found 101"), (pooled, "found a window")] {
+    let every = |n| Sparsity {
+        repair: Repair::Delta(n),
+        ..share(0)
+    };
+    for (sparsity, what) in [
+        (share(101), "found 101"),
+        (pooled, "found a window"),
+        (every(7), "found 7"),
+        (every(5000), "found 5000"),
+    ] {
         let error = sparsity.selector().expect_err("refused");
         assert!(error.to_string().contains(what), "{error}");
     }

@@ -12,6 +12,7 @@ pub mod delta;
 pub mod ggml;
 #[cfg(feature = "gpu")]
 pub mod gpu;
+pub mod notes;
 pub mod planner;
 pub mod select;
 pub mod tracer;
@@ -346,7 +347,7 @@ pub trait Backend {
     fn kv_copy(&self, kv: &Self::Kv) -> Result<Self::Kv>;
 
     /// Tells `sink` the first `n` positions as they are cached: for each page of [`KV_PAGE`] positions, of which the
-    /// last may hold fewer, the keys `(n_kv_heads, n_in_page, head_dim)`, then the values.
+    /// last may hold fewer, the keys `(n_kv_heads, n_in_page, head_dim)`, then the values. After them what queries left.
     ///
     /// # Errors
     /// What `sink` returns.
@@ -430,6 +431,18 @@ pub trait Backend {
 
     /// Writes the rows of `k` and `v` to the cache at positions `start..`, for which there is room.
     fn kv_write(&mut self, kv: &mut Self::Kv, k: &Self::Tensor, v: &Self::Tensor, start: usize);
+
+    /// Keeps what the cache's [`select::Select`] wants to remember of the queries `q` at positions `start..`, of which the
+    /// keys have just been written. `false` if that is nothing.
+    fn kv_note(
+        &mut self,
+        _kv: &mut Self::Kv,
+        _q: &Self::Tensor,
+        _start: usize,
+        _attention: &Attention,
+    ) -> bool {
+        false
+    }
 
     /// Attends from the rows of `q`, at positions `start..`, to all cached positions that causality and the window
     /// let them see, or to those of them that the cache's [`select::Select`] chooses.

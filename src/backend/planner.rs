@@ -5,9 +5,11 @@
 
 use super::cpu::acts::{BF16_TOKENS, bf16_floats, q8_floats};
 use super::cpu::attention;
+use super::cpu::attention_noted;
 use super::cpu::attention_selected;
 use super::cpu::scratch::{Buffer, Scratch};
 use super::cpu::table::{ActFormat, Operations};
+use super::notes::NoteShape;
 use std::ops::Range;
 
 use super::cpu::moe::{chunk_rows, max_groups, n_chunks};
@@ -224,7 +226,9 @@ impl Backend for Planner {
             Some(chunking.bytes(&kv.shape, kv.n_pages * KV_PAGE, select.pools()))
         });
         let sums = sums.unwrap_or(0);
-        kv.n_pages * attention::page_bytes(&kv.shape, kv.options.kinds) + sums
+        let select = kv.options.select.as_deref();
+        let notes = NoteShape::of_differences(select, &kv.shape).bytes(kv.n_pages * KV_PAGE);
+        kv.n_pages * attention::page_bytes(&kv.shape, kv.options.kinds) + sums + notes
     }
 
     fn conv_bytes(&self, (n_rows, n_channels): &(usize, usize)) -> usize {
@@ -390,6 +394,17 @@ impl Backend for Planner {
     fn kv_write(&mut self, _: &mut Kv, k: &Tensor, v: &Tensor, _: usize) {
         let values = k.n_tokens * (k.n_cols + v.n_cols);
         self.count(Operation::KvWrite, None, Work::default(), values);
+    }
+
+    fn kv_note(&mut self, kv: &mut Kv, q: &Tensor, start: usize, shape: &Attention) -> bool {
+        let positions = start..start + q.n_tokens;
+        let Some(work) = attention_noted::work(shape, &kv.options, positions.clone()) else {
+            return false;
+        };
+        self.count(Operation::Attention, Some(Resource::F32), work, 0);
+        let runs = attention_noted::scratch(shape, &kv.options, positions, self.n_threads);
+        runs.into_iter().for_each(|lens| self.scratch.reserve(lens));
+        true
     }
 
     fn attention(&mut self, q: &Tensor, kv: &Kv, start: usize, shape: &Attention) -> Tensor {

@@ -64,6 +64,12 @@ pub trait Select: Debug + Send + Sync {
         false
     }
 
+    /// Every so many positions a query also attends to all that it sees, and the difference which that makes is added to
+    /// what it and those after it find, up to the next of these; `None`: nowhere.
+    fn corrects_every(&self) -> Option<usize> {
+        None
+    }
+
     /// Whether a query at `position` attends to all of `seen`.
     fn sees_all(&self, position: usize, seen: &Range<usize>) -> bool;
 

@@ -478,6 +478,22 @@ impl<B: Backend> Backend for Tracer<B> {
         self.timed(Operation::KvWrite, kernel, |b| b.kv_write(kv, k, v, start));
     }
 
+    fn kv_note(
+        &mut self,
+        kv: &mut B::Kv,
+        q: &B::Tensor,
+        first: usize,
+        attention: &Attention,
+    ) -> bool {
+        let (key, label) = plain(Operation::Attention, self.inner.kernel(Runs::Attention(kv)));
+        let start = now();
+        let done = self.inner.kv_note(kv, q, first, attention);
+        if done {
+            self.record(key, label, start, now());
+        }
+        done
+    }
+
     fn attention(
         &mut self,
         q: &B::Tensor,

@@ -14,7 +14,8 @@
 //!
 //! 1. tokens, 4 bytes each;
 //! 2. the step of each token: 0 prefill, 1 decode;
-//! 3. keys and values as they are cached, layer by layer, see [`Backend::kv_save`](crate::backend::Backend::kv_save);
+//! 3. keys and values as they are cached, and what queries left beside them, layer by layer, see
+//!    [`Backend::kv_save`](crate::backend::Backend::kv_save);
 //! 4. what the convolutions remember, floats, or none: they are rebuilt then;
 //! 5. logits after the last token, floats, or none;
 //! 6. seed and state of the sampler's generator, or none;
@@ -34,9 +35,11 @@ use xxhash_rust::xxh3::Xxh3;
 use super::replace::{self, Os};
 use super::timeline::Timeline;
 use super::{Model, Session, SessionOptions};
-use crate::backend::{KV_PAGE, KvType, KvTypes, Step};
+use crate::backend::notes::NoteShape;
+use crate::backend::{Attention, KV_PAGE, KvType, KvTypes, Step};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
+use crate::model::config::Config;
 
 const MAGIC: &[u8; 8] = b"\x8fKSTATE\n";
 const VERSION: u32 = 1;
@@ -365,10 +368,11 @@ impl StateFile {
         }
         let heads: usize = config.n_kv_heads.iter().sum();
         let position_bytes = heads * options.kv.row_bytes(config.head_dim);
+        let noted = noted_bytes(config, options, n)?;
         let conv_bytes = size_of_val(&*session.engine.conv_rows()?);
         self.expect(TOKENS, &[n * size_of::<u32>()])?;
         self.expect(STEPS, &[n])?;
-        self.expect(KV, &[n * position_bytes])?;
+        self.expect(KV, &[n * position_bytes + noted])?;
         self.expect(CONVS, &[0, conv_bytes])?;
         self.expect(LOGITS, &[0, config.n_vocab * size_of::<f32>()])?;
 
@@ -508,6 +512,25 @@ fn attention_hash(options: &SessionOptions) -> u16 {
         return 0;
     }
     (hash_of(options.attention().as_bytes()) as u16).max(1)
+}
+
+/// Bytes of what the queries of `n` tokens left beside keys and values.
+fn noted_bytes(config: &Config, options: &SessionOptions, n: usize) -> Result<usize> {
+    let kv = options.kv_options()?;
+    let of_layer = |(layer, n_kv_heads): (usize, &usize)| {
+        let attention = Attention {
+            n_heads: config.n_heads,
+            n_kv_heads: *n_kv_heads,
+            head_dim: config.head_dim,
+            scale: 1.0,
+            window: None,
+        };
+        let select = kv.of_layer(layer).select;
+        NoteShape::of_differences(select.as_deref(), &attention).bytes(n)
+    };
+    let layers = config.n_kv_heads.iter().enumerate();
+    let attending = layers.filter(|(_, n_kv_heads)| **n_kv_heads > 0);
+    Ok(attending.map(of_layer).sum())
 }
 
 impl Session {

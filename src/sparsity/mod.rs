@@ -32,14 +32,32 @@ pub struct Sparsity {
     pub per_cent: usize,
     /// Layers that read everything.
     pub dense_layers: Layers,
-    /// Whether chunks that are left out count as one key and value each, their means, with the weight of all of them.
-    pub pools: bool,
+    /// What is done about keys that are left out.
+    pub repair: Repair,
     /// Of these the first of the sequence.
     pub sink: usize,
     /// Of these the last before the query, itself included.
     pub local: usize,
     /// From this position on queries read everything.
     pub dense_from: Option<usize>,
+}
+
+/// What is done about keys that are left out.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Repair {
+    /// They are lost.
+    #[default]
+    None,
+    /// A chunk of which nothing is read counts as one key and one value, the means, with the weight of all of it.
+    Pooled,
+    /// Every so many tokens one reads everything too, and the difference which that makes is added to what it and those
+    /// after it find (Delta Attention, arXiv:2505.11254).
+    Delta(usize),
+}
+
+impl Repair {
+    /// Tokens from one that reads everything to the next, unless the caller says otherwise.
+    pub const DEFAULT_EVERY: usize = 64;
 }
 
 /// Some of the first 128 layers of a network.
@@ -111,7 +129,7 @@ impl Sparsity {
             budget,
             per_cent: 0,
             dense_layers: Layers::default(),
-            pools: false,
+            repair: Repair::None,
             sink: Self::DEFAULT_SINK,
             local: Self::DEFAULT_LOCAL,
             dense_from: None,
@@ -160,7 +178,14 @@ impl Sparsity {
                 self.per_cent
             )));
         }
-        if self.pools && matches!(self.policy, Policy::Window) {
+        if let Repair::Delta(every) = self.repair
+            && !(8..=4096).contains(&every)
+        {
+            return Err(Error::Invalid(format!(
+                "repair: expected one of 8 to 4096 tokens to read everything, found {every}"
+            )));
+        }
+        if self.repair == Repair::Pooled && matches!(self.policy, Policy::Window) {
             return Err(Error::Invalid(
                 "means of what is left out: expected a policy with chunks, found a window".into(),
             ));
@@ -197,8 +222,10 @@ impl fmt::Display for Sparsity {
             Policy::Window => write!(f, "window of {budget}, first {sink}")?,
             policy => write!(f, "{policy}, {budget}, first {sink}, last {local}")?,
         }
-        if self.pools {
-            f.write_str(", others pooled")?;
+        match self.repair {
+            Repair::None => {}
+            Repair::Pooled => f.write_str(", others pooled")?,
+            Repair::Delta(every) => write!(f, ", corrected every {every}")?,
         }
         if self.dense_layers != Layers::default() {
             write!(f, ", layers dense: {}", self.dense_layers)?;
@@ -260,11 +287,18 @@ impl Select for Sparsity {
             _ => return false,
         };
         // Means of chunks are weighed by each query.
-        heads == Heads::Each && !self.pools
+        heads == Heads::Each && self.repair != Repair::Pooled
     }
 
     fn pools(&self) -> bool {
-        self.pools
+        self.repair == Repair::Pooled
+    }
+
+    fn corrects_every(&self) -> Option<usize> {
+        match self.repair {
+            Repair::Delta(every) => Some(every),
+            Repair::None | Repair::Pooled => None,
+        }
     }
 
     fn select(&self, ask: &Ask, plan: &mut Plan) {

@@ -11,6 +11,7 @@ use super::pool::{Output, Pool};
 use super::scratch::Scratch;
 use super::table::{AttendBatch, AttendSpan, AttendTokens, Operations, Ready, Rows, ToF16};
 use crate::backend::delta::Delta;
+use crate::backend::notes::{NoteShape, Notes};
 use crate::backend::select::{Chunking, Chunks, KvOptions, Select};
 use crate::backend::{Attention, KV_PAGE, KvType, KvTypes, Step};
 use crate::error::{Error, Result};
@@ -43,6 +44,8 @@ pub struct KvCache {
     select: Option<Arc<dyn Select>>,
     /// Sums of keys, where `select` wants some.
     chunks: Arc<Chunks>,
+    /// What attention to all keys adds, where `select` corrects by that.
+    differences: Arc<Notes>,
     /// Of the network.
     layer: usize,
     delta: Option<Arc<Delta>>,
@@ -68,6 +71,10 @@ impl KvCache {
             head_dim,
             select: options.select.clone(),
             chunks: Arc::default(),
+            differences: Arc::new(Notes::new(NoteShape::of_differences(
+                options.select.as_deref(),
+                attention,
+            ))),
             layer: options.layer,
             thresholds: match &options.delta {
                 Some(delta) => delta
@@ -110,6 +117,21 @@ impl KvCache {
     /// Sums of keys.
     pub(super) fn chunks(&self) -> &Chunks {
         &self.chunks
+    }
+
+    /// Who chooses keys, to be held while the cache changes.
+    pub(super) fn share_select(&self) -> Option<Arc<dyn Select>> {
+        self.select.clone()
+    }
+
+    /// What attention to all keys adds.
+    pub(super) fn differences(&self) -> &Notes {
+        &self.differences
+    }
+
+    /// The same, to be written where room was made.
+    pub(super) fn differences_mut(&mut self) -> &mut Notes {
+        Arc::get_mut(&mut self.differences).expect("the cache's own since room was made there")
     }
 
     fn chunking(&self) -> Option<Chunking> {
@@ -178,6 +200,12 @@ impl KvCache {
                 pools,
             )?;
         }
+        if self.differences.shape() != NoteShape::default() {
+            if Arc::get_mut(&mut self.differences).is_none() {
+                self.differences = Arc::new(self.differences.try_clone()?);
+            }
+            self.differences_mut().reserve(end * PAGE)?;
+        }
         Ok(())
     }
 
@@ -197,7 +225,10 @@ impl KvCache {
                 }
             }
         }
-        Ok(())
+        match self.differences.saved(n) {
+            [] => Ok(()),
+            rows => sink(rows),
+        }
     }
 
     /// See [`crate::backend::Backend::kv_load`].
@@ -217,6 +248,9 @@ impl KvCache {
                 }
             }
         }
+        if self.differences.shape() != NoteShape::default() {
+            source(self.differences_mut().saved_mut(n))?;
+        }
         self.sum_keys(0..n);
         Ok(())
     }
@@ -234,6 +268,7 @@ impl KvCache {
             .map(|page| page.len())
             .sum::<usize>()
             + self.chunks.bytes()
+            + self.differences.bytes()
     }
 
     /// Stores the keys and values of one position, `(n_kv_heads, head_dim)` each.

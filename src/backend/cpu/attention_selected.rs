@@ -17,7 +17,7 @@ use super::table::{
 };
 use crate::backend::delta::Exact;
 use crate::backend::select::{Ask, KvOptions, Plan, Select};
-use crate::backend::{Attention, Step};
+use crate::backend::{Attention, KvTypes, Step};
 use crate::profile::span::now;
 use crate::profile::{DeltaWork, Work};
 
@@ -50,7 +50,7 @@ impl Plans {
         plans.iter_mut().for_each(to);
     }
 
-    fn with<T>(&self, work: impl FnOnce(&mut Plan) -> T) -> T {
+    pub(super) fn with<T>(&self, work: impl FnOnce(&mut Plan) -> T) -> T {
         // One that a cancelled pass took with it is missing.
         let mut plan = self.list().pop().unwrap_or_default();
         let done = work(&mut plan);
@@ -131,21 +131,38 @@ pub(in crate::backend) fn scratch(
 
 /// What tasks have done together.
 #[derive(Default)]
-struct Done {
-    keys: AtomicU64,
+pub(super) struct Done {
+    /// Keys that queries which share them have read.
+    pub(super) keys: AtomicU64,
     decide_ns: AtomicU64,
 }
 
+impl Done {
+    /// But for the pairs that there are.
+    pub(super) fn work(self, shape: &Attention, kinds: KvTypes) -> Work {
+        let (n, group) = (shape.head_dim, shape.n_heads / shape.n_kv_heads);
+        let keys = self.keys.into_inner();
+        let pairs_read = keys * group as u64;
+        Work {
+            kv_bytes: keys * kinds.row_bytes(n) as u64,
+            attention_ops: 4 * pairs_read * n as u64,
+            pairs_read,
+            decide_ns: self.decide_ns.into_inner(),
+            ..Work::default()
+        }
+    }
+}
+
 /// What is done with a token, what was asked for it, its scaled queries, and the answer.
-type With<'a> = dyn FnMut(usize, &Ask, &[f32], &mut Plan) + 'a;
+pub(super) type With<'a> = dyn FnMut(usize, &Ask, &[f32], &mut Plan) + 'a;
 
 /// Attention to keys that somebody chooses.
-struct Selected<'a> {
-    attend: Attend<'a>,
-    select: &'a dyn Select,
+pub(super) struct Selected<'a> {
+    pub(super) attend: Attend<'a>,
+    pub(super) select: &'a dyn Select,
     /// All queries, `(n_tokens, n_heads * head_dim)`.
-    q: &'a [f32],
-    done: Done,
+    pub(super) q: &'a [f32],
+    pub(super) done: Done,
 }
 
 impl Cpu {
@@ -176,15 +193,7 @@ impl Cpu {
             scratch: &self.scratch,
         };
         let group = attend.group();
-        let n_chunks = select
-            .chunking()
-            .map_or(0, |chunks| chunks.most_chunks(cache.n_positions()));
-        let n_rows = n_chunks.next_multiple_of(PANEL_ROWS);
-        let n_scores = positions.len().min(TASK_TOKENS) * group * n_rows;
-        let n_turned = if step == Step::Decode { 0 } else { n_rows * n };
-        self.plans.reserve(n_threads, |plan| {
-            plan.reserve(n_chunks, n, n_scores, n_turned)
-        });
+        self.reserve_plans(cache, shape, select, positions.len());
         let selected = Selected {
             attend,
             select,
@@ -200,24 +209,46 @@ impl Cpu {
                     None => selected.alone(plan, tile),
                 });
             });
-        let dense = work(shape, cache.kinds(), positions);
-        let keys = selected.done.keys.into_inner();
-        let pairs_read = keys * group as u64;
         self.work += Work {
-            kv_bytes: keys * cache.kinds().row_bytes(n) as u64,
-            attention_ops: 4 * pairs_read * n as u64,
-            pairs: dense.pairs,
-            pairs_read,
-            decide_ns: selected.done.decide_ns.into_inner(),
-            ..Work::default()
+            pairs: work(shape, cache.kinds(), positions).pairs,
+            ..selected.done.work(shape, cache.kinds())
         };
+    }
+
+    /// Makes room to choose for tasks of up to `n_tokens`.
+    pub(super) fn reserve_plans(
+        &self,
+        cache: &KvCache,
+        shape: &Attention,
+        select: &dyn Select,
+        n_tokens: usize,
+    ) {
+        let (n, group) = (shape.head_dim, shape.n_heads / shape.n_kv_heads);
+        let n_chunks = select
+            .chunking()
+            .map_or(0, |chunks| chunks.most_chunks(cache.n_positions()));
+        let n_rows = n_chunks.next_multiple_of(PANEL_ROWS);
+        let n_scores = n_tokens.min(TASK_TOKENS) * group * n_rows;
+        let n_turned = match self.step {
+            Step::Decode => 0,
+            Step::Prefill => n_rows * n,
+        };
+        self.plans.reserve(self.pool.n_threads(), |plan| {
+            plan.reserve(n_chunks, n, n_scores, n_turned)
+        });
     }
 }
 
 impl Selected<'_> {
     /// Calls `with` for each of `tokens` with its scaled queries of a head of keys and, in `plan`, what it reads: some of
     /// what it sees, in order, apart, and not empty.
-    fn decide(&self, plan: &mut Plan, kv_head: usize, tokens: Range<usize>, with: &mut With) {
+    pub(super) fn decide(
+        &self,
+        plan: &mut Plan,
+        kv_head: usize,
+        tokens: Range<usize>,
+        with: &mut With,
+    ) {
         let Attend { shape, cache, .. } = self.attend;
         let (n, group) = (shape.head_dim, self.attend.group());
         let n_cols = shape.n_heads * n;
@@ -462,7 +493,7 @@ fn set(words: &mut [u32], which: Range<usize>) {
 
 impl Attend<'_> {
     /// Adds the keys at positions `span` to the sums of the queries `q` of one token.
-    fn add_span(&self, kv_head: usize, span: Range<usize>, q: &[f32], sums: &mut Sums) {
+    pub(super) fn add_span(&self, kv_head: usize, span: Range<usize>, q: &[f32], sums: &mut Sums) {
         let mut start = span.start;
         while start < span.end {
             let page = start / PAGE;
@@ -503,7 +534,7 @@ mod tests {
     use super::*;
     use crate::backend::cpu::pool::Pool;
     use crate::backend::select::{Chunking, KvOptions};
-    use crate::backend::{Backend, KvType, KvTypes};
+    use crate::backend::{Backend, KvType};
     use crate::quant;
 
     const SHAPE: Attention = Attention {
@@ -521,6 +552,8 @@ mod tests {
         dense_below: usize,
         /// Means of these stand for what is left out.
         pooled: Option<Chunking>,
+        /// From one that reads everything too to the next.
+        corrects_every: Option<usize>,
     }
 
     /// Nothing stands for what is left out.
@@ -528,6 +561,7 @@ mod tests {
         Chance {
             dense_below,
             pooled: None,
+            corrects_every: None,
         }
     }
 
@@ -554,6 +588,10 @@ mod tests {
 
         fn pools(&self) -> bool {
             self.pooled.is_some()
+        }
+
+        fn corrects_every(&self) -> Option<usize> {
+            self.corrects_every
         }
 
         fn sees_all(&self, position: usize, _: &Range<usize>) -> bool {
@@ -623,6 +661,7 @@ mod tests {
         let mut out = Vec::new();
         for (i, rows) in q.chunks(batch * n_q).enumerate() {
             let q = tensor(&cpu, rows, n_q);
+            cpu.kv_note(&mut kv, &q, i * batch, shape);
             out.extend_from_slice(&cpu.attention(&q, &kv, i * batch, shape).data);
         }
         (out, cpu.work())
@@ -739,6 +778,44 @@ mod tests {
                         assert!(off < 5e-5, "{found} {expected}");
                     }
                     assert_eq!(work.pairs_read, pairs);
+                }
+                let (parts, _) = attend(Some(chance), &shape, kinds, Step::Prefill, 350);
+                let (whole, _) = attend(Some(chance), &shape, kinds, Step::Prefill, N);
+                assert!(parts == whole);
+            }
+        }
+    }
+
+    #[test]
+    fn what_a_token_misses_is_added_to_those_after_it() {
+        let kinds = [KvType::F16.into(), KvType::F32.into()];
+        for (window, kinds) in [(None, kinds[0]), (Some(150), kinds[1])] {
+            let shape = Attention { window, ..SHAPE };
+            let n_cols = shape.n_heads * shape.head_dim;
+            let (dense, _) = oracle(below(N), &shape, kinds);
+            let (sparse, pairs) = oracle(below(100), &shape, kinds);
+            for every in [8, 37] {
+                let chance = Chance {
+                    corrects_every: Some(every),
+                    ..below(100)
+                };
+                let n_anchors = (100..N).filter(|p| p.is_multiple_of(every));
+                let seen = |p: usize| window.map_or(p + 1, |w: usize| w.min(p + 1));
+                let more = shape.n_heads * n_anchors.map(seen).sum::<usize>();
+                for step in [Step::Prefill, Step::Decode] {
+                    let (found, work) = attend(Some(chance), &shape, kinds, step, 97);
+                    for (i, found) in found.iter().enumerate() {
+                        let anchor = i / n_cols / every * every;
+                        let at = anchor * n_cols + i % n_cols;
+                        let missed = if i / n_cols < 100 || anchor < 100 {
+                            0.0
+                        } else {
+                            dense[at] - sparse[at]
+                        };
+                        let off = f64::from(*found) - (sparse[i] + missed);
+                        assert!(off.abs() < 5e-5, "{i}: {found} {}", sparse[i]);
+                    }
+                    assert_eq!(work.pairs_read, pairs + more as u64);
                 }
                 let (parts, _) = attend(Some(chance), &shape, kinds, Step::Prefill, 350);
                 let (whole, _) = attend(Some(chance), &shape, kinds, Step::Prefill, N);

@@ -5,6 +5,7 @@ pub mod acts;
 mod amx;
 pub(super) mod attention;
 pub(super) mod attention_lanes;
+pub(super) mod attention_noted;
 pub(super) mod attention_selected;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -768,6 +769,16 @@ impl Backend for Cpu {
         kv.sum_keys(start..start + k.n_tokens);
     }
 
+    fn kv_note(
+        &mut self,
+        kv: &mut KvCache,
+        q: &Tensor,
+        start: usize,
+        attention: &Attention,
+    ) -> bool {
+        self.note(kv, attention, start, &q.data)
+    }
+
     fn attention(
         &mut self,
         q: &Tensor,
@@ -786,7 +797,15 @@ impl Backend for Cpu {
             let (q, out) = (&q.data[rows.clone()], &mut out.data[rows]);
             match is_dense {
                 true => self.attend_dense(kv, attention, run.start, q, out),
-                false => self.attend_selected(kv, attention, run.start, select, q, out),
+                false => {
+                    self.attend_selected(kv, attention, run.start, select, q, out);
+                    self.correct(
+                        kv.differences(),
+                        run.start,
+                        out,
+                        attention.n_heads * attention.head_dim,
+                    );
+                }
             }
         }
         out

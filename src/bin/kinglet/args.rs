@@ -14,7 +14,7 @@ use kinglet::grammar::ReplyFormat;
 use kinglet::sampler::{Settings, Source};
 use kinglet::session::calibration;
 use kinglet::session::{ExpertOptions, GenerateOptions, OnExceed, Pooling, Repack};
-use kinglet::sparsity::{Heads, Layers, Policy, Sparsity};
+use kinglet::sparsity::{Heads, Layers, Policy, Repair, Sparsity};
 use kinglet::{BackendKind, KvType, KvTypes, Model, Session, SessionOptions};
 
 use crate::device::DeviceArgs;
@@ -324,9 +324,10 @@ pub struct AttentionArgs {
     /// Whether heads of keys choose each by the mean of their queries, share one choice, or let their queries vote
     #[arg(long, value_name = "WHAT", default_value = "each")]
     dhsa_heads: DhsaHeads,
-    /// What chunks that are left out count as: nothing, or one key and value each, the means, with the weight of all
-    #[arg(long, value_name = "WHAT", default_value = "off")]
-    dhsa_repair: Repair,
+    /// What is done about keys that are left out: `off`, `pooled` for the means of each chunk with the weight of all of it,
+    /// `delta:N` to read everything every N tokens and to add the difference to those after it
+    #[arg(long, visible_alias = "dhsa-repair", value_name = "WHAT", default_value = "off", value_parser = repair)]
+    repair: Repair,
     /// Each token reads the blocks of 64 keys whose pooled keys score best, N keys in all
     #[arg(long, value_name = "N", value_parser = positive, conflicts_with = "window_sink")]
     block_topk: Option<usize>,
@@ -376,12 +377,6 @@ enum DhsaHeads {
     Best,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Repair {
-    Off,
-    Pooled,
-}
-
 fn rate(text: &str) -> Result<f32, String> {
     match text.parse() {
         Ok(x) if x >= 0.0 && f32::is_finite(x) => Ok(x),
@@ -410,6 +405,17 @@ fn chunking(text: &str) -> Result<Chunking, String> {
     }
 }
 
+/// `off`, `pooled`, `delta` or `delta:64`.
+fn repair(text: &str) -> Result<Repair, String> {
+    match (text, text.strip_prefix("delta:")) {
+        ("off", _) => Ok(Repair::None),
+        ("pooled", _) => Ok(Repair::Pooled),
+        ("delta", _) => Ok(Repair::Delta(Repair::DEFAULT_EVERY)),
+        (_, Some(every)) => Ok(Repair::Delta(positive(every)?)),
+        _ => Err("expected off, pooled or delta:N".into()),
+    }
+}
+
 impl AttentionArgs {
     pub fn sparsity(&self) -> Sparsity {
         let (policy, budget) = match (self.dhsa, self.block_topk, self.window_sink) {
@@ -430,7 +436,7 @@ impl AttentionArgs {
         Sparsity {
             per_cent: self.budget_share,
             dense_layers: self.dense_layers.unwrap_or_default(),
-            pools: self.dhsa_repair == Repair::Pooled,
+            repair: self.repair,
             sink: self.sink,
             local: self.local,
             ..Sparsity::new(policy, budget)

@@ -77,6 +77,7 @@ impl<B: Backend> SelfAttention<B> {
         }
         if pass.write_kv {
             b.kv_write(kv, &k, &v, pass.start);
+            b.kv_note(kv, &q, pass.start, &self.shape);
         }
         let out = b.attention(&q, kv, pass.start, &self.shape);
         let [out] = b.linear(&out, [&self.out]);

@@ -1,0 +1,180 @@
+//! What queries leave for those after them. Where a [`Select`] corrects itself (Delta Attention, arXiv:2505.11254), a query
+//! every so many positions attends to all that it sees too; what it finds there less what it finds in the keys that it
+//! chooses is added to what it and the queries after it find. What they miss of all the attention far back hardly changes
+//! from token to token.
+
+use std::iter::StepBy;
+use std::ops::Range;
+use std::sync::atomic::Ordering::Relaxed;
+
+use super::Cpu;
+use super::attention::{self, Attend, KvCache, Sums};
+use super::attention_selected::{Done, Selected};
+use crate::backend::notes::{NoteShape, Notes};
+use crate::backend::select::{KvOptions, Plan, Select};
+use crate::backend::{Attention, Step};
+use crate::profile::Work;
+
+/// Rows that are corrected by one thread at a time.
+const PIECE_ROWS: usize = 64;
+
+/// The floats of the buffers that queries at `anchors` take on `n_threads` together.
+fn room(shape: &Attention, n_anchors: usize, n_threads: usize) -> impl Iterator<Item = usize> {
+    let (n, group) = (shape.head_dim, shape.n_heads / shape.n_kv_heads);
+    let task = [Sums::floats(group, n), (group + 1) * n];
+    let tasks = std::iter::repeat_n(task, (n_anchors * shape.n_kv_heads).min(n_threads));
+    std::iter::once(n_anchors * shape.n_heads * n).chain(tasks.flatten())
+}
+
+/// Positions among `positions` whose queries leave what they were off by, run by run of those that do not see everything.
+fn anchors<'a>(
+    select: Option<&'a dyn Select>,
+    shape: &'a Attention,
+    positions: Range<usize>,
+) -> impl Iterator<Item = StepBy<Range<usize>>> + use<'a> {
+    let notes = NoteShape::of_differences(select, shape);
+    let select = select.filter(|_| notes.every > 0);
+    let runs = select.map(|select| attention::runs(shape, select, positions));
+    let sparse = runs.into_iter().flatten().filter(|(is_dense, _)| !is_dense);
+    let among = sparse.map(move |(_, run)| notes.among(run));
+    among.filter(|anchors| anchors.len() > 0)
+}
+
+/// The floats of the buffers that queries at `positions` take to leave something, those that are held together side by
+/// side.
+pub(in crate::backend) fn scratch(
+    shape: &Attention,
+    options: &KvOptions,
+    positions: Range<usize>,
+    n_threads: usize,
+) -> Vec<Vec<usize>> {
+    let anchors = anchors(options.select.as_deref(), shape, positions);
+    let rooms = anchors.map(|anchors| room(shape, anchors.len(), n_threads).collect());
+    rooms.collect()
+}
+
+/// What they do for that; `None` if they leave nothing.
+pub(in crate::backend) fn work(
+    shape: &Attention,
+    options: &KvOptions,
+    positions: Range<usize>,
+) -> Option<Work> {
+    let anchors = anchors(options.select.as_deref(), shape, positions).flatten();
+    let works = anchors.map(|anchor| Work {
+        pairs: 0,
+        ..attention::work(shape, options.kinds, anchor..anchor + 1)
+    });
+    works.reduce(|mut sum, work| {
+        sum += work;
+        sum
+    })
+}
+
+impl Cpu {
+    /// See [`Backend::kv_note`](crate::backend::Backend::kv_note).
+    pub(super) fn note(
+        &mut self,
+        cache: &mut KvCache,
+        shape: &Attention,
+        start: usize,
+        q: &[f32],
+    ) -> bool {
+        let (n, n_cols) = (shape.head_dim, shape.n_heads * shape.head_dim);
+        let positions = start..start + q.len() / n_cols;
+        let Some(select) = cache.share_select() else {
+            return false;
+        };
+        let mut is_any = false;
+        for anchors in anchors(Some(&*select), shape, positions) {
+            is_any = true;
+            let n_anchors = anchors.len();
+            self.scratch
+                .reserve(room(shape, n_anchors, self.pool.n_threads()));
+            self.reserve_plans(cache, shape, &*select, 1);
+            let selected = Selected {
+                attend: Attend {
+                    cache,
+                    shape,
+                    start,
+                    decode: self.step == Step::Decode,
+                    operations: &self.operations,
+                    scratch: &self.scratch,
+                },
+                select: &*select,
+                q,
+                done: Done::default(),
+            };
+            let (plans, group) = (&self.plans, selected.attend.group());
+            let mut found = self.scratch.take(n_anchors * n_cols);
+            self.pool.run_pieces(&mut found, group * n, &|i, out| {
+                let (i, kv_head) = (i / shape.n_kv_heads, i % shape.n_kv_heads);
+                let anchor = anchors.clone().nth(i).expect("one of them");
+                plans.with(|plan| selected.difference(plan, kv_head, anchor - start, out));
+            });
+            self.work += selected.done.work(shape, cache.kinds());
+            let differences = cache.differences_mut();
+            for (anchor, found) in anchors.zip(found.chunks_exact(n_cols)) {
+                differences.row_mut(anchor).copy_from_slice(found);
+            }
+        }
+        is_any
+    }
+
+    /// Adds what queries left to rows at positions `start..`, of which none sees everything.
+    pub(super) fn correct(
+        &self,
+        differences: &Notes,
+        start: usize,
+        out: &mut [f32],
+        n_cols: usize,
+    ) {
+        if differences.shape() == NoteShape::default() {
+            return;
+        }
+        self.pool.run_pieces(out, PIECE_ROWS * n_cols, &|i, rows| {
+            let positions = start + i * PIECE_ROWS..;
+            for (position, row) in positions.zip(rows.chunks_exact_mut(n_cols)) {
+                let sums = row.iter_mut().zip(differences.row(position));
+                sums.for_each(|(out, difference)| *out += difference);
+            }
+        });
+    }
+}
+
+impl Selected<'_> {
+    /// `out`, of the queries of `token` that share a head of keys: what they find in all that they see less what they
+    /// find in what they choose.
+    fn difference(&self, plan: &mut Plan, kv_head: usize, token: usize, out: &mut [f32]) {
+        let (n, group) = (self.attend.shape.head_dim, self.attend.group());
+        let mut buffer = self.attend.scratch.take(Sums::floats(group, n));
+        self.decide(plan, kv_head, token..token + 1, &mut |_, ask, q, plan| {
+            let mut sums = Sums::fresh(&mut buffer, group);
+            for span in &plan.spans {
+                self.attend.add_span(kv_head, span.clone(), q, &mut sums);
+            }
+            out.fill(0.0);
+            sums.add_means(-1.0, out);
+            let mut at = ask.seen.start;
+            let last = ask.seen.end..ask.seen.end;
+            for span in plan.spans.iter().chain([&last]) {
+                self.attend.add_span(kv_head, at..span.start, q, &mut sums);
+                self.done.keys.fetch_add((span.start - at) as u64, Relaxed);
+                at = span.end;
+            }
+            sums.add_means(1.0, out);
+        });
+    }
+}
+
+impl Sums<'_> {
+    /// Adds `factor` times the weighted means of values to `out`.
+    fn add_means(&self, factor: f32, out: &mut [f32]) {
+        let n = out.len() / self.sum.len();
+        let rows = out.chunks_exact_mut(n).zip(self.out.chunks_exact(n));
+        for ((out, values), sum) in rows.zip(&*self.sum) {
+            let factor = factor / sum;
+            let sums = out.iter_mut().zip(values);
+            sums.for_each(|(out, v)| *out += factor * v);
+        }
+    }
+}
