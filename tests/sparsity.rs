@@ -4,7 +4,7 @@
 #[path = "common/models.rs"]
 mod models;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::{ControlFlow, Range};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 use kinglet::backend::cpu::Cpu;
 use kinglet::backend::cpu::pool::Pool;
 use kinglet::backend::delta::{Delta, Exact, Factors};
-use kinglet::backend::select::{Ask, Chunking, KvOptions, Plan, Select};
+use kinglet::backend::select::{Ask, Chunking, KvOptions, LABEL_AHEAD, LABEL_EVERY, Plan, Select};
 use kinglet::backend::{Backend, KvType, Step};
 use kinglet::gguf::Gguf;
 use kinglet::model::{self, Pass};
@@ -36,6 +36,7 @@ fn policies(n: usize) -> Vec<Sparsity> {
         dhsa(Chunking::Shift(16), Heads::Each),
         dhsa(Chunking::Fixed(16), Heads::Vote),
         dhsa(Chunking::Fixed(8), Heads::Best),
+        dhsa(Chunking::Labels(8), Heads::Best),
     ];
     let with_local = |policy| Sparsity {
         local: 40,
@@ -319,6 +320,138 @@ fn policies_choose_what_their_definitions_say_on_a_real_model() {
     }
 }
 
+/// The chunks of a layer, and for each head of keys their sums.
+type Watched = (Vec<Range<usize>>, Vec<Vec<f32>>);
+
+/// Reads everything, and writes down queries of one token in [`LABEL_EVERY`], `(n_heads, head_dim)`, and of each layer after
+/// `n` tokens the chunks and the sums of keys, `(n_kv_heads, n_chunks, head_dim)`.
+#[derive(Debug)]
+struct Watcher {
+    chunking: Chunking,
+    n: usize,
+    queries: Mutex<BTreeMap<(usize, usize), Vec<f32>>>,
+    layers: Mutex<BTreeMap<usize, Watched>>,
+}
+
+impl Select for Watcher {
+    fn chunking(&self) -> Option<Chunking> {
+        Some(self.chunking)
+    }
+
+    fn sees_all(&self, _: usize, _: &Range<usize>) -> bool {
+        false
+    }
+
+    fn budget(&self, n_seen: usize) -> usize {
+        n_seen
+    }
+
+    fn sums_queries(&self) -> bool {
+        false
+    }
+
+    fn select(&self, ask: &Ask, plan: &mut Plan) {
+        plan.push(ask.seen.clone());
+        if ask.kv_head > 0 {
+            return;
+        }
+        if ask.position.is_multiple_of(LABEL_EVERY) {
+            let mut queries = self.queries.lock().expect("no panic before");
+            queries.insert((ask.layer, ask.position), ask.q.to_vec());
+        }
+        if ask.position + 1 == self.n {
+            let known = &ask.chunks.chunks()[..ask.chunks.n_known(self.n)];
+            let chunks = known.iter().map(|c| c.start as usize..c.end as usize);
+            let sums = (0..ask.attention.n_kv_heads).map(|head| ask.chunks.sums(head).to_vec());
+            let mut layers = self.layers.lock().expect("no panic before");
+            layers.insert(ask.layer, (chunks.collect(), sums.collect()));
+        }
+    }
+}
+
+/// Where chunks end by how later queries attend, against the definition in double precision, on a real model.
+#[test]
+fn chunks_end_where_the_attention_of_later_queries_changes() {
+    let gguf = Gguf::open(&real_model()).expect("a model");
+    let mut cpu = Cpu::new(Arc::new(Pool::new(2).expect("threads")));
+    let network = model::load(&gguf, &cpu, &kinglet::Cancel::default()).expect("a network");
+    let (config, tokens) = (network.config().clone(), tokens(420));
+    let mut watch = |chunking: Chunking| {
+        let watcher = Arc::new(Watcher {
+            chunking,
+            n: tokens.len(),
+            queries: Mutex::default(),
+            layers: Mutex::default(),
+        });
+        let options = KvOptions {
+            select: Some(watcher.clone()),
+            ..KvOptions::default()
+        };
+        let mut state = network.state(&cpu, &options);
+        state.reserve(&cpu, 0..tokens.len()).expect("room");
+        let pass = Pass {
+            tokens: &tokens,
+            input: None,
+            start: 0,
+            output: model::Output::Logits,
+            output_from: tokens.len(),
+            step: Step::Prefill,
+            write_kv: true,
+        };
+        cpu.begin(Step::Prefill);
+        assert!(network.forward(&mut cpu, &mut state, &pass).is_none());
+        drop((state, options));
+        Arc::into_inner(watcher).expect("nobody else has it")
+    };
+    let of_keys = watch(Chunking::Fixed(1));
+    let queries = of_keys.queries.into_inner().expect("no panic");
+    let keys = of_keys.layers.into_inner().expect("no panic");
+    let (n, n_heads) = (config.head_dim, config.n_heads);
+    // `[j]` of the mean over heads of the softmax of the query at `i`.
+    let attention = |layer: usize, i: usize| {
+        let q = &queries[&(layer, i)];
+        let mut row = vec![0.0; i + 1];
+        for h in 0..n_heads {
+            let keys = &keys[&layer].1[h * keys[&layer].1.len() / n_heads];
+            let q = doubles(&q[h * n..][..n]);
+            let score = |j: usize| dot(&q, &doubles(&keys[j * n..][..n])) / (n as f64).sqrt();
+            let weights: Vec<f64> = (0..=i).map(|j| score(j).exp()).collect();
+            let sum: f64 = weights.iter().sum();
+            let means = row.iter_mut().zip(&weights);
+            means.for_each(|(mean, w)| *mean += w / sum / n_heads as f64);
+        }
+        row
+    };
+    let of_chunks = watch(Chunking::Labels(16));
+    let mut n_off = 0;
+    for (layer, (chunks, _)) in of_chunks.layers.into_inner().expect("no panic") {
+        assert!(chunks.len() >= 420 / 24 - 5, "{chunks:?}");
+        let samples = (0..420).step_by(LABEL_EVERY);
+        let rows: Vec<(usize, Vec<f64>)> = samples.map(|i| (i, attention(layer, i))).collect();
+        let mut at = 0;
+        for chunk in chunks {
+            assert_eq!(chunk.start, at);
+            at = chunk.end;
+            let ratio = |end: usize| {
+                let seen = chunk.start + 24 + 4 + LABEL_AHEAD;
+                let later = rows.iter().filter(|(i, _)| (end + 3..seen).contains(i));
+                let (mut past, mut future) = (1e-6, 1e-6);
+                for (_, row) in later {
+                    past += row[end - 4..end].iter().sum::<f64>();
+                    future += row[end..end + 4].iter().sum::<f64>();
+                }
+                f64::max(past, future) / f64::min(past, future)
+            };
+            let ends = chunk.start + 8..=chunk.start + 24;
+            assert!(ends.contains(&chunk.end));
+            let best = ends.clone().map(ratio).fold(0.0, f64::max);
+            assert!(ratio(chunk.end) > 0.999 * best, "layer {layer}, {chunk:?}");
+            n_off += usize::from(chunk.len() != 16);
+        }
+    }
+    assert!(n_off > 100, "most are not of the middle length: {n_off}");
+}
+
 fn tiny() -> Model {
     let options = LoadOptions {
         threads: 2,
@@ -395,7 +528,14 @@ fn a_budget_as_long_as_the_text_is_dense_to_the_bit() {
         for sparsity in policies(budget) {
             let (logits, work) = run(sparsity);
             assert!(logits == dense, "{sparsity}");
-            assert_eq!(work.pairs, work.pairs_read);
+            // Queries that tell where chunks end read once more.
+            match sparsity.policy {
+                Policy::Dhsa {
+                    chunking: Chunking::Labels(_),
+                    ..
+                } => assert!(work.pairs < work.pairs_read),
+                _ => assert_eq!(work.pairs, work.pairs_read),
+            }
         }
     }
     // Below that something is left out, and it matters.
@@ -759,7 +899,7 @@ fn budgets_that_cannot_hold_what_is_always_read_are_refused() {
         assert!(bad.parse::<Layers>().is_err(), "{bad}");
     }
     for n in [0, 1, 3, 257, usize::MAX] {
-        for chunking in [Chunking::Fixed(n), Chunking::Shift(n)] {
+        for chunking in [Chunking::Fixed(n), Chunking::Shift(n), Chunking::Labels(n)] {
             let options = SessionOptions {
                 sparsity: Sparsity::new(dhsa(chunking, Heads::Each), 100_000),
                 ..SessionOptions::default()

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use kinglet::backend::select::Chunking;
 use kinglet::sampler::{Sampler, Settings, Source};
-use kinglet::sparsity::{Heads, Policy, Sparsity};
+use kinglet::sparsity::{Heads, Policy, Repair, Sparsity};
 use kinglet::{KvType, LoadOptions, Model, Session, SessionOptions};
 
 struct Counting;
@@ -69,6 +69,10 @@ fn steady_decode_allocates_nothing() {
         chunking: Chunking::Shift(16),
         heads: Heads::Vote,
     };
+    let labels = Policy::Dhsa {
+        chunking: Chunking::Labels(8),
+        heads: Heads::Best,
+    };
     for (depth, kv, policy) in [
         (130, KvType::F16, Policy::Dense),
         (1100, KvType::F16, Policy::Dense),
@@ -76,6 +80,7 @@ fn steady_decode_allocates_nothing() {
         (1100, KvType::F16, Policy::Window),
         (1100, KvType::F16, Policy::Blocks),
         (1100, KvType::Q8_0, dhsa),
+        (1100, KvType::F16, labels),
     ] {
         for threads in [1, 2] {
             let options = LoadOptions {
@@ -87,7 +92,13 @@ fn steady_decode_allocates_nothing() {
             let options = SessionOptions {
                 n_ctx: 2048,
                 kv: kv.into(),
-                sparsity: Sparsity::new(policy, 512),
+                sparsity: Sparsity {
+                    repair: match policy == labels {
+                        true => Repair::Delta(24),
+                        false => Repair::None,
+                    },
+                    ..Sparsity::new(policy, 512)
+                },
                 ..SessionOptions::default()
             };
             let mut session = Session::new(&model, &options).expect("a session");

@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::Attention;
-use super::select::Select;
+use super::select::{Chunking, Select};
 use crate::error::{Error, Result};
 
 /// How many there are, and how long they are.
@@ -24,6 +24,20 @@ impl NoteShape {
             every,
             n: attention.n_heads * attention.head_dim,
         })
+    }
+
+    /// What tells where chunks end: see [`Chunking::samples`].
+    pub fn of_samples(select: Option<&dyn Select>) -> Self {
+        let chunking = select.and_then(Select::chunking);
+        chunking.map_or(Self::default(), Chunking::samples)
+    }
+
+    /// All that queries leave.
+    pub fn all(select: Option<&dyn Select>, attention: &Attention) -> [Self; 2] {
+        [
+            Self::of_samples(select),
+            Self::of_differences(select, attention),
+        ]
     }
 
     /// Floats of the rows of the first `n_positions`.

@@ -227,7 +227,9 @@ impl Backend for Planner {
         });
         let sums = sums.unwrap_or(0);
         let select = kv.options.select.as_deref();
-        let notes = NoteShape::of_differences(select, &kv.shape).bytes(kv.n_pages * KV_PAGE);
+        let notes =
+            NoteShape::all(select, &kv.shape).map(|shape| shape.bytes(kv.n_pages * KV_PAGE));
+        let notes: usize = notes.into_iter().sum();
         kv.n_pages * attention::page_bytes(&kv.shape, kv.options.kinds) + sums + notes
     }
 

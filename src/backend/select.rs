@@ -11,6 +11,7 @@ use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
 
 use super::delta::Delta;
+use super::notes::{NoteShape, Notes};
 use super::{Attention, KvTypes};
 use crate::error::{Error, Result};
 
@@ -177,6 +178,10 @@ pub enum Chunking {
     /// After half to one and a half of so many keys, there where keys change the most: where the cosine between the sums
     /// of [`SHIFT_WINDOW`] keys before and after, of all heads together, is least.
     Shift(usize),
+    /// After half to one and a half of so many keys, there where later queries treat keys the least alike: where the
+    /// attention of one in [`LABEL_EVERY`] of them, up to [`LABEL_AHEAD`] ahead, to the [`SHIFT_WINDOW`] keys before, all heads
+    /// together, is the most times that to those after, or the least. What DHSA's predictor of boundaries learns.
+    Labels(usize),
 }
 
 /// Reads what a position has, `(n_kv_heads, head_dim)`.
@@ -185,11 +190,17 @@ type ReadRow<'a> = dyn Fn(usize, &mut [f32]) + 'a;
 /// Keys on each side of a boundary that are compared.
 pub const SHIFT_WINDOW: usize = 4;
 
+/// From one query whose attention tells where chunks end to the next.
+pub const LABEL_EVERY: usize = 16;
+
+/// How far after the last key of a chunk these may be.
+pub const LABEL_AHEAD: usize = 64;
+
 impl Chunking {
     /// Keys of a chunk, more or less.
     pub fn nominal(self) -> usize {
         match self {
-            Chunking::Fixed(n) | Chunking::Shift(n) => n,
+            Chunking::Fixed(n) | Chunking::Shift(n) | Chunking::Labels(n) => n,
         }
     }
 
@@ -197,7 +208,7 @@ impl Chunking {
     fn least(self) -> usize {
         match self {
             Chunking::Fixed(n) => n,
-            Chunking::Shift(n) => (n / 2).max(1),
+            Chunking::Shift(n) | Chunking::Labels(n) => (n / 2).max(1),
         }
     }
 
@@ -205,7 +216,7 @@ impl Chunking {
     pub fn most(self) -> usize {
         match self {
             Chunking::Fixed(n) => n,
-            Chunking::Shift(n) => n + n / 2,
+            Chunking::Shift(n) | Chunking::Labels(n) => n + n / 2,
         }
     }
 
@@ -214,6 +225,23 @@ impl Chunking {
         match self {
             Chunking::Fixed(n) => n,
             Chunking::Shift(_) => self.most() + SHIFT_WINDOW,
+            Chunking::Labels(_) => self.most() + SHIFT_WINDOW + LABEL_AHEAD,
+        }
+    }
+
+    /// The lengths among which one is chosen.
+    fn ends(self) -> RangeInclusive<usize> {
+        self.least().max(SHIFT_WINDOW)..=self.most()
+    }
+
+    /// What queries leave for it.
+    pub fn samples(self) -> NoteShape {
+        match self {
+            Chunking::Fixed(_) | Chunking::Shift(_) => NoteShape::default(),
+            Chunking::Labels(_) => NoteShape {
+                every: LABEL_EVERY,
+                n: self.reach(),
+            },
         }
     }
 
@@ -354,13 +382,14 @@ impl Chunks {
     }
 
     /// Takes account of keys that were written at `positions`, of which none are left behind them. `key` and `value` read
-    /// those of a position, `(n_kv_heads, head_dim)`, as they are cached.
+    /// those of a position, `(n_kv_heads, head_dim)`, as they are cached; `samples` are what [`Chunking::samples`] asks for.
     pub(in crate::backend) fn update(
         &mut self,
         chunking: Chunking,
         head_dim: usize,
         positions: Range<usize>,
         [key, value]: [&ReadRow; 2],
+        samples: &Notes,
     ) {
         let kept = self.n_known(positions.start);
         self.chunks.truncate(kept);
@@ -381,10 +410,8 @@ impl Chunks {
             }
             let n_keys = match chunking {
                 Chunking::Fixed(n_keys) => n_keys,
-                Chunking::Shift(_) => {
-                    let ends = chunking.least().max(SHIFT_WINDOW)..=chunking.most();
-                    largest_shift(&keys, n, ends)
-                }
+                Chunking::Shift(_) => largest_shift(&keys, n, chunking.ends()),
+                Chunking::Labels(_) => largest_ratio(samples, start..known, chunking.ends()),
             };
             self.chunks.push(Chunk {
                 start: start as u32,
@@ -436,6 +463,30 @@ fn largest_shift(keys: &[f32], n: usize, ends: RangeInclusive<usize>) -> usize {
     ends.fold((f32::INFINITY, first), least).1
 }
 
+/// The length among `ends`, the first of equals, of a chunk at the first of `positions` on whose two sides keys get the
+/// most unlike attention from the queries at `positions` that left a sample. A sample has the attention to its own key, to
+/// the one before, and so on.
+fn largest_ratio(samples: &Notes, positions: Range<usize>, ends: RangeInclusive<usize>) -> usize {
+    let first = *ends.start();
+    let more = |best: (f32, usize), n_keys: usize| {
+        let end = positions.start + n_keys;
+        let (mut past, mut future) = (0.0, 0.0);
+        let after = end - 1 + SHIFT_WINDOW..positions.end;
+        for position in samples.shape().among(after) {
+            let (row, back) = (samples.row(position), position - end);
+            future += row[back + 1 - SHIFT_WINDOW..=back].iter().sum::<f32>();
+            past += row[back + 1..=back + SHIFT_WINDOW].iter().sum::<f32>();
+        }
+        let ratio = (f32::max(past, future) + 1e-6) / (f32::min(past, future) + 1e-6);
+        if ratio > best.0 {
+            (ratio, n_keys)
+        } else {
+            best
+        }
+    };
+    ends.fold((0.0, first), more).1
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -454,16 +505,39 @@ mod tests {
         key(position + 1, out);
     }
 
+    /// Of queries that look at every other stretch of 11 keys more than at the rest.
+    fn samples(chunking: Chunking, n: usize) -> Notes {
+        let mut samples = Notes::new(chunking.samples());
+        samples.reserve(n).unwrap();
+        for position in chunking.samples().among(0..n) {
+            for (back, x) in samples.row_mut(position).iter_mut().enumerate() {
+                let turn = position.checked_sub(back).map_or(0, |key| key / 11 % 2);
+                *x = 0.1 + turn as f32;
+            }
+        }
+        samples
+    }
+
     fn whole(chunking: Chunking, n: usize) -> Chunks {
         let mut chunks = Chunks::default();
         chunks.reserve(chunking, HEADS, n, true).unwrap();
-        chunks.update(chunking, HEADS.1, 0..n, [&key, &value]);
+        chunks.update(
+            chunking,
+            HEADS.1,
+            0..n,
+            [&key, &value],
+            &samples(chunking, n),
+        );
         chunks
     }
 
     #[test]
     fn sums_are_those_of_the_keys_and_chunks_leave_no_gap() {
-        for chunking in [Chunking::Fixed(16), Chunking::Shift(12)] {
+        for chunking in [
+            Chunking::Fixed(16),
+            Chunking::Shift(12),
+            Chunking::Labels(12),
+        ] {
             let chunks = whole(chunking, 200);
             let mut at = 0;
             for (i, chunk) in chunks.chunks().iter().enumerate() {
@@ -492,21 +566,28 @@ mod tests {
 
     #[test]
     fn boundaries_lie_where_keys_turn() {
-        let chunks = whole(Chunking::Shift(12), 300);
-        let turns = chunks.chunks().iter().filter(|c| c.end % 11 == 0);
-        // One that starts at a turn finds the next one; there are no others.
-        assert_eq!(turns.count(), chunks.chunks().len());
+        for chunking in [Chunking::Shift(12), Chunking::Labels(12)] {
+            let chunks = whole(chunking, 300);
+            let turns = chunks.chunks().iter().filter(|c| c.end % 11 == 0);
+            // One that starts at a turn finds the next one; there are no others.
+            assert_eq!(turns.count(), chunks.chunks().len());
+        }
     }
 
     #[test]
     fn what_is_held_depends_on_the_keys_alone_not_on_how_they_came() {
-        for chunking in [Chunking::Fixed(16), Chunking::Shift(12)] {
+        for chunking in [
+            Chunking::Fixed(16),
+            Chunking::Shift(12),
+            Chunking::Labels(12),
+        ] {
             let expected = whole(chunking, 150);
             let mut chunks = Chunks::default();
             chunks.reserve(chunking, HEADS, 300, true).unwrap();
             // In steps, too far, back, and on.
             for positions in [0..7, 7..64, 64..65, 65..131, 131..290, 100..101, 101..150] {
-                chunks.update(chunking, HEADS.1, positions, [&key, &value]);
+                let samples = samples(chunking, positions.end);
+                chunks.update(chunking, HEADS.1, positions, [&key, &value], &samples);
             }
             assert_eq!(chunks.chunks(), expected.chunks());
             assert_eq!(chunks.sums, expected.sums);

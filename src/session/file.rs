@@ -526,7 +526,8 @@ fn noted_bytes(config: &Config, options: &SessionOptions, n: usize) -> Result<us
             window: None,
         };
         let select = kv.of_layer(layer).select;
-        NoteShape::of_differences(select.as_deref(), &attention).bytes(n)
+        let notes = NoteShape::all(select.as_deref(), &attention);
+        notes.map(|shape| shape.bytes(n)).into_iter().sum::<usize>()
     };
     let layers = config.n_kv_heads.iter().enumerate();
     let attending = layers.filter(|(_, n_kv_heads)| **n_kv_heads > 0);

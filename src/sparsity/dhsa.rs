@@ -9,8 +9,9 @@
 //! What differs from the published code, and why: there a block of 128 queries shares a plan, so a token's result depends
 //! on tokens after it, and the question at the end of a prompt drowns in what stands before it; the last 64 tokens and all
 //! decoding are dense. Here each token has its own plan, when read and when decoded, and nothing is dense. Boundaries
-//! need no trained predictor: chunks end after a fixed number of keys (as in the authors' later version) or where keys
-//! shift the most.
+//! need no trained predictor: chunks end after a fixed number of keys (as in the authors' later version), where keys
+//! shift the most, or where what the predictor would learn says so: where later queries, of which a sample is asked, attend
+//! to the keys on one side the most times as much as to those on the other.
 //!
 //! What was tried for facts far back, SmolLM2-135M over 8,000 tokens, 1,792 keys a token: the share of the attention that
 //! questions give to a fact which is read (numbers of keys and queries recorded from a dense run). Chunks of 16 by the mean
@@ -85,14 +86,14 @@ pub(super) fn select(
             };
             n * n_chosen - missing(0) - ends
         }
-        Chunking::Shift(_) => {
+        Chunking::Shift(_) | Chunking::Labels(_) => {
             let chosen = (0..of.len()).filter(|i| of[*i] >= least);
             chosen.map(n_keys).sum()
         }
     };
     let few = match chunking {
         Chunking::Fixed(n) => n,
-        Chunking::Shift(n) => n / 2,
+        Chunking::Shift(n) | Chunking::Labels(n) => n / 2,
     };
     plan.push(seen.start..sink);
     let all = std::mem::take(&mut plan.keys);
@@ -234,7 +235,7 @@ fn rank(
                 // A factor that all chunks share changes no order.
                 let products = match chunking {
                     Chunking::Fixed(_) => &ask.scores(query)[..n],
-                    Chunking::Shift(_) => {
+                    Chunking::Shift(_) | Chunking::Labels(_) => {
                         plan.scores.fill(0.0);
                         products(chunking, ask, query, &mut plan.scores);
                         &plan.scores
@@ -292,7 +293,7 @@ fn products(chunking: Chunking, ask: &Ask, query: usize, out: &mut [f32]) {
             let factor = 1.0 / (n as f32).sqrt();
             scores.for_each(|(out, score)| *out = score * factor);
         }
-        Chunking::Shift(_) => {
+        Chunking::Shift(_) | Chunking::Labels(_) => {
             for ((out, score), chunk) in scores.zip(ask.chunks.chunks()) {
                 *out = score / (chunk.n_keys() as f32).sqrt();
             }

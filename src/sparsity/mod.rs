@@ -253,6 +253,9 @@ impl fmt::Display for Policy {
                 match chunking {
                     Chunking::Fixed(n) => write!(f, "DHSA of {n} keys a chunk{shared}"),
                     Chunking::Shift(n) => write!(f, "DHSA of some {n} keys a chunk{shared}"),
+                    Chunking::Labels(n) => {
+                        write!(f, "DHSA of some {n} keys a chunk as queries attend{shared}")
+                    }
                 }
             }
         }

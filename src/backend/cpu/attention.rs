@@ -44,8 +44,8 @@ pub struct KvCache {
     select: Option<Arc<dyn Select>>,
     /// Sums of keys, where `select` wants some.
     chunks: Arc<Chunks>,
-    /// What attention to all keys adds, where `select` corrects by that.
-    differences: Arc<Notes>,
+    /// What queries leave for `select`: see [`NoteShape::all`].
+    notes: [Arc<Notes>; 2],
     /// Of the network.
     layer: usize,
     delta: Option<Arc<Delta>>,
@@ -71,10 +71,8 @@ impl KvCache {
             head_dim,
             select: options.select.clone(),
             chunks: Arc::default(),
-            differences: Arc::new(Notes::new(NoteShape::of_differences(
-                options.select.as_deref(),
-                attention,
-            ))),
+            notes: NoteShape::all(options.select.as_deref(), attention)
+                .map(|shape| Arc::new(Notes::new(shape))),
             layer: options.layer,
             thresholds: match &options.delta {
                 Some(delta) => delta
@@ -124,18 +122,43 @@ impl KvCache {
         self.select.clone()
     }
 
+    /// The attention of some queries to the keys before them.
+    pub(super) fn samples(&self) -> &Notes {
+        &self.notes[0]
+    }
+
     /// What attention to all keys adds.
     pub(super) fn differences(&self) -> &Notes {
-        &self.differences
+        &self.notes[1]
     }
 
     /// The same, to be written where room was made.
     pub(super) fn differences_mut(&mut self) -> &mut Notes {
-        Arc::get_mut(&mut self.differences).expect("the cache's own since room was made there")
+        own(&mut self.notes[1])
+    }
+
+    /// Likewise.
+    pub(super) fn samples_mut(&mut self) -> &mut Notes {
+        own(&mut self.notes[0])
     }
 
     fn chunking(&self) -> Option<Chunking> {
         self.select()?.chunking()
+    }
+
+    /// Whether sums of keys wait for what queries leave.
+    pub(super) fn waits_for_queries(&self) -> bool {
+        self.samples().shape() != NoteShape::default()
+    }
+
+    /// Reads a key of a head.
+    pub(super) fn key(&self, position: usize, kv_head: usize, out: &mut [f32]) {
+        let (page, row) = (
+            &self.keys[position / PAGE],
+            self.kinds.keys.row_bytes(out.len()),
+        );
+        let at = (kv_head * PAGE + position % PAGE) * row;
+        quant::dequantize(self.kinds.keys.dtype(), &page[at..at + row], out);
     }
 
     /// Sums the keys at `positions`, which are the last.
@@ -156,7 +179,7 @@ impl KvCache {
         let (keys, values, kinds) = (&self.keys, &self.values, self.kinds);
         let key = |position: usize, out: &mut [f32]| read(keys, kinds.keys, position, out);
         let value = |position: usize, out: &mut [f32]| read(values, kinds.values, position, out);
-        own.update(chunking, n, positions, [&key, &value]);
+        own.update(chunking, n, positions, [&key, &value], &self.notes[0]);
     }
 
     /// Makes room to write at `positions`.
@@ -200,11 +223,11 @@ impl KvCache {
                 pools,
             )?;
         }
-        if self.differences.shape() != NoteShape::default() {
-            if Arc::get_mut(&mut self.differences).is_none() {
-                self.differences = Arc::new(self.differences.try_clone()?);
+        for notes in &mut self.notes {
+            if Arc::get_mut(notes).is_none() {
+                *notes = Arc::new(notes.try_clone()?);
             }
-            self.differences_mut().reserve(end * PAGE)?;
+            own(notes).reserve(end * PAGE)?;
         }
         Ok(())
     }
@@ -225,10 +248,8 @@ impl KvCache {
                 }
             }
         }
-        match self.differences.saved(n) {
-            [] => Ok(()),
-            rows => sink(rows),
-        }
+        let rows = self.notes.iter().map(|notes| notes.saved(n));
+        rows.filter(|rows| !rows.is_empty()).try_for_each(sink)
     }
 
     /// See [`crate::backend::Backend::kv_load`].
@@ -248,8 +269,11 @@ impl KvCache {
                 }
             }
         }
-        if self.differences.shape() != NoteShape::default() {
-            source(self.differences_mut().saved_mut(n))?;
+        for notes in &mut self.notes {
+            match own(notes).saved_mut(n) {
+                [] => {}
+                rows => source(rows)?,
+            }
         }
         self.sum_keys(0..n);
         Ok(())
@@ -268,7 +292,7 @@ impl KvCache {
             .map(|page| page.len())
             .sum::<usize>()
             + self.chunks.bytes()
-            + self.differences.bytes()
+            + self.notes.iter().map(|notes| notes.bytes()).sum::<usize>()
     }
 
     /// Stores the keys and values of one position, `(n_kv_heads, head_dim)` each.
@@ -298,9 +322,9 @@ impl KvCache {
     }
 }
 
-/// A page for which room to write was made.
-fn own(page: &mut Arc<Page>) -> &mut Page {
-    Arc::get_mut(page).expect("the cache's own since room was made there")
+/// A page, or what queries left, for which room to write was made.
+fn own<T>(of: &mut Arc<T>) -> &mut T {
+    Arc::get_mut(of).expect("the cache's own since room was made there")
 }
 
 /// One attention: a batch of queries at positions `start..` against a cache that holds them.

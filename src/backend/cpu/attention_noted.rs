@@ -1,7 +1,7 @@
 //! What queries leave for those after them. Where a [`Select`] corrects itself (Delta Attention, arXiv:2505.11254), a query
 //! every so many positions attends to all that it sees too; what it finds there less what it finds in the keys that it
 //! chooses is added to what it and the queries after it find. What they miss of all the attention far back hardly changes
-//! from token to token.
+//! from token to token. And where chunks of keys end by how queries attend, one in so many tells how it does.
 
 use std::iter::StepBy;
 use std::ops::Range;
@@ -26,6 +26,19 @@ fn room(shape: &Attention, n_anchors: usize, n_threads: usize) -> impl Iterator<
     std::iter::once(n_anchors * shape.n_heads * n).chain(tasks.flatten())
 }
 
+/// The same of queries at `n_samples` positions that tell how they attend: `notes` are what they leave.
+fn room_to_sample(
+    shape: &Attention,
+    (n_samples, notes): (usize, NoteShape),
+    n_threads: usize,
+) -> impl Iterator<Item = usize> {
+    let (n, group) = (shape.head_dim, shape.n_heads / shape.n_kv_heads);
+    let n_pieces = n_samples * shape.n_kv_heads;
+    let task = [Sums::floats(group, n), (group + 1) * n];
+    let tasks = std::iter::repeat_n(task, n_pieces.min(n_threads));
+    std::iter::once(n_pieces * notes.n).chain(tasks.flatten())
+}
+
 /// Positions among `positions` whose queries leave what they were off by, run by run of those that do not see everything.
 fn anchors<'a>(
     select: Option<&'a dyn Select>,
@@ -48,9 +61,14 @@ pub(in crate::backend) fn scratch(
     positions: Range<usize>,
     n_threads: usize,
 ) -> Vec<Vec<usize>> {
-    let anchors = anchors(options.select.as_deref(), shape, positions);
+    let select = options.select.as_deref();
+    let notes = NoteShape::of_samples(select);
+    let n_samples = notes.among(positions.clone()).len();
+    let sampled =
+        (n_samples > 0).then(|| room_to_sample(shape, (n_samples, notes), n_threads).collect());
+    let anchors = anchors(select, shape, positions);
     let rooms = anchors.map(|anchors| room(shape, anchors.len(), n_threads).collect());
-    rooms.collect()
+    sampled.into_iter().chain(rooms).collect()
 }
 
 /// What they do for that; `None` if they leave nothing.
@@ -59,10 +77,12 @@ pub(in crate::backend) fn work(
     options: &KvOptions,
     positions: Range<usize>,
 ) -> Option<Work> {
-    let anchors = anchors(options.select.as_deref(), shape, positions).flatten();
-    let works = anchors.map(|anchor| Work {
+    let select = options.select.as_deref();
+    let samples = NoteShape::of_samples(select).among(positions.clone());
+    let readers = samples.chain(anchors(select, shape, positions).flatten());
+    let works = readers.map(|position| Work {
         pairs: 0,
-        ..attention::work(shape, options.kinds, anchor..anchor + 1)
+        ..attention::work(shape, options.kinds, position..position + 1)
     });
     works.reduce(|mut sum, work| {
         sum += work;
@@ -84,7 +104,11 @@ impl Cpu {
         let Some(select) = cache.share_select() else {
             return false;
         };
-        let mut is_any = false;
+        let mut is_any = cache.waits_for_queries();
+        if is_any {
+            self.note_samples(cache, shape, positions.clone(), q);
+            cache.sum_keys(positions.clone());
+        }
         for anchors in anchors(Some(&*select), shape, positions) {
             is_any = true;
             let n_anchors = anchors.len();
@@ -118,6 +142,53 @@ impl Cpu {
             }
         }
         is_any
+    }
+
+    /// Queries at some of `positions` leave how much they attend to each of the last keys, all heads together.
+    fn note_samples(
+        &mut self,
+        cache: &mut KvCache,
+        shape: &Attention,
+        positions: Range<usize>,
+        q: &[f32],
+    ) {
+        let (n_cols, n_kv_heads) = (shape.n_heads * shape.head_dim, shape.n_kv_heads);
+        let notes = cache.samples().shape();
+        let samples = notes.among(positions.clone());
+        if samples.len() == 0 {
+            return;
+        }
+        let n_threads = self.pool.n_threads();
+        self.scratch
+            .reserve(room_to_sample(shape, (samples.len(), notes), n_threads));
+        let attend = Attend {
+            cache,
+            shape,
+            start: positions.start,
+            decode: self.step == Step::Decode,
+            operations: &self.operations,
+            scratch: &self.scratch,
+        };
+        let done = Done::default();
+        let mut found = self.scratch.take(samples.len() * n_kv_heads * notes.n);
+        self.pool.run_pieces(&mut found, notes.n, &|i, out| {
+            let (i, kv_head) = (i / n_kv_heads, i % n_kv_heads);
+            let position = samples.clone().nth(i).expect("one of them");
+            let q = &q[(position - positions.start) * n_cols..][..n_cols];
+            done.keys
+                .fetch_add(attend.visible(position).len() as u64, Relaxed);
+            attend.probabilities(kv_head, position, q, out);
+        });
+        self.work += done.work(shape, cache.kinds());
+        let heads = found.chunks_exact(n_kv_heads * notes.n);
+        for (position, heads) in samples.zip(heads) {
+            let row = cache.samples_mut().row_mut(position);
+            row.fill(0.0);
+            for head in heads.chunks_exact(notes.n) {
+                let sums = row.iter_mut().zip(head);
+                sums.for_each(|(sum, x)| *sum += x / shape.n_heads as f32);
+            }
+        }
     }
 
     /// Adds what queries left to rows at positions `start..`, of which none sees everything.
@@ -163,6 +234,35 @@ impl Selected<'_> {
             }
             sums.add_means(1.0, out);
         });
+    }
+}
+
+impl Attend<'_> {
+    /// `out`: what part of the attention of the queries of `q`, `(n_heads, head_dim)`, that share a head of keys goes to the
+    /// key at `position`, to the one before, and so on; summed over them.
+    fn probabilities(&self, kv_head: usize, position: usize, q: &[f32], out: &mut [f32]) {
+        let (n, group) = (self.shape.head_dim, self.group());
+        let seen = self.visible(position);
+        let mut buffer = self.scratch.take(Sums::floats(group, n));
+        let mut scaled = self.scratch.take((group + 1) * n);
+        let (scaled, key) = scaled.split_at_mut(group * n);
+        let own = q[kv_head * group * n..].iter();
+        let queries = scaled.iter_mut().zip(own);
+        queries.for_each(|(scaled, q)| *scaled = q * self.shape.scale);
+        let mut sums = Sums::fresh(&mut buffer, group);
+        self.add_span(kv_head, seen.clone(), scaled, &mut sums);
+        for (back, out) in out.iter_mut().enumerate() {
+            *out = 0.0;
+            let at = position.checked_sub(back);
+            let Some(at) = at.filter(|at| seen.contains(at)) else {
+                continue;
+            };
+            self.cache.key(at, kv_head, key);
+            for (i, q) in scaled.chunks_exact(n).enumerate() {
+                let score: f32 = q.iter().zip(&*key).map(|(q, k)| q * k).sum();
+                *out += (score - sums.max[i]).exp() / sums.sum[i];
+            }
+        }
     }
 }
 

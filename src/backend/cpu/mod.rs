@@ -766,7 +766,9 @@ impl Backend for Cpu {
         for i in 0..k.n_tokens {
             kv.write(start + i, k.row(i), v.row(i), self.operations.to_f16);
         }
-        kv.sum_keys(start..start + k.n_tokens);
+        if !kv.waits_for_queries() {
+            kv.sum_keys(start..start + k.n_tokens);
+        }
     }
 
     fn kv_note(
