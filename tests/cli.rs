@@ -221,6 +221,54 @@ fn wrong_arguments_exit_with_2() {
         );
         assert_eq!(out(&output), "", "{args:?}");
     }
+    for (verb, unused, needed) in [
+        (
+            &["run", model, "-p", "a"][..],
+            &["--budget-share", "20"][..],
+            "--dhsa on, --block-topk or --window-sink",
+        ),
+        (
+            &["run", model, "-p", "a", "--dhsa", "off"],
+            &["--dhsa-heads", "best"],
+            "--dhsa on",
+        ),
+        (
+            &["run", model, "-p", "a", "--block-topk", "512"],
+            &["--dhsa-budget", "512"],
+            "--dhsa on",
+        ),
+        (
+            &["run", model, "-p", "a", "--window-sink", "512"],
+            &["--local", "64"],
+            "--dhsa on or --block-topk",
+        ),
+        (
+            &["run", model, "-p", "a", "--dhsa", "on"],
+            &["--delta-frame", "64"],
+            "--delta",
+        ),
+        (
+            &["eval", "kl", model, "-f", "Cargo.toml"],
+            &["--repair", "delta"],
+            "--dhsa on, --block-topk or --window-sink",
+        ),
+        (
+            &["bench", model],
+            &["--dense-layers", "2"],
+            "--dhsa on, --block-topk or --window-sink",
+        ),
+        (
+            &["profile", model],
+            &["--sink", "8"],
+            "--dhsa on, --block-topk or --window-sink",
+        ),
+        (&["plan", model], &["--dhsa-chunk", "8"], "--dhsa on"),
+    ] {
+        let output = run(&[verb, unused].concat());
+        let expected = format!("error: {}: expected {needed} beside it", unused[0]);
+        assert_eq!(output.status.code(), Some(2), "{}", err(&output));
+        assert!(err(&output).starts_with(&expected), "{}", err(&output));
+    }
     let told = fails(&run(&["run", "some-user/some-model:Q4_0", "-p", "a"]), 2);
     assert!(
         told.contains("https://huggingface.co/some-user/some-model"),

@@ -2,21 +2,17 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use kinglet::backend::delta::{Delta, Exact, Factors};
-use kinglet::backend::select::Chunking;
 use kinglet::experts::{IoMode, PolicyKind, Prefetch};
 use kinglet::grammar::ReplyFormat;
 use kinglet::sampler::{Settings, Source};
-use kinglet::session::calibration;
 use kinglet::session::{ExpertOptions, GenerateOptions, OnExceed, Pooling, Repack};
-use kinglet::sparsity::{Heads, Layers, Policy, Repair, Sparsity};
 use kinglet::{BackendKind, KvType, KvTypes, Model, Session, SessionOptions};
 
+use crate::attention::AttentionArgs;
 use crate::device::DeviceArgs;
 
 use crate::failure::Outcome;
@@ -308,154 +304,6 @@ impl CacheArgs {
     }
 }
 
-/// Which keys attention reads. All but `dense` lose something: `kinglet eval` tells how much.
-#[derive(Args)]
-#[command(next_help_heading = "Sparse attention")]
-pub struct AttentionArgs {
-    /// DHSA: each token reads the chunks of keys that score best
-    #[arg(long, value_name = "WHAT", default_value = "off", conflicts_with_all = ["block_topk", "window_sink"])]
-    dhsa: Switch,
-    /// Keys that a token reads with it, the first and the last included
-    #[arg(long, value_name = "N", default_value = "1024", value_parser = positive)]
-    dhsa_budget: usize,
-    /// Keys of a chunk: as many, or `shift:N` for some N, up to where keys change the most
-    #[arg(long, value_name = "N", default_value = "16", value_parser = chunking)]
-    dhsa_chunk: Chunking,
-    /// Whether heads of keys choose each by the mean of their queries, share one choice, or let their queries vote
-    #[arg(long, value_name = "WHAT", default_value = "each")]
-    dhsa_heads: DhsaHeads,
-    /// What is done about keys that are left out: `off`, `pooled` for the means of each chunk with the weight of all of it,
-    /// `delta:N` to read everything every N tokens and to add the difference to those after it
-    #[arg(long, visible_alias = "dhsa-repair", value_name = "WHAT", default_value = "off", value_parser = repair)]
-    repair: Repair,
-    /// Each token reads the blocks of 64 keys whose pooled keys score best, N keys in all
-    #[arg(long, value_name = "N", value_parser = positive, conflicts_with = "window_sink")]
-    block_topk: Option<usize>,
-    /// Each token reads the first keys and the last, N in all
-    #[arg(long, value_name = "N", value_parser = positive)]
-    window_sink: Option<usize>,
-    /// Of the keys that it sees a token reads this many per cent, where that is more than N
-    #[arg(long, value_name = "PERCENT", default_value_t = 0)]
-    budget_share: usize,
-    /// Layers that read everything all the same, such as 0,7
-    #[arg(long, value_name = "LAYERS")]
-    dense_layers: Option<Layers>,
-    /// DeltaLLM: scores with keys far back from what changes from key to key by more than this in a channel; 0: all
-    #[arg(long, value_name = "RATE", value_parser = rate, conflicts_with_all = ["dhsa", "block_topk", "window_sink"])]
-    delta: Option<f32>,
-    /// Thresholds from `calibrate delta`, times RATE
-    #[arg(long, value_name = "FILE", value_parser = factors, requires = "delta")]
-    delta_file: Option<Arc<Factors>>,
-    /// Keys up to a token that it scores exactly, or `block:N`: those of its own block of N
-    #[arg(long, value_name = "N", default_value = "64", value_parser = exact)]
-    delta_exact: Exact,
-    /// Keys from one that is kept whole to the next: 32, 64, 128 or 256
-    #[arg(long, value_name = "N", default_value_t = Delta::DEFAULT_FRAME, value_parser = positive)]
-    delta_frame: usize,
-    /// Also where that is slower than dense attention: to measure what it costs
-    #[arg(long)]
-    delta_always: bool,
-    /// First keys that are always read
-    #[arg(long, value_name = "N", default_value_t = Sparsity::DEFAULT_SINK)]
-    sink: usize,
-    /// Last keys that are always read
-    #[arg(long, value_name = "N", default_value_t = Sparsity::DEFAULT_LOCAL, value_parser = positive)]
-    local: usize,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Switch {
-    On,
-    Off,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum DhsaHeads {
-    Each,
-    Shared,
-    Vote,
-    Best,
-}
-
-fn rate(text: &str) -> Result<f32, String> {
-    match text.parse() {
-        Ok(x) if x >= 0.0 && f32::is_finite(x) => Ok(x),
-        _ => Err("expected a number from 0".into()),
-    }
-}
-
-fn factors(path: &str) -> Result<Arc<Factors>, String> {
-    let factors = calibration::read(Path::new(path)).map_err(|e| e.to_string())?;
-    Ok(Arc::new(factors))
-}
-
-/// `64` or `block:64`.
-fn exact(text: &str) -> Result<Exact, String> {
-    match text.strip_prefix("block:") {
-        Some(n) => Ok(Exact::Block(positive(n)?)),
-        None => Ok(Exact::Last(positive(text)?)),
-    }
-}
-
-/// `16` or `shift:16`.
-fn chunking(text: &str) -> Result<Chunking, String> {
-    match text.strip_prefix("shift:") {
-        Some(n) => Ok(Chunking::Shift(positive(n)?)),
-        None => Ok(Chunking::Fixed(positive(text)?)),
-    }
-}
-
-/// `off`, `pooled`, `delta` or `delta:64`.
-fn repair(text: &str) -> Result<Repair, String> {
-    match (text, text.strip_prefix("delta:")) {
-        ("off", _) => Ok(Repair::None),
-        ("pooled", _) => Ok(Repair::Pooled),
-        ("delta", _) => Ok(Repair::Delta(Repair::DEFAULT_EVERY)),
-        (_, Some(every)) => Ok(Repair::Delta(positive(every)?)),
-        _ => Err("expected off, pooled or delta:N".into()),
-    }
-}
-
-impl AttentionArgs {
-    pub fn sparsity(&self) -> Sparsity {
-        let (policy, budget) = match (self.dhsa, self.block_topk, self.window_sink) {
-            (Switch::On, ..) => {
-                let heads = match self.dhsa_heads {
-                    DhsaHeads::Each => Heads::Each,
-                    DhsaHeads::Shared => Heads::Shared,
-                    DhsaHeads::Vote => Heads::Vote,
-                    DhsaHeads::Best => Heads::Best,
-                };
-                let chunking = self.dhsa_chunk;
-                (Policy::Dhsa { chunking, heads }, self.dhsa_budget)
-            }
-            (_, Some(budget), _) => (Policy::Blocks, budget),
-            (_, _, Some(budget)) => (Policy::Window, budget),
-            _ => return Sparsity::default(),
-        };
-        Sparsity {
-            per_cent: self.budget_share,
-            dense_layers: self.dense_layers.unwrap_or_default(),
-            repair: self.repair,
-            sink: self.sink,
-            local: self.local,
-            ..Sparsity::new(policy, budget)
-        }
-    }
-
-    pub fn delta(&self) -> Option<Arc<Delta>> {
-        let delta = self.delta.map(|rate| Delta {
-            factors: self.delta_file.clone(),
-            exact: self.delta_exact,
-            sink: 0,
-            frame: self.delta_frame,
-            always: self.delta_always,
-            ..Delta::new(rate)
-        });
-        delta.map(Arc::new)
-    }
-}
-
 /// How much a session holds, and in which type.
 #[derive(Args)]
 pub struct SessionArgs {
@@ -485,7 +333,7 @@ fn time(text: &str) -> Result<Duration, String> {
     }
 }
 
-fn positive(text: &str) -> Result<usize, String> {
+pub fn positive(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(n) if n > 0 => Ok(n),
         _ => Err("expected a whole number from 1".into()),
@@ -506,8 +354,8 @@ impl SessionArgs {
         SessionOptions {
             n_ctx: self.ctx.unwrap_or(0),
             kv: self.cache.types(),
-            sparsity: self.attention.sparsity(),
-            delta: self.attention.delta(),
+            sparsity: self.attention.sparsity,
+            delta: self.attention.delta.clone(),
             batch: self.batch,
         }
     }
@@ -876,8 +724,8 @@ impl ScoringArgs {
         SessionOptions {
             n_ctx,
             kv: self.cache.types(),
-            sparsity: self.attention.sparsity(),
-            delta: self.attention.delta(),
+            sparsity: self.attention.sparsity,
+            delta: self.attention.delta.clone(),
             batch: self.batch,
         }
     }

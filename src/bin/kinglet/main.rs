@@ -3,6 +3,7 @@
 //! What a model says and what machines read goes to stdout, everything else to stderr.
 
 mod args;
+mod attention;
 mod bench;
 mod calibrate;
 mod chat;
