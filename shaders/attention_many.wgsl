@@ -1,9 +1,11 @@
 // Attention of many tokens at positions start..: q and out (n_tokens, n_heads, D), cache (n_positions, n_kv_heads, D); a
-// query at position p sees keys in (p - window, p].
+// query at position p sees keys in (p - window, p]. ENDS: it reads the first of them and the last, as many as sink, budget and
+// per_cent say.
 //
 // A workgroup has a head and BQ queries, and streams over tiles of BK keys from the first that any of them sees, always a
-// multiple of BK, so that a query's sums run in the same order whatever else is in the batch. 8 lanes share a query: for
-// scores lane i has every 8th key, for values every 8th vec4 of columns. Grid: (heads, queries / BQ).
+// multiple of BK, so that a query's sums run in the same order whatever else is in the batch; tiles of which no query reads
+// anything are left out. 8 lanes share a query: for scores lane i has every 8th key, for values every 8th vec4 of columns.
+// Grid: (heads, queries / BQ).
 
 struct Params {
     start: u32,
@@ -12,7 +14,11 @@ struct Params {
     n_kv_heads: u32,
     window: u32, // 0: none
     q_at: u32, // vec4
+    out_at: u32, // vec4
     scale: f32,
+    sink: u32,
+    budget: u32,
+    per_cent: u32,
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
@@ -30,6 +36,15 @@ var<workgroup> qs: array<vec4<f32>, BQ * (D4 + 1u)>;
 var<workgroup> tile: array<vec4<f32>, BK * (D4 + 1u)>;
 var<workgroup> weights: array<f32, BQ * BK>;
 var<workgroup> parts: array<f32, WG>;
+
+// The first of the last keys that a query reads, which sees keys from `first` on.
+fn last_from(position: u32, first: u32) -> u32 {
+    let end = position + 1u;
+    let budget = max(p.budget, (end - first) * p.per_cent / 100u);
+    let sink = clamp(p.sink, first, end);
+    let n_last = budget - (sink - first);
+    return max(max(end, n_last) - n_last, sink);
+}
 
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) tid: u32) {
@@ -49,11 +64,20 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) t
         first = max(position + 1u, p.window) - p.window;
         first_key = max(p.start + query0 + 1u, p.window) - p.window;
     }
+    var last = 0u; // the first of the last keys of this query
+    var last_key = 0u; // of all
+    if ENDS {
+        last = last_from(position, first);
+        last_key = last_from(p.start + query0, first_key);
+    }
     let end = min(p.start + query0 + BQ, p.start + p.n_tokens);
     var acc: array<vec4<f32>, COLUMNS>;
     var most = LOWEST;
     var total = 0.0;
     for (var key0 = first_key / BK * BK; key0 < end; key0 += BK) {
+        if ENDS && key0 >= p.sink && key0 + BK <= last_key {
+            continue;
+        }
         workgroupBarrier();
         for (var i = tid; i < BK * D4; i += WG) {
             let key = min(key0 + i / D4, end - 1u);
@@ -65,7 +89,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) t
         for (var j = 0u; j < BK / 8u; j++) {
             let key = key0 + j * 8u + lane;
             s[j] = LOWEST;
-            if key >= first && key <= position {
+            if key >= first && key <= position && (!ENDS || key < p.sink || key >= last) {
                 var sum = vec4(0.0);
                 for (var i = 0u; i < D4; i++) {
                     sum = fma(qs[mine * (D4 + 1u) + i], tile[(j * 8u + lane) * (D4 + 1u) + i], sum);
@@ -107,7 +131,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) t
     if query0 + mine < p.n_tokens {
         for (var c = 0u; c < COLUMNS; c++) {
             if c * 8u + lane < D4 {
-                out[((query0 + mine) * p.n_heads + h) * D4 + c * 8u + lane] = acc[c] / total;
+                out[p.out_at + ((query0 + mine) * p.n_heads + h) * D4 + c * 8u + lane] = acc[c] / total;
             }
         }
     }

@@ -1,9 +1,11 @@
-// Attention of one token: softmax(scale q k^T) v over the positions first..end, for GROUP query heads of D elements that
-// share a head of keys and values. q and out (n_heads, D), cache (n_positions, n_kv_heads, D).
+// Attention of one token: softmax(scale q k^T) v over the positions that kv/all.wgsl, ends.wgsl or list.wgsl has for it, for
+// GROUP query heads of D elements that share a head of keys and values. q and out (n_tokens, n_heads, D), cache
+// (n_positions, n_kv_heads, D).
 //
-// Positions go by in tiles of 128, one a lane, with running maxima and sums. Long caches are split between workgroups,
-// whose parts attention_merge.wgsl puts together: part (n_heads, n_splits, D + 2): sums of values, maximum, sum.
-// For values a lane has four columns of some positions. PACK: out is packed too, unless parts are. Grid: (splits, groups of query heads).
+// Positions go by in tiles of 128, one a lane, with running maxima and sums. Those of one token may be split between
+// workgroups, whose parts attention_merge.wgsl puts together: part (n_heads, n_splits, D + 2): sums of values, maximum, sum.
+// For values a lane has four columns of some positions. PACK: out is packed too, unless parts are, of one token.
+// Grid: (splits, groups of query heads, tokens).
 
 struct Params {
     first: u32,
@@ -17,6 +19,9 @@ struct Params {
     scale: f32,
     packed_at: u32, // vec4
     n_units: u32,
+    n_first: u32,
+    skipped: u32,
+    stride: u32, // of the list
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
@@ -44,8 +49,11 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) t
     let split = wg.x;
     let head0 = wg.y * GROUP;
     let kv_head = wg.y / p.per_kv_head;
+    let token_at = wg.z * p.n_kv_heads * p.per_kv_head * GROUP * D4;
+    let row = wg.z * p.n_kv_heads + kv_head;
+    let n = n_read(row);
     for (var i = tid; i < GROUP * D4; i += 128u) {
-        qs[i] = q[p.q_at + head0 * D4 + i] * p.scale;
+        qs[i] = q[p.q_at + token_at + head0 * D4 + i] * p.scale;
     }
     workgroupBarrier();
     let column = tid % D4;
@@ -57,14 +65,13 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) t
         most[g] = LOWEST;
     }
     for (var t = 0u; t < p.tiles; t++) {
-        let tile = p.first + (split * p.tiles + t) * 128u;
-        if tile >= p.end {
+        let tile = (split * p.tiles + t) * 128u;
+        if tile >= n {
             break;
         }
-        let position = tile + tid;
         var s = array<f32, GROUP>();
-        if position < p.end {
-            let at = (position * p.n_kv_heads + kv_head) * D4;
+        if tile + tid < n {
+            let at = (place(row, tile + tid) * p.n_kv_heads + kv_head) * D4;
             var sum = array<vec4<f32>, GROUP>();
             for (var i = 0u; i < D4; i++) {
                 let k = key4(at + i);
@@ -101,13 +108,13 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) t
             acc[g] *= shrink;
             total[g] *= shrink;
             most[g] = m;
-            weights[g * 128u + tid] = select(0.0, exp(s[g] - m), position < p.end);
+            weights[g * 128u + tid] = select(0.0, exp(s[g] - m), tile + tid < n);
         }
         workgroupBarrier();
         if lane < LANES {
-            let n = min(128u, p.end - tile);
-            for (var i = lane; i < n; i += LANES) {
-                let v = value4(((tile + i) * p.n_kv_heads + kv_head) * D4 + column);
+            let n_tile = min(128u, n - tile);
+            for (var i = lane; i < n_tile; i += LANES) {
+                let v = value4((place_again(row, tile + i) * p.n_kv_heads + kv_head) * D4 + column);
                 for (var g = 0u; g < GROUP; g++) {
                     let w = weights[g * 128u + i];
                     acc[g] = fma(vec4(w), v, acc[g]);
@@ -130,7 +137,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) t
             }
             let head = head0 + g;
             if p.n_splits == 1u {
-                out[p.out_at + head * D4 + tid] = sum / weight;
+                out[p.out_at + token_at + head * D4 + tid] = sum / weight;
                 results[tid] = sum / weight;
             } else {
                 let at = (head * p.n_splits + split) * (D + 2u);

@@ -13,6 +13,8 @@ mod experts;
 mod on_gpu;
 #[path = "common/replies.rs"]
 mod replies;
+#[path = "gpu/sparse.rs"]
+mod sparse;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -20,6 +22,7 @@ use std::sync::Arc;
 use kinglet::backend::cpu::Cpu;
 use kinglet::backend::cpu::pool::Pool;
 use kinglet::backend::gpu::{self, Device, Gpu};
+use kinglet::backend::select::KvOptions;
 use kinglet::backend::{
     Activation, Attention, Backend, GatedFfnOf, LinearOf, Rope, RopePairs, Step,
 };
@@ -28,12 +31,13 @@ use kinglet::session::{Extra, StateFile};
 use kinglet::tokenizer::Special;
 use kinglet::{
     BackendKind, DeviceFault, Error, KvType, KvTypes, LoadOptions, Model, Session, SessionOptions,
+    Sparsity,
 };
 use serde_json::Value;
 
 use self::blocks::{Fill, random_blocks};
 use self::common::{Random, assert_near};
-use self::on_gpu::{adapter, argmax, distance, load, new_session, prefill};
+use self::on_gpu::{adapter, argmax, distance, load, new_session, prefill, sparse_session};
 
 fn golden(name: &str) -> Value {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -89,15 +93,16 @@ fn sessions_go_back_part_and_come_back_from_files() {
         return;
     }
     for name in ["lfm2", "lfm2moe"] {
-        go_back_part_and_come_back(&format!("tests/data/{name}-tiny-random.gguf"));
+        let name = format!("tests/data/{name}-tiny-random.gguf");
+        go_back_part_and_come_back(&name, Sparsity::default());
     }
 }
 
-fn go_back_part_and_come_back(name: &str) {
+fn go_back_part_and_come_back(name: &str, sparsity: Sparsity) {
     let model = load(name, BackendKind::Gpu);
     let tokens: Vec<u32> = (0..300).map(|i| (i * 37 + 11) % 320).collect();
     let tail = [7, 70, 200];
-    let mut long = new_session(&model, KvType::F16, 64);
+    let mut long = sparse_session(&model, KvType::F16, 64, sparsity);
     prefill(&mut long, &tokens);
     for token in [5, 6, 9] {
         long.decode(token).expect("decode");
@@ -106,13 +111,17 @@ fn go_back_part_and_come_back(name: &str) {
         long.truncate(cut).expect("truncate");
         let mut fork = long.fork().expect("a fork");
         prefill(&mut fork, &tail);
-        let mut fresh = new_session(&model, KvType::F16, 64);
+        let mut fresh = sparse_session(&model, KvType::F16, 64, sparsity);
         prefill(&mut fresh, &tokens[..cut.min(300)]);
         for token in [5, 6, 9].iter().take(cut.saturating_sub(300)) {
             fresh.decode(*token).expect("decode");
         }
         prefill(&mut fresh, &tail);
-        assert_eq!(fork.logits(), fresh.logits(), "{name}, cut at {cut}");
+        assert_eq!(
+            fork.logits(),
+            fresh.logits(),
+            "{name}, {sparsity}, cut at {cut}"
+        );
     }
 
     prefill(&mut long, &tokens[..290]);
@@ -130,7 +139,11 @@ fn go_back_part_and_come_back(name: &str) {
         } else {
             1e-3
         };
-        assert!(d <= bound, "{name}, {}: {d:e}", model.backend().name());
+        assert!(
+            d <= bound,
+            "{name}, {sparsity}, {}: {d:e}",
+            model.backend().name()
+        );
     }
     std::fs::remove_file(file).expect("a file");
 }
@@ -654,51 +667,52 @@ struct Case {
     normed: bool,
 }
 
+/// What the last of two passes makes of random tokens.
+fn attend<B: Backend>(b: &mut B, case: Case, options: &KvOptions, step: Step) -> Vec<f32> {
+    let mut random = Random::new(600);
+    let Attention {
+        n_heads,
+        n_kv_heads,
+        head_dim: d,
+        ..
+    } = case.shape;
+    let mut kv = b.kv(&case.shape, options);
+    let gain = b.vector(random.floats(d, 1.0));
+    let rope = Rope::new(10_000.0, d, case.pairs.unwrap_or(RopePairs::Halves));
+    let mut out = Vec::new();
+    for (start, n, step) in [
+        (0, case.n_past, Step::Prefill),
+        (case.n_past, case.n_tokens, step),
+    ] {
+        b.kv_reserve(&mut kv, start..start + n).expect("memory");
+        let [q, k, v] = [n_heads, n_kv_heads, n_kv_heads].map(|h| random.floats(n * h * d, 2.0));
+        if n == 0 {
+            continue;
+        }
+        b.begin(step);
+        let angles = b.rope_angles(&rope, start, n);
+        let mut q = upload(b, &q, n_heads * d);
+        let mut k = upload(b, &k, n_kv_heads * d);
+        let v = upload(b, &v, n_kv_heads * d);
+        if case.normed {
+            q = b.rms_norm(&q, &gain, 1e-6);
+            k = b.rms_norm(&k, &gain, 1e-6);
+        }
+        if let Some(pairs) = case.pairs {
+            b.rope(&mut q, d, pairs, &angles);
+            b.rope(&mut k, d, pairs, &angles);
+        }
+        b.kv_write(&mut kv, &k, &v, start);
+        let y = b.attention(&q, &kv, start, &case.shape);
+        out = read(b, &y);
+    }
+    out
+}
+
 #[test]
 fn attention_of_every_shape() {
     if !adapter() {
         return;
-    }
-    fn run<B: Backend>(b: &mut B, case: Case, step: Step) -> Vec<f32> {
-        let mut random = Random::new(600);
-        let Attention {
-            n_heads,
-            n_kv_heads,
-            head_dim: d,
-            ..
-        } = case.shape;
-        let mut kv = b.kv(&case.shape, &case.kv.into());
-        let gain = b.vector(random.floats(d, 1.0));
-        let rope = Rope::new(10_000.0, d, case.pairs.unwrap_or(RopePairs::Halves));
-        let mut out = Vec::new();
-        for (start, n, step) in [
-            (0, case.n_past, Step::Prefill),
-            (case.n_past, case.n_tokens, step),
-        ] {
-            b.kv_reserve(&mut kv, start..start + n).expect("memory");
-            let [q, k, v] =
-                [n_heads, n_kv_heads, n_kv_heads].map(|h| random.floats(n * h * d, 2.0));
-            if n == 0 {
-                continue;
-            }
-            b.begin(step);
-            let angles = b.rope_angles(&rope, start, n);
-            let mut q = upload(b, &q, n_heads * d);
-            let mut k = upload(b, &k, n_kv_heads * d);
-            let v = upload(b, &v, n_kv_heads * d);
-            if case.normed {
-                q = b.rms_norm(&q, &gain, 1e-6);
-                k = b.rms_norm(&k, &gain, 1e-6);
-            }
-            if let Some(pairs) = case.pairs {
-                b.rope(&mut q, d, pairs, &angles);
-                b.rope(&mut k, d, pairs, &angles);
-            }
-            b.kv_write(&mut kv, &k, &v, start);
-            let y = b.attention(&q, &kv, start, &case.shape);
-            out = read(b, &y);
-        }
-        out
     }
     let shape = |n_heads, n_kv_heads, head_dim, window| Attention {
         n_heads,
@@ -749,13 +763,15 @@ fn attention_of_every_shape() {
         ),
     ] {
         // The tiles of AMX, which read prompts, round more than the GPU does.
-        let expected = run(&mut cpu(), case, Step::Decode);
+        let options = case.kv.into();
+        let expected = attend(&mut cpu(), case, &options, Step::Decode);
         for step in [Step::Decode, Step::Prefill] {
             let what = format!("{case:?} {step:?}");
             // Keys are rounded to half floats after a rotation that may differ in its last bit.
             // Of eight bits a code may be the next one then: half a per cent of the largest of its block.
             let share = if case.kv.is_quantized() { 1e-2 } else { 3e-3 };
-            near(&run(&mut gpu(), case, step), &expected, share, &what);
+            let found = attend(&mut gpu(), case, &options, step);
+            near(&found, &expected, share, &what);
         }
     }
 }

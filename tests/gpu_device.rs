@@ -9,11 +9,25 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use kinglet::backend::gpu;
+use kinglet::backend::select::Chunking;
 use kinglet::session::{Extra, GpuPlan, Plan, StateFile};
+use kinglet::sparsity::{Heads, Policy, Sparsity};
 use kinglet::{BackendKind, DeviceFault, KvType, LoadOptions, Model, Session, SessionOptions};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
-use self::on_gpu::{adapter, argmax, distance, load, new_session, prefill};
+use self::on_gpu::{adapter, argmax, distance, load, new_session, prefill, sparse_session};
+
+/// A policy that chooses keys on the device.
+fn dhsa() -> Sparsity {
+    let policy = Policy::Dhsa {
+        chunking: Chunking::Fixed(8),
+        heads: Heads::Best,
+    };
+    Sparsity {
+        local: 40,
+        ..Sparsity::new(policy, 100)
+    }
+}
 
 /// One test at a time: they share a device.
 static DEVICE: Mutex<()> = Mutex::new(());
@@ -128,14 +142,17 @@ fn a_budget_of_the_gpu_is_planned_and_kept() {
         return;
     }
     let _alone = DEVICE.lock().unwrap_or_else(PoisonError::into_inner);
-    for (file, n_ctx, batch) in [
-        ("tests/data/lfm2moe-tiny-random.gguf", 700, 256),
-        ("models/lfm2-smol-Q4_0.gguf", 300, 32),
+    let dense = Sparsity::default();
+    for (file, n_ctx, batch, sparsity) in [
+        ("tests/data/lfm2moe-tiny-random.gguf", 700, 256, dense),
+        ("tests/data/lfm2moe-tiny-random.gguf", 700, 256, dhsa()),
+        ("models/lfm2-smol-Q4_0.gguf", 300, 32, dense),
     ] {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
         let options = SessionOptions {
             n_ctx,
             batch,
+            sparsity,
             ..SessionOptions::default()
         };
         let plan = |load: &LoadOptions| {
@@ -190,13 +207,21 @@ fn steady_decode_makes_nothing_on_the_device() {
         return;
     }
     let _alone = DEVICE.lock().unwrap_or_else(PoisonError::into_inner);
-    for (file, kv) in [
-        ("models/lfm2-smol-Q4_0.gguf", KvType::Q8_0),
-        ("tests/data/lfm2moe-tiny-random.gguf", KvType::F16),
-        ("tests/data/smallthinker-tiny-random.gguf", KvType::F16),
+    let dense = Sparsity::default();
+    let window = Sparsity::new(Policy::Window, 100);
+    for (file, kv, sparsity) in [
+        ("models/lfm2-smol-Q4_0.gguf", KvType::Q8_0, dense),
+        ("models/lfm2-smol-Q4_0.gguf", KvType::F16, window),
+        ("models/lfm2-smol-Q4_0.gguf", KvType::F16, dhsa()),
+        ("tests/data/lfm2moe-tiny-random.gguf", KvType::F16, dense),
+        (
+            "tests/data/smallthinker-tiny-random.gguf",
+            KvType::F16,
+            dense,
+        ),
     ] {
         let model = load(file, BackendKind::Gpu);
-        let mut session = new_session(&model, kv, 512);
+        let mut session = sparse_session(&model, kv, 512, sparsity);
         let device = gpu::shared(None).expect("the same device");
         prefill(&mut session, &(10..140).collect::<Vec<u32>>());
         for k in [0, 40] {
@@ -208,7 +233,7 @@ fn steady_decode_makes_nothing_on_the_device() {
             };
             let first = decode(6);
             let [submitted, ahead] = device.n_submitted();
-            assert_eq!(decode(12), first, "{file}, {k} logits");
+            assert_eq!(decode(12), first, "{file}, {sparsity}, {k} logits");
             let [submitted, ahead] = {
                 let now = device.n_submitted();
                 [now[0] - submitted, now[1] - ahead]
@@ -216,7 +241,7 @@ fn steady_decode_makes_nothing_on_the_device() {
             // All, but where attention over more tokens takes another workgroup.
             assert!(
                 12 * ahead >= 10 * submitted,
-                "{file}: {ahead} of {submitted}"
+                "{file}, {sparsity}: {ahead} of {submitted}"
             );
         }
     }

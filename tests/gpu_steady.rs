@@ -12,9 +12,11 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::backtrace::Backtrace;
 use std::cell::{Cell, RefCell};
 
+use kinglet::backend::select::Chunking;
+use kinglet::sparsity::{Heads, Policy, Sparsity};
 use kinglet::{BackendKind, KvType, Session};
 
-use self::on_gpu::{adapter, load, new_session, prefill};
+use self::on_gpu::{adapter, load, prefill, sparse_session};
 
 struct Watching;
 
@@ -77,13 +79,26 @@ fn steady_decode_allocates_nothing_of_its_own() {
     if !adapter() {
         return;
     }
-    for (file, k) in [
-        ("models/lfm2-smol-Q4_0.gguf", 0),
-        ("tests/data/lfm2moe-tiny-random.gguf", 40),
-        ("tests/data/smallthinker-tiny-random.gguf", 0),
+    let smol = "models/lfm2-smol-Q4_0.gguf";
+    let dense = Sparsity::default();
+    let sparse = |policy| Sparsity {
+        local: 40,
+        ..Sparsity::new(policy, 240)
+    };
+    let dhsa = Policy::Dhsa {
+        chunking: Chunking::Fixed(8),
+        heads: Heads::Best,
+    };
+    for (file, k, sparsity) in [
+        (smol, 0, dense),
+        (smol, 0, sparse(Policy::Window)),
+        (smol, 0, sparse(Policy::Blocks)),
+        (smol, 0, sparse(dhsa)),
+        ("tests/data/lfm2moe-tiny-random.gguf", 40, dense),
+        ("tests/data/smallthinker-tiny-random.gguf", 0, dense),
     ] {
         let model = load(file, BackendKind::Gpu);
-        let mut session = new_session(&model, KvType::F16, 512);
+        let mut session = sparse_session(&model, KvType::F16, 512, sparsity);
         // Keys of so many are read in parts that are merged.
         let prompt: Vec<u32> = (0..300).map(|i| (i * 37 + 11) % 300).collect();
         let first = allocations(|| prefill(&mut session, &prompt));
@@ -96,10 +111,13 @@ fn steady_decode_allocates_nothing_of_its_own() {
         decode(&mut session, 6);
         let seen = allocations(|| decode(&mut session, 1));
         let ours: Vec<_> = seen.iter().filter(|trace| is_ours(trace)).collect();
-        println!("{file}, {k} logits: {} of wgpu for a token", seen.len());
+        println!(
+            "{file}, {sparsity}, {k} logits: {} of wgpu for a token",
+            seen.len()
+        );
         assert!(
             ours.is_empty(),
-            "{file}, {k} logits, {}: {}",
+            "{file}, {sparsity}, {k} logits, {}: {}",
             ours.len(),
             ours[0]
         );

@@ -82,6 +82,117 @@ pub trait Select: Debug + Send + Sync {
 
     /// Chooses keys for a query: fills the empty `plan.spans` with ranges of positions, in order and apart.
     fn select(&self, ask: &Ask, plan: &mut Plan);
+
+    /// The same in numbers, for devices that cannot call it.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if it cannot be said so.
+    fn rule(&self) -> Result<Rule> {
+        Err(Error::Unsupported {
+            kind: "choice of keys on a device",
+            found: format!("{self:?}"),
+            supported: Rule::SUPPORTED.into(),
+        })
+    }
+}
+
+/// What a [`Select`] chooses for a query that does not see all: the first keys, the last, and between these the best
+/// chunks up to the budget.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Rule {
+    /// What makes a chunk better than another.
+    pub by: By,
+    /// Keys of a chunk; 0: there are none.
+    pub chunk: usize,
+    /// First keys of the sequence.
+    pub sink: usize,
+    /// Last keys before the query, itself included.
+    pub local: usize,
+    /// Keys that a query reads at most,
+    pub budget: usize,
+    /// or so many per cent of those that it sees, where these are more.
+    pub per_cent: usize,
+}
+
+/// What makes a chunk of keys better than another.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum By {
+    /// None is read, all of the budget goes to the last keys.
+    Place,
+    /// The product of its sum with that of the queries that share a head of keys.
+    Sum,
+    /// The product with the sum of all queries, of all heads of keys together.
+    Shared,
+    /// The probabilities that the queries give to it, summed.
+    Vote,
+    /// The query that wants it most.
+    Best,
+    /// Blocks of four chunks are read, by the probabilities that the queries give to means of two.
+    Blocks,
+}
+
+impl By {
+    /// Whether sums of queries are multiplied with sums of keys, in place of each query.
+    pub fn sums_queries(self) -> bool {
+        matches!(self, By::Sum | By::Shared)
+    }
+}
+
+impl Rule {
+    /// What there is, for errors.
+    pub const SUPPORTED: &'static str = "dense, a window, block top-k, DHSA with chunks of a fixed length, without means of what is left out";
+
+    /// Keys that are read or left out together.
+    pub fn item(&self) -> usize {
+        match self.by {
+            By::Blocks => 4 * self.chunk,
+            _ => self.chunk,
+        }
+    }
+
+    /// Keys that a query reads at most, of `n_seen`.
+    pub fn budget_of(&self, n_seen: usize) -> usize {
+        self.budget.max(n_seen * self.per_cent / 100)
+    }
+
+    /// How many a query reads that sees `seen`: at most, where the model's window cuts a block.
+    pub fn n_read(&self, seen: &Range<usize>) -> usize {
+        let budget = self.budget_of(seen.len());
+        match self.by {
+            By::Blocks => {
+                let item = self.item();
+                let last = seen.end.saturating_sub(self.local) / item * item;
+                let always = item + seen.end - last.max(seen.start);
+                always + budget.saturating_sub(always) / item * item
+            }
+            _ => budget,
+        }
+    }
+}
+
+/// Positions that a query at `position` sees.
+pub(in crate::backend) fn seen_from(shape: &Attention, position: usize) -> Range<usize> {
+    let first = shape
+        .window
+        .map_or(0, |window| (position + 1).saturating_sub(window));
+    first..position + 1
+}
+
+/// Adjacent positions whose queries all see everything, or all do not.
+pub(in crate::backend) fn runs(
+    shape: &Attention,
+    select: &dyn Select,
+    mut positions: Range<usize>,
+) -> impl Iterator<Item = (bool, Range<usize>)> {
+    let is_dense = move |position| select.sees_all(position, &seen_from(shape, position));
+    std::iter::from_fn(move || {
+        let start = positions.next()?;
+        let dense = is_dense(start);
+        let mut rest = positions.clone();
+        let end = rest.find(|position| is_dense(*position) != dense);
+        positions.start = end.unwrap_or(positions.end);
+        Some((dense, start..positions.start))
+    })
 }
 
 /// What is asked of a [`Select`].

@@ -2,6 +2,7 @@
 
 use super::{LoadOptions, Model, Plan};
 use crate::backend::gpu;
+use crate::backend::select::Select;
 use crate::error::Result;
 use crate::gguf::TensorInfo;
 
@@ -14,7 +15,7 @@ pub struct GpuPlan {
     pub n_layers: usize,
     /// Weights, as they are laid out there.
     pub weights: u64,
-    /// Keys and values.
+    /// Keys and values, and sums of keys where some are chosen.
     pub kv: u64,
     /// Memory of convolutions.
     pub conv: u64,
@@ -81,14 +82,24 @@ impl GpuPlan {
         found.weights = model.gguf().tensors().filter(is_there).map(bytes).sum();
         let n_convs = config.n_kv_heads.iter().filter(|n| **n == 0).count();
         let taps = config.conv_reach.checked_div(n_convs).unwrap_or(0);
-        for heads in &config.n_kv_heads[first..] {
-            let kinds = plan.options.kv;
-            match heads {
-                0 => found.conv += gpu::conv_bytes(taps, config.hidden),
-                n => found.kv += gpu::kv_bytes(kinds, n * config.head_dim, plan.options.n_ctx),
+        let (kinds, n_ctx) = (plan.options.kv, plan.options.n_ctx);
+        let sparsity = &plan.options.sparsity;
+        let rule = sparsity.rule().ok().filter(|_| !sparsity.is_dense());
+        let mut to_choose = 0;
+        for (layer, heads) in config.n_kv_heads.iter().enumerate().skip(first) {
+            if *heads == 0 {
+                found.conv += gpu::conv_bytes(taps, config.hidden);
+                continue;
+            }
+            found.kv += gpu::kv_bytes(kinds, heads * config.head_dim, n_ctx);
+            if let Some(rule) = rule.as_ref().filter(|_| sparsity.is_for(layer)) {
+                let heads = (config.n_heads, *heads);
+                let [sums, scratch] = gpu::choice_bytes(rule, heads, config.head_dim, n_ctx);
+                found.kv += sums;
+                to_choose = scratch.max(to_choose);
             }
         }
-        found.scratch = SCRATCH * plan.footprint.scratch + SMALL;
+        found.scratch = SCRATCH * (plan.footprint.scratch + to_choose) + SMALL;
         found
     }
 

@@ -135,6 +135,30 @@ impl SessionOptions {
         }
     }
 
+    /// That a backend can do its attention.
+    fn check_backend(&self, backend: BackendKind) -> Result<()> {
+        if backend == BackendKind::Cpu || (self.sparsity.is_dense() && self.delta.is_none()) {
+            return Ok(());
+        }
+        #[cfg(feature = "gpu")]
+        if backend == BackendKind::Gpu {
+            use crate::backend::select::{Rule, Select};
+            return match &self.delta {
+                None => self.sparsity.rule().map(drop),
+                Some(delta) => Err(Error::Unsupported {
+                    kind: "sparse attention on the GPU",
+                    found: format!("DeltaLLM, {delta}"),
+                    supported: Rule::SUPPORTED.into(),
+                }),
+            };
+        }
+        Err(Error::Unsupported {
+            kind: "sparse attention of this backend",
+            found: self.attention(),
+            supported: "dense".into(),
+        })
+    }
+
     /// How caches are made.
     fn kv_options(&self) -> Result<KvOptions> {
         Ok(KvOptions {
@@ -635,14 +659,7 @@ impl Session {
                 });
             }
         }
-        let is_dense = options.sparsity.is_dense() && options.delta.is_none();
-        if !is_dense && model.backend() != BackendKind::Cpu {
-            return Err(Error::Unsupported {
-                kind: "sparse attention of this backend",
-                found: options.attention(),
-                supported: "dense".into(),
-            });
-        }
+        options.check_backend(model.backend())?;
         if let Some(delta) = &options.delta {
             model.check_delta(delta)?;
         }

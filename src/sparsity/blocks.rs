@@ -16,6 +16,8 @@ pub const STRIDE: usize = 16;
 
 const PER_BLOCK: usize = BLOCK / STRIDE;
 
+const _: () = assert!(PER_BLOCK == 4, "see `select::By::Blocks`");
+
 /// See [`Select::select`](crate::backend::select::Select::select).
 pub(super) fn select(sparsity: &Sparsity, ask: &Ask, plan: &mut Plan) {
     let seen = &ask.seen;

@@ -18,7 +18,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 pub use self::dhsa::Heads;
-use crate::backend::select::{Ask, Chunking, Plan, Select};
+use crate::backend::select::{Ask, By, Chunking, Plan, Rule, Select};
 use crate::error::{Error, Result};
 
 /// Which keys queries attend to.
@@ -302,6 +302,52 @@ impl Select for Sparsity {
             Repair::Delta(every) => Some(every),
             Repair::None | Repair::Pooled => None,
         }
+    }
+
+    fn rule(&self) -> Result<Rule> {
+        let unsupported = |found: String| Error::Unsupported {
+            kind: "sparse attention on the GPU",
+            found,
+            supported: Rule::SUPPORTED.into(),
+        };
+        if self.repair != Repair::None {
+            return Err(unsupported(format!("{self}")));
+        }
+        let (by, chunk) = match self.policy {
+            Policy::Dense | Policy::Window => (By::Place, 0),
+            Policy::Blocks => (By::Blocks, blocks::STRIDE),
+            Policy::Dhsa {
+                chunking: Chunking::Shift(n),
+                ..
+            } => {
+                let found = format!("{} that end where keys shift (shift:{n})", self.policy);
+                return Err(unsupported(found));
+            }
+            Policy::Dhsa {
+                chunking: Chunking::Labels(n),
+                ..
+            } => {
+                let found = format!("{} that end by attention (labels:{n})", self.policy);
+                return Err(unsupported(found));
+            }
+            Policy::Dhsa {
+                chunking: Chunking::Fixed(n),
+                heads,
+            } => match heads {
+                Heads::Each => (By::Sum, n),
+                Heads::Shared => (By::Shared, n),
+                Heads::Vote => (By::Vote, n),
+                Heads::Best => (By::Best, n),
+            },
+        };
+        Ok(Rule {
+            by,
+            chunk,
+            sink: self.sink,
+            local: self.local,
+            budget: self.budget,
+            per_cent: self.per_cent,
+        })
     }
 
     fn select(&self, ask: &Ask, plan: &mut Plan) {

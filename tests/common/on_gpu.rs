@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 
 use kinglet::backend::gpu;
-use kinglet::{BackendKind, KvType, LoadOptions, Model, Session, SessionOptions};
+use kinglet::{BackendKind, KvType, LoadOptions, Model, Session, SessionOptions, Sparsity};
 
 /// Whether there is an adapter; says so if not.
 pub fn adapter() -> bool {
@@ -29,10 +29,15 @@ pub fn load(path: &str, backend: BackendKind) -> Model {
 }
 
 pub fn new_session(model: &Model, kv: KvType, batch: usize) -> Session {
+    sparse_session(model, kv, batch, Sparsity::default())
+}
+
+pub fn sparse_session(model: &Model, kv: KvType, batch: usize, sparsity: Sparsity) -> Session {
     let options = SessionOptions {
         n_ctx: 512,
         kv: kv.into(),
         batch,
+        sparsity,
         ..SessionOptions::default()
     };
     Session::new(model, &options).expect("a session")

@@ -12,7 +12,8 @@ use super::scratch::Scratch;
 use super::table::{AttendBatch, AttendSpan, AttendTokens, Operations, Ready, Rows, ToF16};
 use crate::backend::delta::Delta;
 use crate::backend::notes::{NoteShape, Notes};
-use crate::backend::select::{Chunking, Chunks, KvOptions, Select};
+pub(super) use crate::backend::select::runs;
+use crate::backend::select::{Chunking, Chunks, KvOptions, Select, seen_from};
 use crate::backend::{Attention, KV_PAGE, KvType, KvTypes, Step};
 use crate::error::{Error, Result};
 use crate::profile::Work;
@@ -359,14 +360,6 @@ impl<'a> Sums<'a> {
     }
 }
 
-/// Positions that a query at `position` sees.
-fn seen_from(shape: &Attention, position: usize) -> Range<usize> {
-    let first = shape
-        .window
-        .map_or(0, |window| (position + 1).saturating_sub(window));
-    first..position + 1
-}
-
 /// The kernel that attends to `cache`.
 pub(super) fn kernel(cache: &KvCache, step: Step, operations: &Operations) -> &'static str {
     if let Some(tiles) = tiles(operations, cache.head_dim, cache.kinds, step) {
@@ -416,23 +409,6 @@ pub(in crate::backend) fn work_selected(
         sum += dense;
     }
     sum
-}
-
-/// Adjacent positions whose queries all see everything, or all do not.
-pub(super) fn runs(
-    shape: &Attention,
-    select: &dyn Select,
-    mut positions: Range<usize>,
-) -> impl Iterator<Item = (bool, Range<usize>)> {
-    let is_dense = move |position| select.sees_all(position, &seen_from(shape, position));
-    std::iter::from_fn(move || {
-        let start = positions.next()?;
-        let dense = is_dense(start);
-        let mut rest = positions.clone();
-        let end = rest.find(|position| is_dense(*position) != dense);
-        positions.start = end.unwrap_or(positions.end);
-        Some((dense, start..positions.start))
-    })
 }
 
 /// Pages that queries at `positions` see.

@@ -1,5 +1,6 @@
 //! Caches of keys and values, and attention on them.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use wgpu::BufferUsages;
@@ -7,11 +8,12 @@ use wgpu::BufferUsages;
 use super::device::Buffer;
 use super::ops::vec4;
 use super::packed::Packed;
-use super::pipeline::Shader;
+use super::pipeline::{Reads, Shader};
 use super::record::Bindings;
+use super::sparse::{Choice, Chosen};
 use super::weights::UNIT;
-use super::{Gpu, Heads, Rows, Tensor, Value};
-use crate::backend::select::KvOptions;
+use super::{Gpu, Heads, Rows, Tensor, Value, sparse};
+use crate::backend::select::{By, KvOptions, Rule, seen_from};
 use crate::backend::{Attention, KV_PAGE, KvType, KvTypes, Step};
 use crate::error::{Error, Result};
 
@@ -49,17 +51,29 @@ pub struct KvCache {
     head_dim: usize,
     n_positions: usize,
     memory: Option<[Arc<Buffer>; 2]>,
+    choice: Option<Choice>,
 }
 
 /// A cache as one pass sees it.
 #[derive(Clone)]
-struct CacheView {
-    kinds: KvTypes,
-    n_kv_heads: usize,
-    head_dim: usize,
-    n_positions: usize,
-    keys: Arc<Buffer>,
+pub(super) struct CacheView {
+    pub(super) kinds: KvTypes,
+    pub(super) n_kv_heads: usize,
+    pub(super) head_dim: usize,
+    pub(super) n_positions: usize,
+    pub(super) keys: Arc<Buffer>,
     values: Arc<Buffer>,
+    pub(super) choice: Option<Choice>,
+}
+
+/// Which keys of a cache a token reads.
+enum Read<'a> {
+    /// Adjacent ones.
+    All(Range<usize>),
+    /// Of those that it sees the first and the last, as a rule says.
+    Ends(Range<usize>, Rule),
+    /// Rows of a list, the first of a token that is not the list's first.
+    List(&'a Chosen, usize),
 }
 
 /// Bytes of a block of a file, and of one on the device, where all begin with whole words.
@@ -83,6 +97,7 @@ impl CacheView {
             n_positions: kv.n_positions,
             keys: Arc::clone(keys),
             values: Arc::clone(values),
+            choice: kv.choice.clone(),
         }
     }
 
@@ -94,19 +109,21 @@ impl CacheView {
 
 impl KvCache {
     /// An empty one.
-    pub(super) fn new(attention: &Attention, options: &KvOptions) -> Self {
-        Self {
+    pub(super) fn new(attention: &Attention, options: &KvOptions) -> Result<Self> {
+        Ok(Self {
             kinds: options.kinds,
             n_kv_heads: attention.n_kv_heads,
             head_dim: attention.head_dim,
             n_positions: 0,
             memory: None,
-        }
+            choice: options.select.as_ref().map(Choice::new).transpose()?,
+        })
     }
 
     /// Bytes on the device.
     pub(super) fn bytes(&self) -> usize {
-        let memory = self.memory.iter().flatten();
+        let sums = self.choice.iter().filter_map(|choice| choice.sums.as_ref());
+        let memory = self.memory.iter().flatten().chain(sums);
         memory.map(|buffer| buffer.bytes as usize).sum()
     }
 
@@ -139,16 +156,28 @@ impl Gpu {
             });
         }
         let n = n.max(2 * kv.n_positions).next_multiple_of(KV_STEP);
-        let grown = |which: usize| {
-            let bytes = (n * kv.row_bytes(which)) as u64;
+        let grown = |bytes: usize, old: Option<&Arc<Buffer>>| {
             let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST;
-            let buffer = self.device.buffer(bytes, usage, "keys and values")?;
-            if let Some(old) = &kv.memory {
-                self.device.copy(&old[which], &buffer)?;
+            let buffer = self.device.buffer(bytes as u64, usage, "keys and values")?;
+            if let Some(old) = old {
+                self.device.copy(old, &buffer)?;
             }
             Ok::<_, Error>(Arc::new(buffer))
         };
-        kv.memory = Some([grown(0)?, grown(1)?]);
+        let old = |which: usize| kv.memory.as_ref().map(|old| &old[which]);
+        let memory = [0, 1].map(|which| grown(n * kv.row_bytes(which), old(which)));
+        let sums = match &kv.choice {
+            Some(choice) if choice.rule.chunk > 0 => {
+                let bytes = sparse::sums_bytes(&choice.rule, kv.n_kv_heads * kv.head_dim, n);
+                Some(grown(bytes, choice.sums.as_ref())?)
+            }
+            _ => None,
+        };
+        let [keys, values] = memory;
+        kv.memory = Some([keys?, values?]);
+        if let Some(choice) = &mut kv.choice {
+            choice.sums = sums;
+        }
         kv.n_positions = n;
         self.recorder.borrow_mut().forget_groups();
         Ok(())
@@ -165,8 +194,16 @@ impl Gpu {
             Some([keys, values]) => Some([copy(keys)?, copy(values)?]),
             None => None,
         };
+        let mut choice = kv.choice.clone();
+        if let Some(sums) = choice.as_mut().and_then(|choice| choice.sums.as_mut()) {
+            *sums = copy(sums)?;
+        }
         self.recorder.borrow_mut().forget_groups();
-        Ok(KvCache { memory, ..*kv })
+        Ok(KvCache {
+            memory,
+            choice,
+            ..*kv
+        })
     }
 
     pub(super) fn cache_save(
@@ -249,7 +286,18 @@ impl Gpu {
         for (buffer, rows) in memory.iter().zip(&rows) {
             self.device.queue.write_buffer(&buffer.raw, 0, rows);
         }
-        self.device.check("keys and values of a file")
+        self.device.check("keys and values of a file")?;
+        if kv
+            .choice
+            .as_ref()
+            .is_none_or(|choice| choice.sums.is_none())
+        {
+            return Ok(());
+        }
+        // What was recorded before is of a pass that ended early.
+        self.recorder.borrow_mut().begin();
+        self.sum_keys(&CacheView::of(kv), 0..n)?;
+        self.recorder.borrow_mut().finish()
     }
 
     pub(super) fn cache_write(&mut self, kv: &mut KvCache, k: &Tensor, v: &Tensor, start: usize) {
@@ -316,24 +364,76 @@ impl Gpu {
         if self.packs(q.n_cols) && d.is_multiple_of(8) {
             out.packed = Some(self.take_packed(q.n_tokens, q.n_cols));
         }
+        let positions = start..start + q.n_tokens;
+        match &cache.choice {
+            None => self.attend_run((true, positions), &rows, start, &cache, attention, &out),
+            Some(choice) => {
+                for run in choice.runs(attention, positions) {
+                    self.attend_run(run, &rows, start, &cache, attention, &out);
+                }
+            }
+        }
+        Tensor::new(q.n_tokens, q.n_cols, Value::Rows(out))
+    }
+
+    /// Attention of adjacent tokens of those at `start..` that all read everything, or all do not.
+    fn attend_run(
+        &self,
+        (is_dense, run): (bool, Range<usize>),
+        q: &Rows,
+        start: usize,
+        cache: &CacheView,
+        attention: &Attention,
+        out: &Rows,
+    ) {
+        let choice = cache.choice.as_ref().filter(|_| !is_dense);
+        let (n_heads, d) = (attention.n_heads, attention.head_dim);
+        let is_decode = self.step == Step::Decode;
         let mut work = self.work.get();
-        for position in start..start + q.n_tokens {
-            let seen = attention.window.unwrap_or(usize::MAX).min(position + 1);
-            work.attention_ops += 4 * (seen * n_heads * d) as u64;
-            if self.step == Step::Decode || position + 1 == start + q.n_tokens {
-                work.kv_bytes += (seen * cache.kinds.row_bytes(cache.n_kv_heads * d)) as u64;
+        for position in run.clone() {
+            let seen = seen_from(attention, position);
+            let n_read = choice.map_or(seen.len(), |choice| choice.rule.n_read(&seen));
+            work.attention_ops += 4 * (n_read * n_heads * d) as u64;
+            work.pairs += (seen.len() * n_heads) as u64;
+            work.pairs_read += (n_read * n_heads) as u64;
+            if is_decode || choice.is_some() || position + 1 == run.end {
+                work.kv_bytes += (n_read * cache.kinds.row_bytes(cache.n_kv_heads * d)) as u64;
             }
         }
         self.work.set(work);
-        if self.step == Step::Decode {
-            // One, or a replay of some that came one by one.
-            for i in 0..q.n_tokens {
-                self.attend_one(&rows, i, &cache, start + i, attention, &out);
+        let rows = run.start - start..run.end - start;
+        match choice {
+            Some(choice) if choice.rule.by != By::Place => {
+                for some in self.choose_in_parts(cache, attention, run) {
+                    let rows = some.start - start..some.end - start;
+                    let chosen = self.choose_keys(q, rows.clone(), cache, some, attention);
+                    if is_decode {
+                        for (i, row) in rows.enumerate() {
+                            let read = Read::List(&chosen, i);
+                            self.attend_one(q, row..row + 1, cache, read, attention, out);
+                        }
+                    } else {
+                        let read = Read::List(&chosen, 0);
+                        self.attend_one(q, rows, cache, read, attention, out);
+                    }
+                }
             }
-        } else {
-            self.attend_many(&rows, q.n_tokens, &cache, start, attention, &out);
+            // One, or a replay of some that came one by one.
+            _ if is_decode => {
+                for (row, position) in rows.zip(run) {
+                    let seen = seen_from(attention, position);
+                    let read = match choice {
+                        None => Read::All(seen),
+                        Some(choice) => Read::Ends(seen, choice.rule),
+                    };
+                    self.attend_one(q, row..row + 1, cache, read, attention, out);
+                }
+            }
+            _ => {
+                let rule = choice.map(|choice| &choice.rule);
+                self.attend_many(q, rows, cache, run.start, rule, attention, out);
+            }
         }
-        Tensor::new(q.n_tokens, q.n_cols, Value::Rows(out))
     }
 
     /// Puts keys and values into the cache for which no queries came.
@@ -406,34 +506,58 @@ impl Gpu {
         ];
         let grid = [n_heads + 2 * n_kv_heads, n_tokens, 1];
         self.dispatch_written(shader, &params, &buffers, &[6, 7, 8], grid);
+        if let Some(kv) = kv {
+            self.done(self.sum_keys(&kv.cache, kv.start..kv.start + n_tokens));
+        }
     }
 
-    /// Attention of the token in row `row`.
+    /// Attention of the tokens in `rows`, each by workgroups of its own; of a token that is decoded keys are split.
     fn attend_one(
         &self,
         q: &Rows,
-        row: usize,
+        rows: Range<usize>,
         cache: &CacheView,
-        position: usize,
+        read: Read,
         attention: &Attention,
         out: &Rows,
     ) {
         let (n_heads, d) = (attention.n_heads, attention.head_dim);
         let per_kv = n_heads / attention.n_kv_heads;
-        let group = (1..=MAX_GROUP.min(per_kv))
-            .rev()
-            .find(|n| per_kv.is_multiple_of(*n))
-            .expect("one divides everything");
-        let first = attention
-            .window
-            .map_or(0, |window| (position + 1).saturating_sub(window));
-        let end = position + 1;
-        let n_tiles = (end - first).div_ceil(TILE);
+        let group = group(attention);
+        // What the shader is told: the first and the end of keys, or where lists begin; how many there are at the
+        // first and left out then, or words of a list.
+        let (reads, list, n, [first, end, n_first, skipped, stride]) = match read {
+            Read::All(seen) => (
+                Reads::All,
+                None,
+                seen.len(),
+                [seen.start, seen.end, 0, 0, 0],
+            ),
+            Read::Ends(seen, rule) => {
+                let n = rule.n_read(&seen);
+                let n_first = rule.sink.clamp(seen.start, seen.end) - seen.start;
+                let skipped = seen.len() - n;
+                let params = [seen.start, seen.end, n_first, skipped, 0];
+                (Reads::Ends, None, n, params)
+            }
+            Read::List(list, token) => {
+                let at = token * attention.n_kv_heads * list.stride;
+                (
+                    Reads::List,
+                    Some(list),
+                    list.most,
+                    [at, 0, 0, 0, list.stride],
+                )
+            }
+        };
+        let n_tiles = n.div_ceil(TILE);
         let tiles = match n_tiles {
+            n if self.step == Step::Prefill => n,
             0..=UNSPLIT => n_tiles,
             n => n.div_ceil(MAX_SPLITS),
         };
         let n_splits = n_tiles.div_ceil(tiles);
+        assert!(rows.len() == 1 || n_splits == 1, "parts are of one token");
         let part = self.take(match n_splits {
             1 => 1,
             n => n_heads * n * (d + 2),
@@ -444,8 +568,9 @@ impl Gpu {
             pack: out.packed.is_some(),
             keys: cache.kinds.keys,
             values: cache.kinds.values,
+            reads,
         };
-        let at = row * n_heads * d;
+        let at = rows.start * n_heads * d;
         let params = [
             first as u32,
             end as u32,
@@ -459,6 +584,9 @@ impl Gpu {
             // Four planes of a vec4 a unit.
             (at / 8) as u32,
             (n_heads * d / UNIT) as u32,
+            n_first as u32,
+            skipped as u32,
+            stride as u32,
         ];
         let packed = out.packed.as_ref();
         let mut buffers = Bindings::new();
@@ -468,7 +596,9 @@ impl Gpu {
         buffers.push(Some(out.span()));
         buffers.push(Some(part.span()));
         buffers.push_some(packed.map(Packed::span));
-        self.dispatch(shader, &params, &buffers, [n_splits, n_heads / group, 1]);
+        buffers.push_some(list.map(|list| list.rows.span()));
+        let grid = [n_splits, n_heads / group, rows.len()];
+        self.dispatch(shader, &params, &buffers, grid);
         if n_splits > 1 {
             let params = [
                 d as u32,
@@ -488,13 +618,18 @@ impl Gpu {
         }
     }
 
-    /// Attention of the rows of a prompt.
+    /// Attention of rows of a prompt, the first at position `start`; with a rule to the first keys and the last.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "rows, what they read, and where it goes"
+    )]
     fn attend_many(
         &self,
         q: &Rows,
-        n_tokens: usize,
+        rows: Range<usize>,
         cache: &CacheView,
         start: usize,
+        ends: Option<&Rule>,
         attention: &Attention,
         out: &Rows,
     ) {
@@ -516,15 +651,21 @@ impl Gpu {
             bk: bk as u32,
             keys: cache.kinds.keys,
             values: cache.kinds.values,
+            ends: ends.is_some(),
         };
+        let at = rows.start * attention.n_heads * d;
         let params = [
             start as u32,
-            n_tokens as u32,
+            rows.len() as u32,
             attention.n_heads as u32,
             attention.n_kv_heads as u32,
             attention.window.unwrap_or(0) as u32,
-            vec4(q.at),
+            vec4(q.at + at),
+            vec4(out.at + at),
             attention.scale.to_bits(),
+            ends.map_or(0, |rule| rule.sink as u32),
+            ends.map_or(0, |rule| rule.budget as u32),
+            ends.map_or(0, |rule| rule.per_cent as u32),
         ];
         let buffers = [
             Some(q.span()),
@@ -532,9 +673,18 @@ impl Gpu {
             Some(cache.values.all()),
             Some(out.span()),
         ];
-        let grid = [attention.n_heads, n_tokens.div_ceil(bq), 1];
+        let grid = [attention.n_heads, rows.len().div_ceil(bq), 1];
         self.dispatch(shader, &params, &buffers, grid);
     }
+}
+
+/// Query heads that share loads of keys.
+pub(super) fn group(attention: &Attention) -> usize {
+    let per_kv = attention.n_heads / attention.n_kv_heads;
+    (1..=MAX_GROUP.min(per_kv))
+        .rev()
+        .find(|n| per_kv.is_multiple_of(*n))
+        .expect("one divides everything")
 }
 
 const _: () = assert!(KvType::ALL.len() == 4, "a new cache type needs shaders");

@@ -6,7 +6,8 @@
 
 use std::fmt::Write;
 
-use super::pipeline::{Experts, GEMV_LANES, Shader, Target, Then, is_float};
+use super::pipeline::{Experts, GEMV_LANES, Reads, Shader, Target, Then, is_float};
+use crate::backend::select::By;
 use crate::backend::{Activation, KvType, RopePairs};
 use crate::quant::{DType, KVALUES_IQ4NL, KVALUES_MXFP4};
 
@@ -147,12 +148,16 @@ impl Text {
         });
     }
 
-    fn cache(&mut self, keys: KvType, values: KvType) {
+    fn keys(&mut self, keys: KvType) {
         self.file(match keys {
             KvType::F32 => file!("kv/keys_f32.wgsl"),
             KvType::Q8_0 => file!("kv/keys_q8_0.wgsl"),
             _ => file!("kv/keys_f16.wgsl"),
         });
+    }
+
+    fn cache(&mut self, keys: KvType, values: KvType) {
+        self.keys(keys);
         self.file(match values {
             KvType::F32 => file!("kv/values_f32.wgsl"),
             KvType::Q8_0 => file!("kv/values_q8_0.wgsl"),
@@ -398,10 +403,16 @@ impl Shader {
                 pack,
                 keys,
                 values,
+                reads,
             } => {
                 text.uint("D", head_dim);
                 text.uint("GROUP", group);
                 text.cache(keys, values);
+                text.file(match reads {
+                    Reads::All => file!("kv/all.wgsl"),
+                    Reads::Ends => file!("kv/ends.wgsl"),
+                    Reads::List => file!("kv/list.wgsl"),
+                });
                 text.packing(file!("attention_one.wgsl"), pack);
             }
             Shader::AttentionMerge { pack } => text.packing(file!("attention_merge.wgsl"), pack),
@@ -411,12 +422,50 @@ impl Shader {
                 bk,
                 keys,
                 values,
+                ends,
             } => {
                 text.uint("D", head_dim);
                 text.uint("BQ", bq);
                 text.uint("BK", bk);
+                text.flag("ENDS", ends);
                 text.cache(keys, values);
                 text.file(file!("attention_many.wgsl"));
+            }
+            Shader::SumKeys { chunk, keys } => {
+                text.uint("CHUNK", chunk);
+                text.keys(keys);
+                text.file(file!("sum_keys.wgsl"));
+            }
+            Shader::ChunkScores {
+                head_dim,
+                rows,
+                chunk,
+                summed,
+            } => {
+                text.uint("D", head_dim);
+                text.uint("ROWS", rows);
+                text.uint("CHUNK", chunk);
+                text.flag("SUMMED", summed);
+                text.file(file!("chunk_scores.wgsl"));
+            }
+            Shader::Choose {
+                by,
+                chunk,
+                item,
+                group,
+            } => {
+                let by = match by {
+                    By::Place | By::Sum => 0,
+                    By::Shared => 1,
+                    By::Vote => 2,
+                    By::Best => 3,
+                    By::Blocks => 4,
+                };
+                text.uint("BY", by);
+                text.uint("CHUNK", chunk);
+                text.uint("ITEM", item);
+                text.uint("GROUP", group);
+                text.file(file!("choose.wgsl"));
             }
             Shader::ShortConv { store, push, pack } => {
                 text.flag("STORE", store);

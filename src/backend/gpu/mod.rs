@@ -16,6 +16,7 @@ mod packed;
 pub mod pipeline;
 mod products;
 mod record;
+mod sparse;
 mod times;
 mod top;
 mod weights;
@@ -34,6 +35,7 @@ use self::packed::Packed;
 use self::record::Recorder;
 use self::weights::Weights;
 pub use self::weights::device_bytes;
+use super::select::Rule;
 use super::{KvTypes, RopePairs, Step};
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
@@ -207,6 +209,20 @@ impl Gpu {
 pub fn kv_bytes(kinds: KvTypes, n: usize, n_positions: usize) -> u64 {
     let rows = attention::row_bytes(kinds.keys, n) + attention::row_bytes(kinds.values, n);
     (rows * n_positions.next_multiple_of(attention::KV_STEP)) as u64
+}
+
+/// Bytes beside keys and values of `(n_heads, n_kv_heads)` for tokens that choose among `n_positions`: sums of keys, and
+/// scratch that all layers share.
+pub fn choice_bytes(
+    rule: &Rule,
+    (n_heads, n_kv_heads): (usize, usize),
+    head_dim: usize,
+    n_positions: usize,
+) -> [u64; 2] {
+    let n_positions = n_positions.next_multiple_of(attention::KV_STEP);
+    let sums = sparse::sums_bytes(rule, n_kv_heads * head_dim, n_positions);
+    let scratch = sparse::scratch_bytes(rule, (n_heads, n_kv_heads), n_positions);
+    [sums as u64, scratch as u64]
 }
 
 /// Bytes of the memory of a convolution that reads `n_rows` earlier inputs.

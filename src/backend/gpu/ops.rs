@@ -241,9 +241,9 @@ impl Backend for Gpu {
         }
     }
 
-    /// Sessions see to it that nothing here selects keys.
+    /// Sessions see to it that policies have a rule.
     fn kv(&self, attention: &Attention, options: &KvOptions) -> KvCache {
-        KvCache::new(attention, options)
+        self.done(KvCache::new(attention, options))
     }
 
     fn kv_reserve(&self, kv: &mut KvCache, positions: Range<usize>) -> Result<()> {

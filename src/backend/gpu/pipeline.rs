@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::device::Device;
+use crate::backend::select::By;
 use crate::backend::{Activation, KvType, RopePairs};
 use crate::error::Result;
 use crate::quant::DType;
@@ -64,6 +65,17 @@ pub enum Then {
     Product,
     /// A product, which wants it packed, or whatever.
     Either,
+}
+
+/// Which keys a token reads.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Reads {
+    /// All that it sees.
+    All,
+    /// The first of them and the last.
+    Ends,
+    /// A list of them.
+    List,
 }
 
 /// How the lanes of a workgroup share eight rows.
@@ -237,6 +249,8 @@ pub enum Shader {
         keys: KvType,
         /// Of the cache.
         values: KvType,
+        /// Which keys.
+        reads: Reads,
     },
     /// The parts of a split attention.
     AttentionMerge {
@@ -255,6 +269,37 @@ pub enum Shader {
         keys: KvType,
         /// Of the cache.
         values: KvType,
+        /// Whether the first keys are read and the last alone.
+        ends: bool,
+    },
+    /// Sums of the keys of chunks.
+    SumKeys {
+        /// Keys of a chunk.
+        chunk: u32,
+        /// Of the cache.
+        keys: KvType,
+    },
+    /// Products of queries with sums of keys.
+    ChunkScores {
+        /// Elements of a head.
+        head_dim: u32,
+        /// Rows of a workgroup.
+        rows: u32,
+        /// Keys of a chunk.
+        chunk: u32,
+        /// Whether queries are summed.
+        summed: bool,
+    },
+    /// The keys that tokens read.
+    Choose {
+        /// What makes a chunk better than another.
+        by: By,
+        /// Keys of a chunk,
+        chunk: u32,
+        /// and of what is read or left out together.
+        item: u32,
+        /// Queries that share a head of keys.
+        group: u32,
     },
     /// A short convolution.
     ShortConv {
@@ -461,21 +506,46 @@ impl Shader {
                 }
             }
             for (head_dim, group, bq, bk) in [(16, 2, 16, 32), (64, 4, 16, 32), (256, 8, 8, 16)] {
-                all.push(Shader::AttentionOne {
-                    head_dim,
-                    group,
-                    pack: group < 8,
-                    keys,
-                    values,
-                });
-                all.push(Shader::AttentionMany {
-                    head_dim,
-                    bq,
-                    bk,
-                    keys,
-                    values,
-                });
+                for reads in [Reads::All, Reads::Ends, Reads::List] {
+                    all.push(Shader::AttentionOne {
+                        head_dim,
+                        group,
+                        pack: group < 8,
+                        keys,
+                        values,
+                        reads,
+                    });
+                }
+                for ends in [false, true] {
+                    all.push(Shader::AttentionMany {
+                        head_dim,
+                        bq,
+                        bk,
+                        keys,
+                        values,
+                        ends,
+                    });
+                }
             }
+            all.push(Shader::SumKeys { chunk: 8, keys });
+        }
+        for (head_dim, rows, summed) in [(64, 1, true), (80, 3, false), (256, 8, false)] {
+            all.push(Shader::ChunkScores {
+                head_dim,
+                rows,
+                chunk: 8,
+                summed,
+            });
+        }
+        for by in [By::Sum, By::Shared, By::Vote, By::Best, By::Blocks] {
+            let (chunk, item) = if by == By::Blocks { (16, 64) } else { (8, 8) };
+            let group = 3;
+            all.push(Shader::Choose {
+                by,
+                chunk,
+                item,
+                group,
+            });
         }
         for pack in [false, true] {
             all.push(Shader::AttentionMerge { pack });

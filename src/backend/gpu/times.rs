@@ -10,6 +10,9 @@ use crate::error::Result;
 use crate::profile::span::now;
 use crate::profile::{Label, Operation, PassKind, PassRecord, Span, Trace, Work};
 
+/// What decides which keys are read.
+const DECIDES: [&str; 3] = ["sum_keys_gpu", "chunk_scores_gpu", "choose_gpu"];
+
 /// Timestamps of one submission, and the trace that they become.
 pub(super) struct Times {
     queries: wgpu::QuerySet,
@@ -119,7 +122,10 @@ impl Times {
             Shader::Heads { .. } => Operation::KvWrite,
             Shader::AttentionOne { .. }
             | Shader::AttentionMerge { .. }
-            | Shader::AttentionMany { .. } => Operation::Attention,
+            | Shader::AttentionMany { .. }
+            | Shader::SumKeys { .. }
+            | Shader::ChunkScores { .. }
+            | Shader::Choose { .. } => Operation::Attention,
             Shader::ShortConv { .. } => Operation::ShortConv,
             Shader::Glu(_) => Operation::Glu,
             Shader::Add => Operation::Add,
@@ -138,6 +144,9 @@ impl Times {
             Shader::Gemm { dtype, .. } => format!("gemm_{dtype}_gpu").to_lowercase(),
             Shader::GemmMatrix { dtype, .. } => format!("gemm_{dtype}_gpu_matrix").to_lowercase(),
             Shader::AttentionMerge { .. } => "attention_merge_gpu".to_owned(),
+            Shader::SumKeys { .. } => DECIDES[0].to_owned(),
+            Shader::ChunkScores { .. } => DECIDES[1].to_owned(),
+            Shader::Choose { .. } => DECIDES[2].to_owned(),
             Shader::Top { .. } => "top_gpu".to_owned(),
             Shader::Group { .. } => "group_gpu".to_owned(),
             Shader::Slots => "slots_gpu".to_owned(),
@@ -189,12 +198,19 @@ impl Times {
             let before = last.saturating_sub(tick) as f64 * self.period;
             end.saturating_sub(before as u64)
         };
-        let times = ticks.windows(2).zip(&self.running);
-        self.trace.spans.extend(times.map(|(ticks, span)| Span {
-            start: at(ticks[0]),
-            end: at(ticks[1]),
-            ..*span
-        }));
+        for (ticks, span) in ticks.windows(2).zip(&self.running) {
+            let (start, end) = (at(ticks[0]), at(ticks[1]));
+            let mut span = Span {
+                start,
+                end,
+                ..*span
+            };
+            let label = &self.trace.labels[span.label as usize];
+            if DECIDES.contains(&label.kernel.as_str()) {
+                span.work.decide_ns = end - start;
+            }
+            self.trace.spans.push(span);
+        }
         Ok(())
     }
 }
