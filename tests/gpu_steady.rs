@@ -80,6 +80,8 @@ fn steady_decode_allocates_nothing_of_its_own() {
         return;
     }
     let smol = "models/lfm2-smol-Q4_0.gguf";
+    let lfm2moe = "tests/data/lfm2moe-tiny-random.gguf";
+    let smallthinker = "tests/data/smallthinker-tiny-random.gguf";
     let dense = Sparsity::default();
     let sparse = |policy| Sparsity {
         local: 40,
@@ -91,11 +93,11 @@ fn steady_decode_allocates_nothing_of_its_own() {
     };
     for (file, k, sparsity) in [
         (smol, 0, dense),
-        (smol, 0, sparse(Policy::Window)),
-        (smol, 0, sparse(Policy::Blocks)),
         (smol, 0, sparse(dhsa)),
-        ("tests/data/lfm2moe-tiny-random.gguf", 40, dense),
-        ("tests/data/smallthinker-tiny-random.gguf", 0, dense),
+        (lfm2moe, 40, dense),
+        (lfm2moe, 40, sparse(Policy::Blocks)),
+        (smallthinker, 0, dense),
+        (smallthinker, 0, sparse(Policy::Window)),
     ] {
         let model = load(file, BackendKind::Gpu);
         let mut session = sparse_session(&model, KvType::F16, 512, sparsity);

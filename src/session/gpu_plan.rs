@@ -94,7 +94,8 @@ impl GpuPlan {
             found.kv += gpu::kv_bytes(kinds, heads * config.head_dim, n_ctx);
             if let Some(rule) = rule.as_ref().filter(|_| sparsity.is_for(layer)) {
                 let heads = (config.n_heads, *heads);
-                let [sums, scratch] = gpu::choice_bytes(rule, heads, config.head_dim, n_ctx);
+                let (head_dim, batch) = (config.head_dim, plan.options.batch);
+                let [sums, scratch] = gpu::choice_bytes(rule, heads, head_dim, n_ctx, batch);
                 found.kv += sums;
                 to_choose = scratch.max(to_choose);
             }

@@ -212,16 +212,17 @@ pub fn kv_bytes(kinds: KvTypes, n: usize, n_positions: usize) -> u64 {
 }
 
 /// Bytes beside keys and values of `(n_heads, n_kv_heads)` for tokens that choose among `n_positions`: sums of keys, and
-/// scratch that all layers share.
+/// scratch of passes of `n_tokens`, which all layers share.
 pub fn choice_bytes(
     rule: &Rule,
     (n_heads, n_kv_heads): (usize, usize),
     head_dim: usize,
     n_positions: usize,
+    n_tokens: usize,
 ) -> [u64; 2] {
     let n_positions = n_positions.next_multiple_of(attention::KV_STEP);
     let sums = sparse::sums_bytes(rule, n_kv_heads * head_dim, n_positions);
-    let scratch = sparse::scratch_bytes(rule, (n_heads, n_kv_heads), n_positions);
+    let scratch = sparse::scratch_bytes(rule, (n_heads, n_kv_heads), n_positions, n_tokens);
     [sums as u64, scratch as u64]
 }
 

@@ -82,13 +82,19 @@ fn words(rule: &Rule, (n_heads, n_kv_heads): (usize, usize), n_positions: usize)
     ]
 }
 
-/// Bytes in which tokens choose among `n_positions`, at most.
-pub(super) fn scratch_bytes(rule: &Rule, heads: (usize, usize), n_positions: usize) -> usize {
+/// Bytes in which passes of `n_tokens` choose among `n_positions`, at most.
+pub(super) fn scratch_bytes(
+    rule: &Rule,
+    heads: (usize, usize),
+    n_positions: usize,
+    n_tokens: usize,
+) -> usize {
     if rule.chunk == 0 {
         return 0;
     }
     let words: usize = words(rule, heads, n_positions).iter().sum();
-    TOGETHER.max(words * size_of::<f32>())
+    let token = words * size_of::<f32>();
+    TOGETHER.clamp(token, token * n_tokens.max(1))
 }
 
 impl Gpu {
