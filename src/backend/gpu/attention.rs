@@ -387,26 +387,14 @@ impl Gpu {
         out: &Rows,
     ) {
         let choice = cache.choice.as_ref().filter(|_| !is_dense);
-        let (n_heads, d) = (attention.n_heads, attention.head_dim);
         let is_decode = self.step == Step::Decode;
-        let mut work = self.work.get();
-        for position in run.clone() {
-            let seen = seen_from(attention, position);
-            let n_read = choice.map_or(seen.len(), |choice| choice.rule.n_read(&seen));
-            work.attention_ops += 4 * (n_read * n_heads * d) as u64;
-            work.pairs += (seen.len() * n_heads) as u64;
-            work.pairs_read += (n_read * n_heads) as u64;
-            if is_decode || choice.is_some() || position + 1 == run.end {
-                work.kv_bytes += (n_read * cache.kinds.row_bytes(cache.n_kv_heads * d)) as u64;
-            }
-        }
-        self.work.set(work);
         let rows = run.start - start..run.end - start;
         match choice {
             Some(choice) if choice.rule.by != By::Place => {
                 for some in self.choose_in_parts(cache, attention, run) {
                     let rows = some.start - start..some.end - start;
-                    let chosen = self.choose_keys(q, rows.clone(), cache, some, attention);
+                    let chosen = self.choose_keys(q, rows.clone(), cache, some.clone(), attention);
+                    self.count_reads(Some(choice), cache, some, attention);
                     if is_decode {
                         for (i, row) in rows.enumerate() {
                             let read = Read::List(&chosen, i);
@@ -420,6 +408,7 @@ impl Gpu {
             }
             // One, or a replay of some that came one by one.
             _ if is_decode => {
+                self.count_reads(choice, cache, run.clone(), attention);
                 for (row, position) in rows.zip(run) {
                     let seen = seen_from(attention, position);
                     let read = match choice {
@@ -430,10 +419,34 @@ impl Gpu {
                 }
             }
             _ => {
+                self.count_reads(choice, cache, run.clone(), attention);
                 let rule = choice.map(|choice| &choice.rule);
                 self.attend_many(q, rows, cache, run.start, rule, attention, out);
             }
         }
+    }
+
+    /// What tokens at adjacent positions will have read.
+    fn count_reads(
+        &self,
+        choice: Option<&Choice>,
+        cache: &CacheView,
+        positions: Range<usize>,
+        attention: &Attention,
+    ) {
+        let (n_heads, d) = (attention.n_heads, attention.head_dim);
+        let mut work = self.work.get();
+        for position in positions.clone() {
+            let seen = seen_from(attention, position);
+            let n_read = choice.map_or(seen.len(), |choice| choice.rule.n_read(&seen));
+            work.attention_ops += 4 * (n_read * n_heads * d) as u64;
+            work.pairs += (seen.len() * n_heads) as u64;
+            work.pairs_read += (n_read * n_heads) as u64;
+            if self.step == Step::Decode || choice.is_some() || position + 1 == positions.end {
+                work.kv_bytes += (n_read * cache.kinds.row_bytes(cache.n_kv_heads * d)) as u64;
+            }
+        }
+        self.work.set(work);
     }
 
     /// Puts keys and values into the cache for which no queries came.
