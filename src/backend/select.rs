@@ -140,7 +140,8 @@ impl By {
 
 impl Rule {
     /// What there is, for errors.
-    pub const SUPPORTED: &'static str = "dense, a window, block top-k, DHSA with chunks of a fixed length, without means of what is left out";
+    pub const SUPPORTED: &'static str =
+        "dense, a window, block top-k, DHSA with chunks of a fixed length, without repair";
 
     /// Keys that are read or left out together.
     pub fn item(&self) -> usize {

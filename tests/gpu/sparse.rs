@@ -6,7 +6,7 @@ use kinglet::backend::delta::Delta;
 use kinglet::backend::select::{Chunking, KvOptions};
 use kinglet::backend::{Attention, KvType, RopePairs, Step};
 use kinglet::session::{Extra, StateFile};
-use kinglet::sparsity::{Heads, Policy, Sparsity};
+use kinglet::sparsity::{Heads, Policy, Repair, Sparsity};
 use kinglet::{BackendKind, Error, Session, SessionOptions};
 
 use super::on_gpu::{adapter, distance, load, new_session, prefill, sparse_session};
@@ -211,7 +211,7 @@ fn what_no_device_chooses_is_an_error_that_names_it() {
     };
     let shift = Sparsity::new(dhsa(Chunking::Shift(16)), 300);
     let pooled = Sparsity {
-        pools: true,
+        repair: Repair::Pooled,
         ..Sparsity::new(dhsa(Chunking::Fixed(16)), 300)
     };
     let delta = SessionOptions {
