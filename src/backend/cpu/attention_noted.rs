@@ -18,25 +18,16 @@ use crate::profile::Work;
 /// Rows that are corrected by one thread at a time.
 const PIECE_ROWS: usize = 64;
 
-/// The floats of the buffers that queries at `anchors` take on `n_threads` together.
-fn room(shape: &Attention, n_anchors: usize, n_threads: usize) -> impl Iterator<Item = usize> {
-    let (n, group) = (shape.head_dim, shape.n_heads / shape.n_kv_heads);
-    let task = [Sums::floats(group, n), (group + 1) * n];
-    let tasks = std::iter::repeat_n(task, (n_anchors * shape.n_kv_heads).min(n_threads));
-    std::iter::once(n_anchors * shape.n_heads * n).chain(tasks.flatten())
-}
-
-/// The same of queries at `n_samples` positions that tell how they attend: `notes` are what they leave.
-fn room_to_sample(
+/// The floats of the buffers that `n_readers` tokens which leave rows of `n_floats` take on `n_threads` together.
+fn room(
     shape: &Attention,
-    (n_samples, notes): (usize, NoteShape),
+    (n_readers, n_floats): (usize, usize),
     n_threads: usize,
-) -> impl Iterator<Item = usize> {
+) -> impl Iterator<Item = usize> + use<> {
     let (n, group) = (shape.head_dim, shape.n_heads / shape.n_kv_heads);
-    let n_pieces = n_samples * shape.n_kv_heads;
     let task = [Sums::floats(group, n), (group + 1) * n];
-    let tasks = std::iter::repeat_n(task, n_pieces.min(n_threads));
-    std::iter::once(n_pieces * notes.n).chain(tasks.flatten())
+    let tasks = std::iter::repeat_n(task, (n_readers * shape.n_kv_heads).min(n_threads));
+    std::iter::once(n_readers * n_floats).chain(tasks.flatten())
 }
 
 /// Positions among `positions` whose queries leave what they were off by, run by run of those that do not see everything.
@@ -64,11 +55,13 @@ pub(in crate::backend) fn scratch(
     let select = options.select.as_deref();
     let notes = NoteShape::of_samples(select);
     let n_samples = notes.among(positions.clone()).len();
-    let sampled =
-        (n_samples > 0).then(|| room_to_sample(shape, (n_samples, notes), n_threads).collect());
+    let sampled = (n_samples > 0).then_some((n_samples, shape.n_kv_heads * notes.n));
     let anchors = anchors(select, shape, positions);
-    let rooms = anchors.map(|anchors| room(shape, anchors.len(), n_threads).collect());
-    sampled.into_iter().chain(rooms).collect()
+    let anchors = anchors.map(|anchors| (anchors.len(), shape.n_heads * shape.head_dim));
+    let readers = sampled.into_iter().chain(anchors);
+    readers
+        .map(|readers| room(shape, readers, n_threads).collect())
+        .collect()
 }
 
 /// What they do for that; `None` if they leave nothing.
@@ -113,7 +106,7 @@ impl Cpu {
             is_any = true;
             let n_anchors = anchors.len();
             self.scratch
-                .reserve(room(shape, n_anchors, self.pool.n_threads()));
+                .reserve(room(shape, (n_anchors, n_cols), self.pool.n_threads()));
             self.reserve_plans(cache, shape, &*select, 1);
             let selected = Selected {
                 attend: Attend {
@@ -158,9 +151,9 @@ impl Cpu {
         if samples.len() == 0 {
             return;
         }
-        let n_threads = self.pool.n_threads();
+        let readers = (samples.len(), n_kv_heads * notes.n);
         self.scratch
-            .reserve(room_to_sample(shape, (samples.len(), notes), n_threads));
+            .reserve(room(shape, readers, self.pool.n_threads()));
         let attend = Attend {
             cache,
             shape,

@@ -316,7 +316,7 @@ pub enum Shader {
     Add,
     /// The largest numbers.
     Top {
-        /// How many: 1, or up to [`MAX_TOP`].
+        /// How many: 1, or up to `MAX_TOP`.
         k: u32,
         /// Whether they were chosen before.
         pairs: bool,

@@ -237,7 +237,7 @@ fn system(phase: &Phase, energy_source: Option<&str>) -> String {
     }
     if let Some(share) = phase.work.share_read().filter(|share| *share < 1.0) {
         parts.push(format!(
-            "attention read {} of the pairs that it might, all threads took {:.1} ms to decide which",
+            "attention read {} of the pairs that it might, {:.1} ms of all threads or of the GPU went to deciding which",
             percent(share),
             phase.work.decide_ns as f64 / 1e6
         ));
