@@ -335,7 +335,9 @@ fn kernels(model: &Model, kv: KvTypes) -> Vec<&'static str> {
     let mut rows = Vec::new();
     for (id, _) in formats {
         let dtype = kinglet::quant::DType::from_id(id).expect("the number of a format");
-        rows.extend(table::gemv(dtype).map(|row| row.name()));
+        let panels = (model.copied_bytes() > 0).then(|| table::gemv_panels(dtype));
+        let one = panels.flatten().or_else(|| table::gemv(dtype));
+        rows.extend(one.map(|row| row.name()));
         let many = table::tiles(dtype).or_else(|| table::gemm(dtype));
         rows.extend(many.map(|row| row.name()));
         rows.extend(table::gated(dtype).map(|row| row.name()));
