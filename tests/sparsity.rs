@@ -15,12 +15,50 @@ use kinglet::backend::delta::{Delta, Exact, Factors};
 use kinglet::backend::select::{Ask, Chunking, KvOptions, LABEL_AHEAD, LABEL_EVERY, Plan, Select};
 use kinglet::backend::{Backend, KvType, Step};
 use kinglet::gguf::Gguf;
-use kinglet::model::{self, Pass};
+use kinglet::model::{self, Network, Pass};
 use kinglet::session::{Extra, Plan as MemoryPlan, calibration};
 use kinglet::sparsity::{Heads, Layers, Policy, Repair, Sparsity};
 use kinglet::{Error, LoadOptions, Model, Session, SessionOptions};
 
 use self::models::{at, real_model};
+
+/// A real model that reads while somebody chooses its keys.
+struct Read {
+    cpu: Cpu,
+    network: Box<dyn Network<Cpu>>,
+}
+
+impl Read {
+    fn open() -> Self {
+        let gguf = Gguf::open(&real_model()).expect("a model");
+        let cpu = Cpu::new(Arc::new(Pool::new(2).expect("threads")));
+        let network = model::load(&gguf, &cpu, &kinglet::Cancel::default()).expect("a network");
+        Self { cpu, network }
+    }
+
+    /// All of `tokens` in one pass.
+    fn read(&mut self, tokens: &[u32], select: Arc<dyn Select>) {
+        let options = KvOptions {
+            select: Some(select),
+            ..KvOptions::default()
+        };
+        let mut state = self.network.state(&self.cpu, &options);
+        state.reserve(&self.cpu, 0..tokens.len()).expect("room");
+        let pass = Pass {
+            tokens,
+            input: None,
+            start: 0,
+            output: model::Output::Logits,
+            output_from: tokens.len(),
+            step: Step::Prefill,
+            write_kv: true,
+        };
+        self.cpu.begin(Step::Prefill);
+        let none = self.network.forward(&mut self.cpu, &mut state, &pass);
+        assert!(none.is_none());
+        self.cpu.flush().expect("computed");
+    }
+}
 
 fn dhsa(chunking: Chunking, heads: Heads) -> Policy {
     Policy::Dhsa { chunking, heads }
@@ -282,9 +320,7 @@ fn tokens(n: usize) -> Vec<u32> {
 
 #[test]
 fn policies_choose_what_their_definitions_say_on_a_real_model() {
-    let gguf = Gguf::open(&real_model()).expect("a model");
-    let mut cpu = Cpu::new(Arc::new(Pool::new(2).expect("threads")));
-    let network = model::load(&gguf, &cpu, &kinglet::Cancel::default()).expect("a network");
+    let mut model = Read::open();
     let tokens = tokens(420);
     for sparsity in policies(256) {
         let checked = Arc::new(Checked {
@@ -292,26 +328,9 @@ fn policies_choose_what_their_definitions_say_on_a_real_model() {
             n_asked: AtomicUsize::new(0),
             broken: Mutex::default(),
         });
-        let options = KvOptions {
-            select: Some(checked.clone()),
-            ..KvOptions::default()
-        };
-        let mut state = network.state(&cpu, &options);
-        state.reserve(&cpu, 0..tokens.len()).expect("room");
-        let pass = Pass {
-            tokens: &tokens,
-            input: None,
-            start: 0,
-            output: model::Output::Logits,
-            output_from: tokens.len(),
-            step: Step::Prefill,
-            write_kv: true,
-        };
-        cpu.begin(Step::Prefill);
-        assert!(network.forward(&mut cpu, &mut state, &pass).is_none());
-        cpu.flush().expect("computed");
+        model.read(&tokens, checked.clone());
         // Positions 256 to 419, in each layer that is not dense and for each head of keys.
-        let n_kv_heads = network.config().n_kv_heads.iter().enumerate();
+        let n_kv_heads = model.network.config().n_kv_heads.iter().enumerate();
         let sparse = n_kv_heads.filter(|(layer, _)| !sparsity.dense_layers.contains(*layer));
         let n_heads: usize = sparse.map(|(_, n)| n).sum();
         assert_eq!(checked.n_asked.load(Ordering::Relaxed), 164 * n_heads);
@@ -372,10 +391,8 @@ impl Select for Watcher {
 /// Where chunks end by how later queries attend, against the definition in double precision, on a real model.
 #[test]
 fn chunks_end_where_the_attention_of_later_queries_changes() {
-    let gguf = Gguf::open(&real_model()).expect("a model");
-    let mut cpu = Cpu::new(Arc::new(Pool::new(2).expect("threads")));
-    let network = model::load(&gguf, &cpu, &kinglet::Cancel::default()).expect("a network");
-    let (config, tokens) = (network.config().clone(), tokens(420));
+    let mut model = Read::open();
+    let (config, tokens) = (model.network.config().clone(), tokens(420));
     let mut watch = |chunking: Chunking| {
         let watcher = Arc::new(Watcher {
             chunking,
@@ -383,24 +400,7 @@ fn chunks_end_where_the_attention_of_later_queries_changes() {
             queries: Mutex::default(),
             layers: Mutex::default(),
         });
-        let options = KvOptions {
-            select: Some(watcher.clone()),
-            ..KvOptions::default()
-        };
-        let mut state = network.state(&cpu, &options);
-        state.reserve(&cpu, 0..tokens.len()).expect("room");
-        let pass = Pass {
-            tokens: &tokens,
-            input: None,
-            start: 0,
-            output: model::Output::Logits,
-            output_from: tokens.len(),
-            step: Step::Prefill,
-            write_kv: true,
-        };
-        cpu.begin(Step::Prefill);
-        assert!(network.forward(&mut cpu, &mut state, &pass).is_none());
-        drop((state, options));
+        model.read(&tokens, watcher.clone());
         Arc::into_inner(watcher).expect("nobody else has it")
     };
     let of_keys = watch(Chunking::Fixed(1));

@@ -151,9 +151,9 @@ impl Rule {
         }
     }
 
-    /// Keys that a query reads at most, of `n_seen`.
+    /// See [`budget_of`].
     pub fn budget_of(&self, n_seen: usize) -> usize {
-        self.budget.max(n_seen * self.per_cent / 100)
+        budget_of(self.budget, self.per_cent, n_seen)
     }
 
     /// How many a query reads that sees `seen`: at most, where the model's window cuts a block.
@@ -169,6 +169,11 @@ impl Rule {
             _ => budget,
         }
     }
+}
+
+/// Keys that a query reads at most, of `n_seen`: `budget`, or so many per cent where these are more.
+pub fn budget_of(budget: usize, per_cent: usize, n_seen: usize) -> usize {
+    budget.max(n_seen * per_cent / 100)
 }
 
 /// Positions that a query at `position` sees.

@@ -18,7 +18,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 pub use self::dhsa::Heads;
-use crate::backend::select::{Ask, By, Chunking, Plan, Rule, Select};
+use crate::backend::select::{Ask, By, Chunking, Plan, Rule, Select, budget_of};
 use crate::error::{Error, Result};
 
 /// Which keys queries attend to.
@@ -138,7 +138,7 @@ impl Sparsity {
 
     /// Keys that a query reads at most, of `n_seen`.
     pub fn budget_of(&self, n_seen: usize) -> usize {
-        self.budget.max(n_seen * self.per_cent / 100)
+        budget_of(self.budget, self.per_cent, n_seen)
     }
 
     /// Whether everything is read.

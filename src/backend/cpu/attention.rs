@@ -6,6 +6,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::Cpu;
 use super::attention_lanes::Lanes;
 use super::pool::{Output, Pool};
 use super::scratch::Scratch;
@@ -154,12 +155,7 @@ impl KvCache {
 
     /// Reads a key of a head.
     pub(super) fn key(&self, position: usize, kv_head: usize, out: &mut [f32]) {
-        let (page, row) = (
-            &self.keys[position / PAGE],
-            self.kinds.keys.row_bytes(out.len()),
-        );
-        let at = (kv_head * PAGE + position % PAGE) * row;
-        quant::dequantize(self.kinds.keys.dtype(), &page[at..at + row], out);
+        read(&self.keys, self.kinds.keys, (position, kv_head), out);
     }
 
     /// Sums the keys at `positions`, which are the last.
@@ -171,10 +167,8 @@ impl KvCache {
             Arc::get_mut(&mut self.chunks).expect("the cache's own since room was made there");
         let n = self.head_dim;
         let read = |pages: &[Arc<Page>], kind: KvType, position: usize, out: &mut [f32]| {
-            let (page, row) = (&pages[position / PAGE], kind.row_bytes(n));
             for (head, out) in out.chunks_exact_mut(n).enumerate() {
-                let at = (head * PAGE + position % PAGE) * row;
-                quant::dequantize(kind.dtype(), &page[at..at + row], out);
+                read(pages, kind, (position, head), out);
             }
         };
         let (keys, values, kinds) = (&self.keys, &self.values, self.kinds);
@@ -323,6 +317,13 @@ impl KvCache {
     }
 }
 
+/// What a position has of a head, of `out.len()` elements.
+fn read(pages: &[Arc<Page>], kind: KvType, (position, head): (usize, usize), out: &mut [f32]) {
+    let row = kind.row_bytes(out.len());
+    let at = (head * PAGE + position % PAGE) * row;
+    quant::dequantize(kind.dtype(), &pages[position / PAGE][at..at + row], out);
+}
+
 /// A page, or what queries left, for which room to write was made.
 fn own<T>(of: &mut Arc<T>) -> &mut T {
     Arc::get_mut(of).expect("the cache's own since room was made there")
@@ -337,6 +338,25 @@ pub(super) struct Attend<'a> {
     pub(super) decode: bool,
     pub(super) operations: &'a Operations,
     pub(super) scratch: &'a Scratch,
+}
+
+impl Cpu {
+    /// Queries at positions `start..` against a cache that holds them.
+    pub(super) fn attend<'a>(
+        &'a self,
+        cache: &'a KvCache,
+        shape: &'a Attention,
+        start: usize,
+    ) -> Attend<'a> {
+        Attend {
+            cache,
+            shape,
+            start,
+            decode: self.step == Step::Decode,
+            operations: &self.operations,
+            scratch: &self.scratch,
+        }
+    }
 }
 
 /// Running sums of some queries in one buffer: largest scores, sums of weights, weighted values.

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Mutex;
 
 use super::Cpu;
-use super::attention::{self, Attend, KvCache, PAGE};
+use super::attention::{self, KvCache, PAGE};
 use super::isa::Isa;
 use super::pool::Output;
 use super::table::{AttendBatch, LanesBatch, Operations};
@@ -132,14 +132,7 @@ impl Cpu {
         let (n_tokens, n_threads) = (q.len() / n_cols, self.pool.n_threads());
         let room = lanes.scratch(shape, n_tokens, n_threads);
         self.scratch.reserve(room);
-        let attend = Attend {
-            cache,
-            shape,
-            start,
-            decode: self.step == Step::Decode,
-            operations: &self.operations,
-            scratch: &self.scratch,
-        };
+        let attend = self.attend(cache, shape, start);
         let (group, delta) = (attend.group(), cache.delta());
         let (sink, exact) = delta.map_or((0, Exact::Last(1)), |delta| (delta.sink, delta.exact));
         let done = Mutex::new(DeltaWork::default());

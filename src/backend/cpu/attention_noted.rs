@@ -10,9 +10,9 @@ use std::sync::atomic::Ordering::Relaxed;
 use super::Cpu;
 use super::attention::{self, Attend, KvCache, Sums};
 use super::attention_selected::{Done, Selected};
+use crate::backend::Attention;
 use crate::backend::notes::{NoteShape, Notes};
 use crate::backend::select::{KvOptions, Plan, Select};
-use crate::backend::{Attention, Step};
 use crate::profile::Work;
 
 /// Rows that are corrected by one thread at a time.
@@ -109,14 +109,7 @@ impl Cpu {
                 .reserve(room(shape, (n_anchors, n_cols), self.pool.n_threads()));
             self.reserve_plans(cache, shape, &*select, 1);
             let selected = Selected {
-                attend: Attend {
-                    cache,
-                    shape,
-                    start,
-                    decode: self.step == Step::Decode,
-                    operations: &self.operations,
-                    scratch: &self.scratch,
-                },
+                attend: self.attend(cache, shape, start),
                 select: &*select,
                 q,
                 done: Done::default(),
@@ -154,14 +147,7 @@ impl Cpu {
         let readers = (samples.len(), n_kv_heads * notes.n);
         self.scratch
             .reserve(room(shape, readers, self.pool.n_threads()));
-        let attend = Attend {
-            cache,
-            shape,
-            start: positions.start,
-            decode: self.step == Step::Decode,
-            operations: &self.operations,
-            scratch: &self.scratch,
-        };
+        let attend = self.attend(cache, shape, positions.start);
         let done = Done::default();
         let mut found = self.scratch.take(samples.len() * n_kv_heads * notes.n);
         self.pool.run_pieces(&mut found, notes.n, &|i, out| {

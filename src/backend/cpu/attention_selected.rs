@@ -184,14 +184,7 @@ impl Cpu {
         let room = run_scratch(lanes, shape, positions.clone(), n_threads);
         self.scratch.reserve(room);
         let (task_tokens, _) = task(lanes, shape, positions.clone(), n_threads);
-        let attend = Attend {
-            cache,
-            shape,
-            start,
-            decode: step == Step::Decode,
-            operations,
-            scratch: &self.scratch,
-        };
+        let attend = self.attend(cache, shape, start);
         let group = attend.group();
         self.reserve_plans(cache, shape, select, positions.len());
         let selected = Selected {

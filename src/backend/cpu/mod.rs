@@ -174,14 +174,7 @@ impl Cpu {
             );
             runs.into_iter().for_each(|lens| self.scratch.reserve(lens));
         }
-        let attend = attention::Attend {
-            cache: kv,
-            shape: attention,
-            start,
-            decode: self.step == Step::Decode,
-            operations: &self.operations,
-            scratch: &self.scratch,
-        };
+        let attend = self.attend(kv, attention, start);
         if let Some(kernel) = attend.tiles(self.step) {
             attend.many_in_tiles(&self.pool, kernel, q, out);
         } else if attend.decode {

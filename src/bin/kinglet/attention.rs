@@ -198,8 +198,7 @@ impl Given {
         let delta = Delta::new(self.delta?);
         Some(Arc::new(Delta {
             factors: self.delta_file.clone(),
-            exact: self.delta_exact.unwrap_or(Exact::Last(64)),
-            sink: 0,
+            exact: self.delta_exact.unwrap_or(delta.exact),
             frame: self.delta_frame.unwrap_or(delta.frame),
             always: self.delta_always,
             ..delta
