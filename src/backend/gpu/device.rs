@@ -54,13 +54,20 @@ pub fn adapters() -> Vec<AdapterInfo> {
     described.map(|(i, adapter)| describe(i, adapter)).collect()
 }
 
+/// The one of this process, which stays: drivers are not to be loaded and let go of by several threads at once.
+fn instance() -> &'static wgpu::Instance {
+    static INSTANCE: OnceLock<wgpu::Instance> = OnceLock::new();
+    INSTANCE.get_or_init(|| {
+        let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+        descriptor.backends = wgpu::Backends::VULKAN | wgpu::Backends::METAL | wgpu::Backends::DX12;
+        descriptor.flags = wgpu::InstanceFlags::empty();
+        wgpu::Instance::new(descriptor)
+    })
+}
+
 fn enumerate() -> Vec<wgpu::Adapter> {
-    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
-    descriptor.backends = wgpu::Backends::VULKAN | wgpu::Backends::METAL | wgpu::Backends::DX12;
-    descriptor.flags = wgpu::InstanceFlags::empty();
-    let instance = wgpu::Instance::new(descriptor);
     let all = wgpu::Backends::all();
-    let mut adapters = pollster::block_on(instance.enumerate_adapters(all));
+    let mut adapters = pollster::block_on(instance().enumerate_adapters(all));
     let rank = |adapter: &wgpu::Adapter| match adapter.get_info().device_type {
         DeviceType::DiscreteGpu => 0,
         DeviceType::IntegratedGpu => 1,
