@@ -125,7 +125,10 @@ fn go_back_part_and_come_back(name: &str, sparsity: Sparsity) {
     }
 
     prefill(&mut long, &tokens[..290]);
-    let file = std::env::temp_dir().join(format!("kinglet-gpu-{}.state", std::process::id()));
+    // Other tests of this process save theirs at the same time.
+    let thread = format!("{:?}", std::thread::current().id());
+    let file = format!("kinglet-gpu-{}-{thread}.state", std::process::id());
+    let file = std::env::temp_dir().join(file);
     long.save(&file, &Extra::default()).expect("room");
     let cpu = load(name, BackendKind::Cpu);
     long.decode(3).expect("decode");
