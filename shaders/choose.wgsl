@@ -32,6 +32,9 @@ const LOWEST: f32 = -3.0e38;
 
 var<workgroup> shared_sums: array<u32, 256>;
 var<workgroup> shared_floats: array<f32, 256>;
+// Of sixteen lanes each.
+var<workgroup> sixteens: array<u32, 16>;
+var<workgroup> float_sixteens: array<f32, 16>;
 var<workgroup> bins: array<atomic<u32>, 256>;
 var<workgroup> most: array<f32, GROUP>;
 var<workgroup> inverse: array<f32, GROUP>;
@@ -43,16 +46,22 @@ fn sum_before(x: u32, tid: u32) -> u32 {
     workgroupBarrier();
     shared_sums[tid] = x;
     workgroupBarrier();
-    for (var step = 1u; step < 256u; step *= 2u) {
-        var sum = shared_sums[tid];
-        if tid >= step {
-            sum += shared_sums[tid - step];
+    if tid < 16u {
+        var sum = 0u;
+        for (var i = 16u * tid; i < 16u * tid + 16u; i++) {
+            sum += shared_sums[i];
         }
-        workgroupBarrier();
-        shared_sums[tid] = sum;
-        workgroupBarrier();
+        sixteens[tid] = sum;
     }
-    return shared_sums[tid] - x;
+    workgroupBarrier();
+    var before = 0u;
+    for (var i = 0u; i < tid / 16u; i++) {
+        before += sixteens[i];
+    }
+    for (var i = tid / 16u * 16u; i < tid; i++) {
+        before += shared_sums[i];
+    }
+    return before;
 }
 
 fn joined(a: f32, b: f32, is_sum: bool) -> f32 {
@@ -64,13 +73,19 @@ fn over_all(x: f32, tid: u32, is_sum: bool) -> f32 {
     workgroupBarrier();
     shared_floats[tid] = x;
     workgroupBarrier();
-    for (var step = 128u; step > 0u; step /= 2u) {
-        if tid < step {
-            shared_floats[tid] = joined(shared_floats[tid], shared_floats[tid + step], is_sum);
+    if tid < 16u {
+        var all = shared_floats[16u * tid];
+        for (var i = 1u; i < 16u; i++) {
+            all = joined(all, shared_floats[16u * tid + i], is_sum);
         }
-        workgroupBarrier();
+        float_sixteens[tid] = all;
     }
-    return shared_floats[0];
+    workgroupBarrier();
+    var all = float_sixteens[0];
+    for (var i = 1u; i < 16u; i++) {
+        all = joined(all, float_sixteens[i], is_sum);
+    }
+    return all;
 }
 
 // A query's logit of a chunk, or of a mean of two, from its row of scores.
