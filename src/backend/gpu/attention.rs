@@ -23,8 +23,15 @@ pub(super) const KV_STEP: usize = 256;
 /// Positions of a tile of the attention of one token.
 const TILE: usize = 128;
 
-/// Tiles up to which one token's attention is not split.
-const UNSPLIT: usize = 2;
+/// Keys up to which a token that is decoded reads few: `shaders/attention_few.wgsl`.
+const FEW: usize = 2048;
+
+/// Positions of a tile there, and lanes that share one.
+const FEW_TILE: usize = 32;
+const FEW_PARTS: usize = 4;
+
+/// Keys up to which one token's attention is not split.
+const UNSPLIT: usize = 96;
 
 /// Parts of a split attention at most.
 const MAX_SPLITS: usize = 128;
@@ -563,11 +570,12 @@ impl Gpu {
                 )
             }
         };
-        let n_tiles = n.div_ceil(TILE);
-        let tiles = match n_tiles {
-            n if self.step == Step::Prefill => n,
-            0..=UNSPLIT => n_tiles,
-            n => n.div_ceil(MAX_SPLITS),
+        let is_decoded = self.step == Step::Decode;
+        let few = is_decoded && n <= FEW && (d / 4).is_multiple_of(FEW_PARTS);
+        let n_tiles = n.div_ceil(if few { FEW_TILE } else { TILE });
+        let tiles = match is_decoded && n > UNSPLIT {
+            true => n_tiles.div_ceil(MAX_SPLITS),
+            false => n_tiles,
         };
         let n_splits = n_tiles.div_ceil(tiles);
         assert!(rows.len() == 1 || n_splits == 1, "parts are of one token");
@@ -578,6 +586,7 @@ impl Gpu {
         let shader = Shader::AttentionOne {
             head_dim: d as u32,
             group: group as u32,
+            few,
             pack: out.packed.is_some(),
             keys: cache.kinds.keys,
             values: cache.kinds.values,

@@ -133,12 +133,13 @@ impl Text {
         self.0.push_str("    }\n}\n");
     }
 
-    /// A text that packs what it makes, if it is told to.
-    fn packing(&mut self, text: &str, pack: bool) {
+    /// A text that packs what it makes, if it is told to, of so many heads.
+    fn packing(&mut self, text: &str, pack: bool, group: u32) {
         if pack {
             self.file(file!("pack.wgsl"));
         }
-        self.file(&unrolled(text, &[("PACK", u32::from(pack))]));
+        let counts = [("PACK", u32::from(pack)), ("GROUP", group)];
+        self.file(&unrolled(text, &counts));
     }
 
     fn team(&mut self, target: &Target) {
@@ -400,6 +401,7 @@ impl Shader {
             Shader::AttentionOne {
                 head_dim,
                 group,
+                few,
                 pack,
                 keys,
                 values,
@@ -413,9 +415,16 @@ impl Shader {
                     Reads::Ends => file!("kv/ends.wgsl"),
                     Reads::List => file!("kv/list.wgsl"),
                 });
-                text.packing(file!("attention_one.wgsl"), pack);
+                let params = file!("attention_params.wgsl");
+                let main = match few {
+                    true => file!("attention_few.wgsl"),
+                    false => file!("attention_one.wgsl"),
+                };
+                text.packing(&[params, main].concat(), pack, group);
             }
-            Shader::AttentionMerge { pack } => text.packing(file!("attention_merge.wgsl"), pack),
+            Shader::AttentionMerge { pack } => {
+                text.packing(file!("attention_merge.wgsl"), pack, 1);
+            }
             Shader::AttentionMany {
                 head_dim,
                 bq,
@@ -470,7 +479,7 @@ impl Shader {
             Shader::ShortConv { store, push, pack } => {
                 text.flag("STORE", store);
                 text.flag("PUSH", push);
-                text.packing(file!("short_conv.wgsl"), pack);
+                text.packing(file!("short_conv.wgsl"), pack, 1);
             }
             Shader::Glu(activation) => {
                 text.activation(Some(activation));

@@ -243,6 +243,8 @@ pub enum Shader {
         head_dim: u32,
         /// Query heads of a workgroup.
         group: u32,
+        /// Whether few keys are spread over many workgroups.
+        few: bool,
         /// Whether the output is packed.
         pack: bool,
         /// Of the cache.
@@ -507,14 +509,17 @@ impl Shader {
             }
             for (head_dim, group, bq, bk) in [(16, 2, 16, 32), (64, 4, 16, 32), (256, 8, 8, 16)] {
                 for reads in [Reads::All, Reads::Ends, Reads::List] {
-                    all.push(Shader::AttentionOne {
-                        head_dim,
-                        group,
-                        pack: group < 8,
-                        keys,
-                        values,
-                        reads,
-                    });
+                    for few in [false, true] {
+                        all.push(Shader::AttentionOne {
+                            head_dim,
+                            group,
+                            few,
+                            pack: group < 8,
+                            keys,
+                            values,
+                            reads,
+                        });
+                    }
                 }
                 for ends in [false, true] {
                     all.push(Shader::AttentionMany {
