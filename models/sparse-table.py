@@ -3,9 +3,10 @@
 
 Each cell is appended to a file of JSON lines as it is measured; what is there already is not measured again, so a run can be
 stopped and gone on with. What matters most comes first: all of the first model, its longest texts before shorter ones, then
-the others. Of a model first what does not depend on the machine, some cells side by side; then times, with dense attention
-and each policy in turns, `--time-jobs` side by side: more than one only where there are cores for it. No cell is begun after
-`--minutes`, and one that is not done by then is stopped.
+the others. First what does not depend on the machine, some cells side by side, on GPUs where `--devices` names some, but for
+DeltaLLM, which runs on processors alone; then times, on the processor, with dense attention and each policy in turns,
+`--time-jobs` side by side: more than one only where there are cores for it. No cell is begun after `--minutes`, and one that
+is not done by then is stopped.
 
     models/sparse-table.py run -m NAME=FILE [-m NAME=FILE …] -f TEXT -o cells.jsonl [--jobs N] [--threads N] [--minutes N]
     models/sparse-table.py show cells.jsonl                  # as a table in markdown
@@ -16,6 +17,8 @@ Of the first model 44 facts are asked for in a cell of 8,192 tokens and 22 in ot
 import argparse
 import json
 import statistics
+import queue
+import shlex
 import subprocess
 import sys
 import threading
@@ -71,7 +74,7 @@ def commands(args, model, ctx, keys, flags, is_first):
 
 
 def cells(args):
-    """Every cell, the most useful first: in stages of which each is done before the next is begun."""
+    """Every cell, the most useful first: what is found, and then the times."""
     models = [pair.split("=", 1) for pair in args.model]
     most, layers = (dict(pair.split("=", 1) for pair in given) for given in (args.most, args.dense_layers))
 
@@ -91,13 +94,10 @@ def cells(args):
                             del words[at : at + 2]
                         yield " ".join([name, *words]), id, command
 
-    for name, model in models:
-        for ctx in args.ctx:
-            if ctx > int(most.get(name, LONG)):
-                continue
-            yield list(of(name, model, ctx, ["needle", "kl", "recall", "tail"]))
-            times = list(of(name, model, ctx, ["time"]))
-            yield [(f"{key} #{turn}", id, command) for turn in range(args.rounds) for key, id, command in times]
+    lengths = [(*model, ctx) for model in models for ctx in args.ctx if ctx <= int(most.get(model[0], LONG))]
+    found = [cell for length in lengths for cell in of(*length, ["needle", "kl", "recall", "tail"])]
+    times = [list(of(*length, ["time"])) for length in lengths]
+    return found, [(f"{key} #{turn}", *cell) for cells in times for turn in range(args.rounds) for key, *cell in cells]
 
 
 def run(args):
@@ -106,9 +106,20 @@ def run(args):
             done = {json.loads(line)["key"] for line in file}
     except FileNotFoundError:
         done = set()
-    stages = [[cell for cell in stage if cell[0] not in done] for stage in cells(args)]
-    n_todo = sum(map(len, stages))
+    found, times = ([cell for cell in cells if cell[0] not in done] for cells in cells(args))
+    n_todo = len(found) + len(times)
     begin, lock, n_done = time.monotonic(), threading.Lock(), 0
+    gpus = queue.SimpleQueue()
+    for gpu in args.devices * args.gpu_jobs:
+        gpus.put(gpu)
+
+    def on_gpu(cell):
+        key, id, command = cell
+        gpu = gpus.get()
+        try:
+            measure((key, id, [*command, "--device", gpu]))
+        finally:
+            gpus.put(gpu)
 
     def measure(cell):
         nonlocal n_done
@@ -131,10 +142,13 @@ def run(args):
             n_done += 1
             print(f"{n_done} of {n_todo}, {time.monotonic() - begin:.0f} s: {key}", file=sys.stderr, flush=True)
 
-    for stage in stages:
-        is_time = bool(stage) and stage[0][1]["what"] == "time"
-        with ThreadPoolExecutor(args.time_jobs if is_time else args.jobs) as pool:
-            list(pool.map(measure, stage))
+    runs_on_gpu = lambda cell: args.devices and cell[1]["policy"] != "DeltaLLM"
+    with ThreadPoolExecutor(max(gpus.qsize(), 1)) as first, ThreadPoolExecutor(args.jobs) as second:
+        measured = [first.submit(on_gpu, cell) if runs_on_gpu(cell) else second.submit(measure, cell) for cell in found]
+    for cell in measured:
+        cell.result()
+    with ThreadPoolExecutor(args.time_jobs) as pool:
+        list(pool.map(measure, times))
     print(f"{n_todo - n_done} cells are left", file=sys.stderr)
 
 
@@ -177,7 +191,8 @@ def read(cell, row):
         row["bytes"] = result["saved"]["kv_bytes"]
     elif cell["what"] in ("needle", "tail"):
         length = result["lengths"][0]
-        row[cell["what"]] = f"{length['gain']:.2f}, {length['exact']}/{length['cells']}"
+        gain = "" if length["gain"] is None else f"{length['gain']:.2f}, "
+        row[cell["what"]] = f"{gain}{length['exact']}/{length['cells']}"
     elif cell["what"] == "recall":
         length = result["lengths"][0]
         row["recall"] = f"{length['exact']}/{length['asked']}"
@@ -201,12 +216,14 @@ def main():
     verb.add_argument("--trials", type=int, default=1, help="how many times as many facts and questions")
     verb.add_argument("--rounds", type=int, default=3, help="of each time")
     verb.add_argument("--threads", type=int, default=2, help="of each cell")
-    verb.add_argument("--jobs", type=int, default=1, help="cells side by side, but for times")
+    verb.add_argument("--jobs", type=int, default=1, help="cells side by side on the processor, but for times")
+    verb.add_argument("--devices", nargs="+", default=[], help="GPUs by number, as `kinglet doctor` has them")
+    verb.add_argument("--gpu-jobs", type=int, default=1, help="cells side by side on each GPU")
     verb.add_argument("--time-jobs", type=int, default=1, help="times side by side")
     verb.add_argument("--minutes", type=float, default=7 * 24 * 60, help="after which the run ends")
     verb.add_argument("--delta-file", help="thresholds; NAME is the model's")
     verb.add_argument("--kinglet", default="kinglet")
-    verb.add_argument("--prefix", nargs="*", default=[], help="a command in front, such as nice")
+    verb.add_argument("--prefix", type=shlex.split, default=[], help="a command in front, such as 'nice -n 19'")
     verb.set_defaults(run=run)
     verb = verbs.add_parser("show")
     verb.add_argument("cells", nargs="+")
