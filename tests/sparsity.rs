@@ -786,6 +786,9 @@ fn calibrated_thresholds_belong_to_their_model() {
     );
     let error = Session::new(&tiny(), &options).err().expect("refused");
     assert!(error.to_string().contains("another"), "{error}");
+    // A plan needs the header alone, which tells no model from another of its shape.
+    let outline = Model::outline(&at("models/lfm2-smol-Q4_0.gguf"), &LoadOptions::default());
+    MemoryPlan::new(&outline.expect("a header"), &options, 300).expect("a plan");
     for bad in [
         "",
         "{}",
