@@ -16,9 +16,9 @@ Of the first model 44 facts are asked for in a cell of 8,192 tokens and 22 in ot
 
 import argparse
 import json
-import statistics
 import queue
 import shlex
+import statistics
 import subprocess
 import sys
 import threading
@@ -97,7 +97,7 @@ def cells(args):
     lengths = [(*model, ctx) for model in models for ctx in args.ctx if ctx <= int(most.get(model[0], LONG))]
     found = [cell for length in lengths for cell in of(*length, ["needle", "kl", "recall", "tail"])]
     times = [list(of(*length, ["time"])) for length in lengths]
-    return found, [(f"{key} #{turn}", *cell) for cells in times for turn in range(args.rounds) for key, *cell in cells]
+    return found, [(f"{key} #{turn}", *cell) for part in times for turn in range(args.rounds) for key, *cell in part]
 
 
 def run(args):
@@ -106,7 +106,7 @@ def run(args):
             done = {json.loads(line)["key"] for line in file}
     except FileNotFoundError:
         done = set()
-    found, times = ([cell for cell in cells if cell[0] not in done] for cells in cells(args))
+    found, times = ([cell for cell in part if cell[0] not in done] for part in cells(args))
     n_todo = len(found) + len(times)
     begin, lock, n_done = time.monotonic(), threading.Lock(), 0
     gpus = queue.SimpleQueue()
@@ -191,8 +191,9 @@ def read(cell, row):
         row["bytes"] = result["saved"]["kv_bytes"]
     elif cell["what"] in ("needle", "tail"):
         length = result["lengths"][0]
-        gain = "" if length["gain"] is None else f"{length['gain']:.2f}, "
-        row[cell["what"]] = f"{gain}{length['exact']}/{length['cells']}"
+        # JSON has no number for what none was found for.
+        gain = "NaN" if length["gain"] is None else f"{length['gain']:.2f}"
+        row[cell["what"]] = f"{gain}, {length['exact']}/{length['cells']}"
     elif cell["what"] == "recall":
         length = result["lengths"][0]
         row["recall"] = f"{length['exact']}/{length['asked']}"
