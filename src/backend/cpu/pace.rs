@@ -1,4 +1,5 @@
-//! How a worker shares its core with other processes: it naps between regions, lest it loses the core inside one.
+//! How threads share their cores with other processes: a worker naps between regions, lest it loses the core inside one;
+//! the caller goes where nobody takes the core.
 //!
 //! The caller of a region waits for a worker whose core was taken in the middle of a task until the other process has
 //! had its turn: a tick of the scheduler, longer than a token of a small model takes. So a worker that has lost its
@@ -6,11 +7,16 @@
 //! core to others; from a nap a thread comes back with the right to run that is left of its share, and where none is
 //! left, it waits outside of a region, and the caller works alone meanwhile. A worker that finds itself on the core of
 //! the caller, where it can only be in the way, moves off. Alone on its core a worker never naps.
+//!
+//! While the caller has lost its core nobody works, and a worker on the same core looks like work in need of no other. Where
+//! there are as many threads as cores the system sees no reason to move them: each core has something to do. So the
+//! caller moves by itself, and workers make room.
 #![allow(
     unsafe_code,
     reason = "processor time and affinity of a thread are calls into the operating system"
 )]
 
+use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
 /// Between two looks at whether the core was taken: such a look costs half a microsecond.
@@ -28,17 +34,8 @@ const TAKEN: Duration = Duration::from_micros(500);
 /// How long others are expected to come back: they have their turns every few ticks, of 1 to 10 ms.
 const MEMORY: Duration = Duration::from_millis(25);
 
-/// What one worker knows about its core.
-pub(super) struct Pace {
-    /// When the stretch of work began that is looked at.
-    since: Instant,
-    /// What the thread had used then, or earlier.
-    used: Used,
-    /// When somebody else had the core last, if that is not long ago.
-    taken: Option<Instant>,
-    /// Where the worker may run when it keeps off no core.
-    home: Option<os::Cores>,
-}
+/// The longest time that a caller stays where it is because moving has not helped.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// What the system has counted for a thread.
 #[derive(Clone, Copy, Default)]
@@ -46,14 +43,54 @@ struct Used {
     time: Duration,
     /// Times that its core was taken.
     n_taken: i64,
+    /// Times that it slept of its own accord.
+    n_slept: i64,
+}
+
+/// A stretch of a thread's work.
+struct Stretch {
+    since: Instant,
+    /// What the thread had used then, or earlier.
+    used: Used,
+}
+
+impl Stretch {
+    /// Of the thread that calls this, from now on.
+    fn begin() -> Self {
+        Self {
+            since: Instant::now(),
+            used: os::used(),
+        }
+    }
+
+    /// Whether another process had the core in this stretch, which ends `now`, and whether the thread slept in it, which
+    /// may have been all. The next one begins.
+    fn end(&mut self, now: Instant) -> (bool, bool) {
+        let (worked, used) = (now - self.since, os::used());
+        let ran = used.time.saturating_sub(self.used.time);
+        // A hypervisor that takes the core is none of the processes that a nap is good for.
+        let taken = used.n_taken > self.used.n_taken && worked.saturating_sub(ran) > TAKEN;
+        let slept = used.n_slept > self.used.n_slept;
+        *self = Self { since: now, used };
+        (taken, slept)
+    }
+}
+
+/// What one worker knows about its core.
+pub(super) struct Pace {
+    /// What is looked at.
+    stretch: Stretch,
+    /// When somebody else had the core last, if that is not long ago.
+    taken: Option<Instant>,
+    /// Where the worker may run when it keeps off no core.
+    home: Option<os::Cores>,
 }
 
 impl Pace {
     /// Of the thread that calls this.
     pub(super) fn new() -> Self {
         Self {
-            since: Instant::now(),
-            used: os::used(),
+            stretch: Stretch::begin(),
             taken: None,
             home: None,
         }
@@ -67,34 +104,30 @@ impl Pace {
     /// Between two regions: looks whether the core was taken, and naps if it was lately. Returns the time after that.
     pub(super) fn between_regions(&mut self) -> Instant {
         let now = Instant::now();
-        let worked = now - self.since;
-        if worked < if self.is_crowded() { BURST } else { LOOK } {
+        let look = if self.is_crowded() { BURST } else { LOOK };
+        if now - self.stretch.since < look {
             return now;
         }
-        let used = os::used();
-        let ran = used.time.saturating_sub(self.used.time);
-        // A hypervisor that takes the core is none of the processes that a nap is good for.
-        if used.n_taken > self.used.n_taken && worked.saturating_sub(ran) > TAKEN {
+        if self.stretch.end(now).0 {
             self.taken = Some(now);
         }
-        self.used = used;
-        self.since = match self.taken {
-            None => now,
-            Some(_) => self.nap(now),
-        };
-        self.since
+        if self.is_crowded() {
+            self.stretch.since = self.nap(now);
+        }
+        self.stretch.since
     }
 
     /// The worker has slept, of its own accord.
     pub(super) fn slept(&mut self) {
-        self.since = Instant::now();
+        self.stretch.since = Instant::now();
     }
 
-    /// Gets the worker off its core, which is that of the caller.
+    /// Gets the worker off its core, which is that of the caller, until others no longer want cores.
     pub(super) fn leave(&mut self) {
         if self.home.is_none() {
             self.home = os::Cores::of_this_thread();
         }
+        self.taken = Some(Instant::now());
         let home = self.home.as_ref();
         let rest = home.zip(core()).and_then(|(home, core)| home.without(core));
         if !rest.is_some_and(|rest| rest.keep_to()) {
@@ -125,6 +158,55 @@ impl Pace {
     }
 }
 
+/// What a thread that calls regions knows about its core.
+pub(super) struct Caller {
+    stretch: Stretch,
+    /// When it moved last.
+    moved: Option<Instant>,
+    /// How long it stays after that.
+    patience: Duration,
+}
+
+impl Caller {
+    fn new() -> Self {
+        Self {
+            stretch: Stretch::begin(),
+            moved: None,
+            patience: MEMORY,
+        }
+    }
+
+    /// Before a region of `n_threads`: moves to another core if another process had this one lately, and all cores are in
+    /// use. Returns whether it did so not long ago, so that workers make room.
+    fn before_region(&mut self, n_threads: usize) -> bool {
+        let now = Instant::now();
+        let since_move = |moved: Option<Instant>| moved.map(|moved| now - moved);
+        if now - self.stretch.since >= LOOK && self.stretch.end(now) == (true, false) {
+            let soon = |of: u32| since_move(self.moved).is_some_and(|t| t < self.patience * of);
+            if !soon(1) {
+                // It was no better elsewhere if this is soon after the last time: every core is wanted.
+                self.patience = if soon(4) {
+                    (2 * self.patience).min(PATIENCE)
+                } else {
+                    MEMORY
+                };
+                if os::change_core(n_threads) {
+                    self.moved = Some(now);
+                }
+            }
+        }
+        since_move(self.moved).is_some_and(|t| t < MEMORY)
+    }
+}
+
+/// See [`Caller::before_region`]; of the thread that calls this.
+pub(super) fn before_region(n_threads: usize) -> bool {
+    thread_local! {
+        static CALLER: RefCell<Caller> = RefCell::new(Caller::new());
+    }
+    CALLER.with_borrow_mut(|caller| caller.before_region(n_threads))
+}
+
 /// The core that the caller runs on, if the system tells.
 pub(super) fn core() -> Option<usize> {
     os::core()
@@ -152,12 +234,23 @@ mod os {
         Used {
             time: time(usage.ru_utime) + time(usage.ru_stime),
             n_taken: usage.ru_nivcsw as i64,
+            n_slept: usage.ru_nvcsw as i64,
         }
     }
 
     pub(super) fn core() -> Option<usize> {
         // SAFETY: the call has no arguments and no effect.
         usize::try_from(unsafe { libc::sched_getcpu() }).ok()
+    }
+
+    /// Moves the calling thread to another of its cores if it has no more than `n_cores`; whether it did. Afterwards it
+    /// may run on all of them as before.
+    pub(super) fn change_core(n_cores: usize) -> bool {
+        let Some(all) = Cores::of_this_thread().filter(|all| all.len() <= n_cores) else {
+            return false;
+        };
+        let rest = core().and_then(|core| all.without(core));
+        rest.is_some_and(|rest| rest.keep_to() && all.keep_to())
     }
 
     /// A set of cores.
@@ -186,7 +279,6 @@ mod os {
         }
 
         /// How many they are.
-        #[cfg(test)]
         pub(super) fn len(&self) -> usize {
             // SAFETY: the call only counts bits.
             usize::try_from(unsafe { libc::CPU_COUNT(&self.0) }).expect("a count")
@@ -211,6 +303,10 @@ mod os {
 
     pub(super) fn core() -> Option<usize> {
         None
+    }
+
+    pub(super) fn change_core(_n_cores: usize) -> bool {
+        false
     }
 
     pub(super) struct Cores;
@@ -248,5 +344,29 @@ mod tests {
             assert_eq!(allowed().len(), n);
         };
         std::thread::spawn(worker).join().expect("no panic");
+    }
+
+    #[test]
+    fn a_caller_changes_cores_and_stays_free() {
+        let caller = || {
+            let n = || {
+                os::Cores::of_this_thread()
+                    .expect("fewer cores than a set holds")
+                    .len()
+            };
+            let before = n();
+            assert!(!os::change_core(before - 1), "there is a core to spare");
+            assert_eq!(os::change_core(before), before > 1);
+            assert_eq!(n(), before);
+        };
+        std::thread::spawn(caller).join().expect("no panic");
+    }
+
+    #[test]
+    fn a_caller_that_slept_stays() {
+        let mut caller = Caller::new();
+        std::thread::sleep(2 * LOOK);
+        assert!(!caller.before_region(usize::MAX));
+        assert!(caller.moved.is_none());
     }
 }

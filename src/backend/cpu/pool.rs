@@ -52,7 +52,7 @@ struct Shared {
     stop: AtomicBool,
     /// Workers whose cores others want.
     n_crowded: AtomicUsize,
-    /// The core of the caller, while there are such workers.
+    /// The core of the caller, while there are such workers or it has just moved there.
     caller_core: AtomicUsize,
     sleepers: AtomicUsize,
     /// Whether waits and work are timed: two looks at the clock for each thread and region.
@@ -196,10 +196,11 @@ impl Pool {
                 .next
                 .store(shared.first(i, n_tasks), Ordering::Relaxed);
         }
-        if shared.n_crowded.load(Ordering::Relaxed) > 0 {
-            let core = pace::core().unwrap_or(usize::MAX);
-            shared.caller_core.store(core, Ordering::Relaxed);
-        }
+        let moved = pace::before_region(self.n_threads());
+        let crowded = moved || shared.n_crowded.load(Ordering::Relaxed) > 0;
+        let core = if crowded { pace::core() } else { None };
+        let core = core.unwrap_or(usize::MAX);
+        shared.caller_core.store(core, Ordering::Relaxed);
         // SeqCst here and in `enter`: either the sleeper sees the open region, or this thread sees the sleeper.
         shared
             .state
@@ -397,21 +398,21 @@ impl Shared {
         }
     }
 
-    /// Lets a worker take account of others on its core; returns the time after that.
-    fn between_regions(&self, pace: &mut Pace) -> Instant {
+    /// Does something with what a worker knows of its core, and counts whether that core is wanted by others.
+    fn counted<T>(&self, pace: &mut Pace, act: fn(&mut Pace) -> T) -> T {
         let was_crowded = pace.is_crowded();
-        let now = pace.between_regions();
+        let result = act(pace);
         match (was_crowded, pace.is_crowded()) {
             (false, true) => self.n_crowded.fetch_add(1, Ordering::Relaxed),
             (true, false) => self.n_crowded.fetch_sub(1, Ordering::Relaxed),
             _ => 0,
         };
-        now
+        result
     }
 
     /// Waits for an open region after number `seen`, enters it and returns its number; `None` at the end of the pool.
     fn enter(&self, mut seen: u64, pace: &mut Pace) -> Option<u64> {
-        let since = self.between_regions(pace);
+        let since = self.counted(pace, Pace::between_regions);
         let mut spins = 0u32;
         loop {
             if self.stop.load(Ordering::Relaxed) {
@@ -420,10 +421,9 @@ impl Shared {
             let state = self.state.load(Ordering::SeqCst);
             let region = State::region(state);
             if region != seen && state & State::OPEN != 0 {
-                if pace.is_crowded()
-                    && pace::core() == Some(self.caller_core.load(Ordering::Relaxed))
-                {
-                    pace.leave();
+                let caller = self.caller_core.load(Ordering::Relaxed);
+                if caller != usize::MAX && pace::core() == Some(caller) {
+                    self.counted(pace, Pace::leave);
                     seen = region;
                     continue;
                 }
