@@ -6,9 +6,9 @@
 struct Params {
     n_units: u32,
     x_at: u32, // vec4
-    out_at: u32, // first row of a part of a matrix
+    out_at: u32, // first row of a part of a matrix, or in it of an expert
     residual_at: u32,
-    n_out: u32, // rows of the part, or of an expert
+    n_out: u32, // rows of the part, or in it of an expert
     stride: u32, // outputs of a token
     n_tokens: u32,
     x_row: u32, // vec4 of a row of x: whole units but for floats

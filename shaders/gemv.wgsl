@@ -15,7 +15,7 @@
 struct Params {
     n_units: u32,
     x_at: u32, // of the first token, in vec4
-    out_at: u32, // of the first token, and of the first row of a part of a matrix
+    out_at: u32, // of the first token, and of the first row of a part of a matrix, or in it of an expert
     residual_at: u32,
     n_out: vec3<u32>, // rows of the matrices that are there
     n_slots: u32,

@@ -15,7 +15,7 @@ struct Params {
     residual_at: u32, // vec4
     eps: f32,
     n_out: vec3<u32>, // rows of the matrices that are there
-    row_at: u32, // the first row of a part of a matrix
+    row_at: u32, // the first row of a part of a matrix, or in it of an expert
     stride: vec3<u32>, // vec4 of a row of y
     next_units: u32, // of a row of y
     first_wg: vec3<u32>,
@@ -262,13 +262,14 @@ fn run(wg: vec3<u32>, tid: u32, team: u32, lane: u32) {
     // end
     // unroll i PACK
     let next = token * 4u * p.next_units;
+    let group_of_y = p.row_at / 8u + group;
     if SQUARES {
-        pack_squares(next, p.next_units, group, dot(low, low) + dot(high, high));
+        pack_squares(next, p.next_units, group_of_y, dot(low, low) + dot(high, high));
     }
     // unroll i GAIN
-    low *= gain[2u * group];
-    high *= gain[2u * group + 1u];
+    low *= gain[2u * group_of_y];
+    high *= gain[2u * group_of_y + 1u];
     // end
-    pack(next, p.next_units, group, low, high);
+    pack(next, p.next_units, group_of_y, low, high);
     // end
 }

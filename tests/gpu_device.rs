@@ -202,6 +202,41 @@ fn a_budget_of_the_gpu_is_planned_and_kept() {
 }
 
 #[test]
+fn models_in_several_bindings_say_the_same_to_the_bit() {
+    if !adapter() {
+        return;
+    }
+    let _alone = DEVICE.lock().unwrap_or_else(PoisonError::into_inner);
+    let device = gpu::shared(None).expect("an adapter");
+    // Experts and what else is large of the first two, of the third its table, which is its head too.
+    for (file, bytes) in [
+        ("tests/data/lfm2moe-tiny-random.gguf", 40_000),
+        ("tests/data/smallthinker-tiny-random.gguf", 40_000),
+        ("models/lfm2-smol-Q4_0.gguf", 500_000),
+    ] {
+        let [whole, split] = [u64::MAX, bytes].map(|bytes| {
+            device.limit_parts(bytes);
+            let before = [device.n_made(), device.held_bytes()];
+            let model = load(file, BackendKind::Gpu);
+            let n_made = device.n_made() - before[0];
+            let n_bytes = device.held_bytes() - before[1];
+            let mut session = new_session(&model, KvType::F16, 128);
+            (n_made, n_bytes, reply(&mut session))
+        });
+        device.limit_parts(u64::MAX);
+        assert!(split.0 > whole.0 + 24, "{file}: {} of {}", split.0, whole.0);
+        // What is planned is what whole matrices take.
+        assert!(
+            split.1 <= whole.1 + whole.1 / 100,
+            "{file}: {} and {} bytes",
+            split.1,
+            whole.1
+        );
+        assert_eq!(split.2, whole.2, "{file}");
+    }
+}
+
+#[test]
 fn steady_decode_makes_nothing_on_the_device() {
     if !adapter() {
         return;

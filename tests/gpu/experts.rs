@@ -1,9 +1,11 @@
 //! Mixtures of experts, of prompts and of replies, against sums in f64 over the same weights.
 
-use kinglet::backend::gpu::{self, Gpu};
-use kinglet::backend::{Activation, Backend, Gating, LinearOf, MoeOf, Routing, Step};
+use std::sync::Arc;
+
+use kinglet::backend::gpu::{self, Device, Gpu};
+use kinglet::backend::{Activation, Backend, GatedFfnOf, Gating, LinearOf, MoeOf, Routing, Step};
 use kinglet::profile::{Label, Operation};
-use kinglet::quant::{self, DType};
+use kinglet::quant::{self, DType, Tensor};
 
 use super::common::Random;
 use super::{adapter, cpu, gpu as new_gpu, largest, near, random_tensor, read, tensor, upload};
@@ -72,18 +74,18 @@ impl Net {
 
     fn moe<B: Backend>(&self, b: &B) -> MoeOf<B::Matrix, B::Vector> {
         let Case { hidden, n_ffn, .. } = self.case;
-        let linear = |name: &str, dtype, n_in: usize, n_out: usize, bytes: &[u8]| LinearOf {
+        let linear = |name: &str, tensor: Tensor| LinearOf {
             name: name.into(),
-            weight: b
-                .matrix(&tensor(dtype, n_in, n_out, bytes.to_vec()))
-                .expect("a known format"),
+            weight: b.matrix(&tensor).expect("a known format"),
             bias: None,
         };
+        let of_experts = |name: &str, n_in: usize, n_out: usize, (bytes, _): &(Vec<u8>, _)| {
+            linear(name, stacked(self.case.dtype, n_in, n_out, bytes.clone()))
+        };
         let [gate, up, down] = &self.experts;
-        let dtype = self.case.dtype;
         let router: Vec<u8> = self.router.iter().flat_map(|x| x.to_le_bytes()).collect();
         MoeOf {
-            router: linear("router", DType::F32, hidden, N_EXPERTS, &router),
+            router: linear("router", tensor(DType::F32, hidden, N_EXPERTS, router)),
             selection_bias: self.case.biased.then(|| b.vector(self.bias.clone())),
             routing: Routing {
                 n_experts: N_EXPERTS,
@@ -91,9 +93,9 @@ impl Net {
                 gating: self.case.gating,
                 sum_eps: self.sum_eps(),
             },
-            gate: linear("gate", dtype, hidden, N_EXPERTS * n_ffn, &gate.0),
-            up: linear("up", dtype, hidden, N_EXPERTS * n_ffn, &up.0),
-            down: linear("down", dtype, n_ffn, N_EXPERTS * hidden, &down.0),
+            gate: of_experts("gate", hidden, n_ffn, gate),
+            up: of_experts("up", hidden, n_ffn, up),
+            down: of_experts("down", n_ffn, hidden, down),
             down_by_neuron: false,
             n_ffn,
             activation: self.case.activation,
@@ -151,6 +153,14 @@ impl Net {
     }
 }
 
+/// The matrices of all experts.
+fn stacked(dtype: DType, n_in: usize, n_out: usize, bytes: Vec<u8>) -> Tensor {
+    Tensor {
+        shape: [n_in, n_out, N_EXPERTS, 1],
+        ..tensor(dtype, n_in, n_out, bytes)
+    }
+}
+
 fn widened(x: &[f32]) -> Vec<f64> {
     x.iter().map(|x| f64::from(*x)).collect()
 }
@@ -174,11 +184,8 @@ fn run<B: Backend>(
     read(b, &y)
 }
 
-#[test]
-fn mixtures_of_every_format_and_router() {
-    if !adapter() {
-        return;
-    }
+/// Every format, then other shapes and routers.
+fn cases() -> impl Iterator<Item = Case> {
     let of = |dtype, hidden, n_ffn| Case {
         dtype,
         hidden,
@@ -188,7 +195,7 @@ fn mixtures_of_every_format_and_router() {
         biased: true,
         activation: Activation::Silu,
     };
-    let formats = DType::ALL.iter().map(|dtype| of(*dtype, 256, 256));
+    let formats = DType::ALL.iter().map(move |dtype| of(*dtype, 256, 256));
     let shapes = [
         Case {
             gating: Gating::Softmax,
@@ -208,8 +215,16 @@ fn mixtures_of_every_format_and_router() {
             ..of(DType::F32, 36, 44)
         },
     ];
+    formats.chain(shapes)
+}
+
+#[test]
+fn mixtures_of_every_format_and_router() {
+    if !adapter() {
+        return;
+    }
     let mut gpu = new_gpu();
-    for case in formats.chain(shapes) {
+    for case in cases() {
         let net = Net::new(case);
         let moe = net.moe(&gpu);
         let mut random = Random::new(900);
@@ -257,7 +272,8 @@ fn mixtures_of_every_format_and_router() {
     }
 }
 
-/// A layer of a reply, whose products take from each other what is packed: after a convolution, experts between two norms.
+/// A layer of a reply, whose products take from each other what is packed: after a convolution, experts between two norms,
+/// then a gated unit.
 fn layer<B: Backend>(b: &mut B, net: &Net, n_tokens: usize, routes_first: bool) -> Vec<f32> {
     let Case { hidden: n, .. } = net.case;
     let mut random = Random::new(1000 + n_tokens as u64);
@@ -267,13 +283,20 @@ fn layer<B: Backend>(b: &mut B, net: &Net, n_tokens: usize, routes_first: bool) 
     let [gain, last] = [(); 2].map(|()| b.vector(floats(n, 1.0)));
     let mut bytes = vec![0; n * n / 32 * DType::Q8_0.block_bytes()];
     quant::quantize(DType::Q8_0, &floats(n * n, 0.1), &mut bytes);
-    let square = LinearOf {
+    let square = || LinearOf {
         name: "square".into(),
         weight: b
-            .matrix(&tensor(DType::Q8_0, n, n, bytes))
+            .matrix(&tensor(DType::Q8_0, n, n, bytes.clone()))
             .expect("a known format"),
         bias: None,
     };
+    let ffn = GatedFfnOf {
+        gate: square(),
+        up: square(),
+        down: square(),
+        activation: net.case.activation,
+    };
+    let square = square();
     let [x, bcx] = [1, 3].map(|rows| floats(n_tokens * rows * n, 2.0));
     let mut conv = b.conv(2, n);
     b.begin(Step::Decode);
@@ -287,7 +310,7 @@ fn layer<B: Backend>(b: &mut B, net: &Net, n_tokens: usize, routes_first: bool) 
     let h = b.moe(&h, routes, &moe);
     b.add(&mut x, &h);
     let h = b.rms_norm(&x, &last, 1e-5);
-    let [h] = b.linear(&h, [&square]);
+    let h = b.gated_ffn(&h, &ffn);
     b.add(&mut x, &h);
     read(b, &x)
 }
@@ -329,4 +352,68 @@ fn replies_take_experts_from_what_is_packed() {
             assert!(all_fit, "{what}: {:?}", trace.labels);
         }
     }
+}
+
+#[test]
+fn mixtures_in_several_bindings_are_whole_ones_to_the_bit() {
+    if !adapter() {
+        return;
+    }
+    let device = Arc::new(Device::open(None).expect("an adapter"));
+    let new_gpu = || Gpu::new(Arc::clone(&device)).expect("memory");
+    let wide = Case {
+        hidden: 96,
+        n_ffn: 2080,
+        ..cases().next().expect("a case")
+    };
+    for case in cases().chain([Case {
+        dtype: DType::Q4_0,
+        ..wide
+    }]) {
+        let net = Net::new(case);
+        let Case { hidden, n_ffn, .. } = case;
+        let x = Random::new(1100).floats(257 * hidden, 2.0);
+        // Of experts with a whole number of rows in each binding but the last.
+        let rows = hidden.min(n_ffn) / 3 / 8 * 8;
+        let small = gpu::device_bytes(case.dtype, hidden.max(n_ffn), N_EXPERTS * rows);
+        let [whole, split] = [u64::MAX, small].map(|bytes| {
+            device.limit_parts(bytes);
+            let mut gpu = new_gpu();
+            let before = device.n_made();
+            let moe = net.moe(&gpu);
+            let n_made = device.n_made() - before;
+            let mut found: Vec<Vec<f32>> = [257, 25, 7, 1]
+                .map(|n| run(&mut gpu, &moe, Step::Prefill, &x[..n * hidden], hidden))
+                .into();
+            for n_tokens in [1, 3] {
+                let x = &x[..n_tokens * hidden];
+                found.push(run(&mut gpu, &moe, Step::Decode, x, hidden));
+                if hidden.is_multiple_of(32) {
+                    found.extend([false, true].map(|first| layer(&mut gpu, &net, n_tokens, first)));
+                }
+            }
+            (n_made, found)
+        });
+        // Of each matrix at least one part more, which is two buffers.
+        assert!(
+            split.0 >= whole.0 + 6,
+            "{} and {} buffers, {case:?}",
+            whole.0,
+            split.0
+        );
+        for (i, (split, whole)) in split.1.iter().zip(&whole.1).enumerate() {
+            assert!(largest(whole) > 0.01, "{i}, {case:?}");
+            assert_eq!(split, whole, "{i}, {case:?}");
+        }
+    }
+    // Eight rows of each expert, a byte and a scale in sixteen for a weight, are what a part has at least.
+    let of = |bytes| {
+        device.limit_parts(bytes);
+        let bytes = vec![0; N_EXPERTS * 16 * 64 / 32 * DType::Q8_0.block_bytes()];
+        new_gpu().matrix(&stacked(DType::Q8_0, 64, 16, bytes))
+    };
+    let least = (N_EXPERTS * 8 * 64) as u64;
+    assert!(of(least).is_ok());
+    let error = of(least - 1).map(drop).expect_err("too small a binding");
+    assert!(error.to_string().contains("8 of 5 experts"), "{error}");
 }

@@ -236,6 +236,8 @@ pub struct Device {
     /// Bytes of all buffers, and how many there may be.
     held: Arc<AtomicU64>,
     budget: AtomicU64,
+    /// Bytes of a part of a matrix at most.
+    part_bytes: AtomicU64,
     /// Pipelines, bind groups and buffers.
     pub(super) n_made: AtomicU64,
     /// Submissions, and how many of them had been encoded ahead.
@@ -324,6 +326,7 @@ impl Device {
             fails: Mutex::default(),
             held: Arc::default(),
             budget: AtomicU64::new(u64::MAX),
+            part_bytes: AtomicU64::new(info.max_binding),
             n_made: AtomicU64::new(0),
             n_submitted: Default::default(),
             may_refuse: AtomicBool::new(info.api == wgpu::Backend::Metal.to_str()),
@@ -461,6 +464,17 @@ impl Device {
     /// From now on no more than so many bytes are taken of its memory.
     pub fn set_budget(&self, bytes: u64) {
         self.budget.store(bytes, Ordering::Relaxed);
+    }
+
+    /// From now on matrices are split where they exceed so many bytes, as if no binding were larger: to see what becomes of
+    /// them on small devices.
+    pub fn limit_parts(&self, bytes: u64) {
+        let bytes = bytes.min(self.info.max_binding);
+        self.part_bytes.store(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn part_bytes(&self) -> u64 {
+        self.part_bytes.load(Ordering::Relaxed)
     }
 
     /// Pipelines, bind groups and buffers that were made so far: what costs time once.

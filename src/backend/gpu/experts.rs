@@ -68,13 +68,24 @@ impl Gpu {
     /// [`Backend::moe`](crate::backend::Backend::moe).
     pub(super) fn mixture(&mut self, x: &Tensor, routes: &Tensor, moe: &Moe<Self>) -> Tensor {
         if let Some((what, found)) = self.cannot_mix(moe) {
-            self.unsupported(what, found, "whole matrices, gate and up in one format");
+            self.unsupported(
+                what,
+                found,
+                "gate and up in one format, neurons of down side by side",
+            );
         }
         let [gate, up, down] = moe.layers().map(|layer| &*layer.weight.0);
         let n_all = moe.routing.n_experts * moe.n_ffn;
         let reads = |weights: &Weights| (weights.n_in, weights.n_out) == (x.n_cols, n_all);
         let down_fits = down.n_in == moe.n_ffn && down.n_out.is_multiple_of(moe.routing.n_experts);
-        assert!(reads(gate) && reads(up) && down_fits, "experts of a layer");
+        let splits = |weights: &Weights| {
+            weights.whole().is_some() || weights.split_experts == moe.routing.n_experts
+        };
+        let fit = [gate, up, down].into_iter().all(splits) && gate.splits_as(up);
+        assert!(
+            reads(gate) && reads(up) && down_fits && fit,
+            "experts of a layer"
+        );
         let chosen = (x.n_tokens, 2 * moe.routing.n_used);
         assert_eq!((routes.n_tokens, routes.n_cols), chosen, "routes");
         let routes = Routes {
@@ -95,10 +106,6 @@ impl Gpu {
         let layers = moe.layers().map(|layer| &*layer.weight.0);
         if moe.down_by_neuron {
             return Some(("experts on the GPU", "down by neuron".to_owned()));
-        }
-        if let Some(layer) = layers.iter().find(|weights| weights.whole().is_none()) {
-            let found = format!("{} in {} bindings", layer.name, layer.parts.len());
-            return Some(("experts on this GPU", found));
         }
         if layers[0].dtype != layers[1].dtype {
             let found = format!("gate in {}, up in {}", layers[0].dtype, layers[1].dtype);
@@ -193,7 +200,6 @@ impl Gpu {
             x: &input,
             layers: &[(gate, None), (up, None)],
             outs: std::slice::from_ref(&h),
-            part: 0,
             residual: None,
             glu: Some(moe.activation),
             experts: Experts::Each,

@@ -588,8 +588,7 @@ impl Backend for Gpu {
         let joins = self.step == Step::Decode
             && self.most_matrices() >= 2
             && gate.dtype == up.dtype
-            && gate.whole().is_some()
-            && up.whole().is_some()
+            && gate.splits_as(up)
             && ffn.gate.bias.is_none()
             && ffn.up.bias.is_none();
         let h = if joins {
@@ -611,7 +610,6 @@ impl Backend for Gpu {
                 x: &input,
                 layers: &[(gate, None), (up, None)],
                 outs: std::slice::from_ref(&out),
-                part: 0,
                 residual: None,
                 glu: Some(ffn.activation),
                 experts: Experts::None,

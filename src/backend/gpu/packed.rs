@@ -160,7 +160,7 @@ impl Gpu {
         let layers = [(&*product.weights, product.bias.as_ref())];
         let (packed, x_eps) = Self::packed_input(&product.x, &layers)?;
         let n_out = product.n_out();
-        if !self.packs(n_out) || product.weights.whole().is_none() {
+        if !self.packs(n_out) {
             return None;
         }
         let out = self.take(n_tokens * n_out);

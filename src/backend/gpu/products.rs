@@ -71,13 +71,11 @@ impl Tile {
     }
 }
 
-/// A dispatch of `gemv.wgsl`.
+/// A dispatch of `gemv.wgsl` for each part of matrices, which are split alike.
 pub(super) struct Gemv<'a> {
     pub(super) x: &'a Input,
     pub(super) layers: &'a [(&'a Weights, Option<&'a Vector>)],
     pub(super) outs: &'a [Rows],
-    /// Of the matrices.
-    pub(super) part: usize,
     pub(super) residual: Option<&'a Rows>,
     pub(super) glu: Option<Activation>,
     pub(super) experts: Experts,
@@ -223,19 +221,16 @@ impl Gpu {
             let same = layers[i..].iter().take_while(|l| alike(&layers[i], l));
             let n = same.count().clamp(1, self.most_matrices());
             let (layers, outs) = (&layers[i..i + n], &outs[i..i + n]);
-            for part in 0..layers[0].0.parts.len() {
-                let call = Gemv {
-                    x,
-                    layers,
-                    outs,
-                    part,
-                    residual,
-                    glu: None,
-                    experts: Experts::None,
-                    routes: None,
-                };
-                self.run_gemv(&call, [n_tokens, 1]);
-            }
+            let call = Gemv {
+                x,
+                layers,
+                outs,
+                residual,
+                glu: None,
+                experts: Experts::None,
+                routes: None,
+            };
+            self.run_gemv(&call, [n_tokens, 1]);
             i += n;
         }
         outs
@@ -248,12 +243,31 @@ impl Gpu {
     }
 
     pub(super) fn run_gemv(&self, call: &Gemv, others: [usize; 2]) {
+        for (weights, _) in call.layers {
+            let Some(&Routes {
+                n_experts, n_used, ..
+            }) = call.routes
+            else {
+                self.count(weights, others[0]);
+                continue;
+            };
+            let n_tokens = match call.experts {
+                Experts::Each => others[1],
+                _ => others[0],
+            };
+            self.count_read(weights, (n_used, n_experts));
+            self.count_products(weights, n_used * n_tokens, n_experts);
+        }
+        for part in 0..call.layers[0].0.parts.len() {
+            self.run_gemv_part(call, part, others);
+        }
+    }
+
+    fn run_gemv_part(&self, call: &Gemv, part: usize, others: [usize; 2]) {
         let (weights, bias) = call.layers[0];
         let n_units = weights.n_in.div_ceil(UNIT);
-        let parts = call
-            .layers
-            .iter()
-            .map(|(weights, _)| &weights.parts[call.part]);
+        let first = weights.parts[part].first;
+        let parts = call.layers.iter().map(|(weights, _)| &weights.parts[part]);
         let n_rows: usize = parts.clone().map(|part| part.n_rows).sum();
         let is_float = is_float(weights.dtype);
         // More rows of a team are more loads on their way, until they are too few teams for the device.
@@ -302,7 +316,7 @@ impl Gpu {
         let params = [
             n_units as u32,
             vec4(x.at),
-            weights.parts[call.part].first as u32,
+            first as u32,
             call.residual.map_or(0, |r| r.at as u32),
             n_out[0],
             n_out[1],
@@ -333,21 +347,6 @@ impl Gpu {
             buffers.push(Some(call.outs.get(i).unwrap_or(&spare).span()));
         }
         let grid = [n_groups, others[0], others[1]];
-        for (weights, _) in call.layers.iter().filter(|_| call.part == 0) {
-            let Some(&Routes {
-                n_experts, n_used, ..
-            }) = call.routes
-            else {
-                self.count(weights, others[0]);
-                continue;
-            };
-            let n_tokens = match call.experts {
-                Experts::Each => others[1],
-                _ => others[0],
-            };
-            self.count_read(weights, (n_used, n_experts));
-            self.count_products(weights, n_used * n_tokens, n_experts);
-        }
         let mut names = [""; 3];
         for (name, (weights, _)) in names.iter_mut().zip(call.layers) {
             *name = &weights.name;

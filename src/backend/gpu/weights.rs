@@ -3,6 +3,8 @@
 //! codes of four bits in one plane (`main`), scales and further bits in another (`aux`). `shaders/quant/*.wgsl` say what
 //! lies where; sizes stay those of the file within a few per cent. Nothing of it stays on the host.
 
+use std::borrow::Cow;
+use std::ops::Range;
 use std::sync::{Arc, Weak};
 
 use rayon::prelude::*;
@@ -30,8 +32,10 @@ pub(super) struct Weights {
     pub(super) dtype: DType,
     pub(super) n_in: usize,
     pub(super) n_out: usize,
-    /// Adjacent rows; one part unless it is larger than a binding may be.
+    /// One part unless it is larger than a binding may be.
     pub(super) parts: Vec<Part>,
+    /// Experts of which each of several parts has the same rows; else 1.
+    pub(super) split_experts: usize,
     /// The matrix itself, where it stays on the host; it has no parts then.
     host: Option<Tensor>,
     /// Bytes in the file.
@@ -40,9 +44,12 @@ pub(super) struct Weights {
     _source: Bytes,
 }
 
-/// Some rows of a matrix.
+/// Adjacent rows of a matrix or, of experts, of each of them. A token's experts are in all parts so, each of which makes some
+/// of its outputs as the whole would: sums over experts need not be put together.
 pub(super) struct Part {
+    /// In an expert.
     pub(super) first: usize,
+    /// Of all experts.
     pub(super) n_rows: usize,
     main: Buffer,
     aux: Buffer,
@@ -120,25 +127,43 @@ impl Weights {
         let n_units = n_in.div_ceil(UNIT);
         let (main_bytes, aux_words) = sizes(dtype);
         let row_most = n_units * main_bytes.max(aux_words.div_ceil(GROUP) * 4);
+        let part_bytes = device.part_bytes() as usize;
         // Eight rows are whole groups of units.
-        let most = (device.info.max_binding as usize / row_most.max(1)) / GROUP * GROUP;
-        let part_rows = most.min(u32::MAX as usize / n_units / GROUP * GROUP);
+        let most = |n_experts: usize| {
+            let rows = (part_bytes / row_most.max(1)).min(u32::MAX as usize / n_units);
+            rows / n_experts / GROUP * GROUP
+        };
+        let split_experts = match n_out <= most(1) {
+            true => 1,
+            false => tensor.shape[2..].iter().product(),
+        };
+        let part_rows = most(split_experts);
         if part_rows == 0 {
             return Err(Error::Unsupported {
                 kind: "row length on the GPU",
                 found: format!("{n_in} of {}", tensor.name),
-                supported: format!("rows of which {GROUP} fit a binding"),
+                supported: match split_experts {
+                    1 => format!("rows of which {GROUP} fit a binding of {part_bytes} bytes"),
+                    n => {
+                        format!("rows of which {GROUP} of {n} experts each fit {part_bytes} bytes")
+                    }
+                },
             });
         }
+        let of_expert = n_out / split_experts;
         let mut parts = Vec::new();
-        for first in (0..n_out).step_by(part_rows) {
-            let n_rows = part_rows.min(n_out - first);
-            let bytes = &tensor.data[first * row_bytes..(first + n_rows) * row_bytes];
-            // Rows of floats may end inside a unit.
-            let padded =
-                (!n_in.is_multiple_of(UNIT)).then(|| pad(bytes, row_bytes, n_units, dtype));
-            let bytes = padded.as_deref().unwrap_or(bytes);
-            let part = send(device, dtype, n_units, n_rows, bytes, &tensor.name)?;
+        for first in (0..of_expert).step_by(part_rows) {
+            let n = part_rows.min(of_expert - first);
+            let read = |rows| {
+                let bytes = rows_of(&tensor.data, row_bytes, of_expert, first..first + n, rows);
+                // Rows of floats may end inside a unit.
+                match n_in.is_multiple_of(UNIT) {
+                    true => bytes,
+                    false => Cow::Owned(pad(&bytes, row_bytes, n_units, dtype)),
+                }
+            };
+            let n_rows = n * split_experts;
+            let part = send(device, dtype, n_units, n_rows, read, &tensor.name)?;
             parts.push(Part { first, ..part });
         }
         let weights = Arc::new(Self {
@@ -147,6 +172,7 @@ impl Weights {
             n_in,
             n_out,
             parts,
+            split_experts,
             host: None,
             file_bytes: tensor.data.len(),
             _source: tensor.data.clone(),
@@ -170,6 +196,7 @@ impl Weights {
             n_in: tensor.n_in(),
             n_out: tensor.n_out(),
             parts: Vec::new(),
+            split_experts: 1,
             host: Some(tensor.clone()),
             file_bytes: tensor.data.len(),
             _source: tensor.data.clone(),
@@ -188,6 +215,36 @@ impl Weights {
             _ => None,
         }
     }
+
+    /// Whether parts of both have the same rows.
+    pub(super) fn splits_as(&self, other: &Self) -> bool {
+        let rows = |part: &Part| (part.first, part.n_rows);
+        self.parts.iter().map(rows).eq(other.parts.iter().map(rows))
+    }
+}
+
+/// Some rows of a part, which has the rows `part` of each expert: those of the first one, then of the next.
+fn rows_of(
+    data: &[u8],
+    row_bytes: usize,
+    of_expert: usize,
+    part: Range<usize>,
+    rows: Range<usize>,
+) -> Cow<'_, [u8]> {
+    let piece = |at: usize| {
+        let (expert, row) = (at / part.len(), at % part.len());
+        let start = expert * of_expert + part.start + row;
+        let n = (part.len() - row).min(rows.end - at);
+        (&data[start * row_bytes..(start + n) * row_bytes], at + n)
+    };
+    let (first, mut at) = piece(rows.start);
+    let mut bytes = Cow::Borrowed(first);
+    while at < rows.end {
+        let (more, next) = piece(at);
+        bytes.to_mut().extend_from_slice(more);
+        at = next;
+    }
+    bytes
 }
 
 /// Rows of floats, with zeros up to whole units.
@@ -201,12 +258,13 @@ fn pad(bytes: &[u8], row_bytes: usize, n_units: usize, dtype: DType) -> Vec<u8> 
     padded
 }
 
-fn send(
+/// A part of so many rows, which `read` gives.
+fn send<'a>(
     device: &Device,
     dtype: DType,
     n_units: usize,
     n_rows: usize,
-    bytes: &[u8],
+    read: impl Fn(Range<usize>) -> Cow<'a, [u8]>,
     name: &str,
 ) -> Result<Part> {
     let (main_bytes, aux_words) = sizes(dtype);
@@ -214,12 +272,12 @@ fn send(
     let usage = BufferUsages::STORAGE | BufferUsages::COPY_DST;
     let main = device.buffer((groups * GROUP * main_bytes) as u64, usage, name)?;
     let aux = device.buffer((groups * aux_words * 4) as u64, usage, name)?;
-    let row_bytes = bytes.len() / n_rows;
+    let row_bytes = n_units * UNIT / dtype.block_len() * dtype.block_bytes();
     let chunk_rows = (CHUNK / row_bytes).max(1).next_multiple_of(GROUP);
     let mut in_flight = 0;
-    for (i, chunk) in bytes.chunks(chunk_rows * row_bytes).enumerate() {
-        let first = i * chunk_rows * n_units; // a multiple of GROUP
-        let (new_main, new_aux) = lay_out(dtype, chunk);
+    for row in (0..n_rows).step_by(chunk_rows) {
+        let first = row * n_units; // a multiple of GROUP
+        let (new_main, new_aux) = lay_out(dtype, &read(row..n_rows.min(row + chunk_rows)));
         if !new_main.is_empty() {
             let at = (first * main_bytes) as u64;
             device.queue.write_buffer(&main.raw, at, &new_main);
