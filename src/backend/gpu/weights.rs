@@ -522,3 +522,35 @@ fn put_scales_mins(aux: &mut [u32], d: u16, dmin: u16, (scales, mins): ([u8; 8],
         aux[1 + i] = halves(of(2 * i), of(2 * i + 1));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Chunks that are sent begin and end anywhere in the rows of a part.
+    #[test]
+    fn rows_of_a_part_are_those_of_each_expert_in_turn() {
+        let (row_bytes, of_expert, n_experts) = (3, 20, 4);
+        let data: Vec<u8> = (0..row_bytes * of_expert * n_experts)
+            .map(|i| i as u8)
+            .collect();
+        for part in [0..8, 8..16, 16..20, 0..20] {
+            let rows: Vec<&[u8]> = data
+                .chunks(row_bytes)
+                .enumerate()
+                .filter(|(i, _)| part.contains(&(i % of_expert)))
+                .map(|(_, row)| row)
+                .collect();
+            for start in 0..rows.len() {
+                for end in start + 1..=rows.len() {
+                    let found = rows_of(&data, row_bytes, of_expert, part.clone(), start..end);
+                    assert_eq!(
+                        *found,
+                        rows[start..end].concat(),
+                        "{part:?}, {start}..{end}"
+                    );
+                }
+            }
+        }
+    }
+}
