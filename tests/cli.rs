@@ -282,6 +282,65 @@ fn wrong_arguments_exit_with_2() {
 }
 
 #[test]
+fn a_predictor_is_trained_and_used_by_its_model_alone() {
+    let (tiny, small) = (tiny(), smol());
+    let model = path(&tiny);
+    let text = path(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")));
+    let (file, other) = (scratch("chunks.gguf"), scratch("chunks-again.gguf"));
+    let train = |file: &Path| {
+        let output = run(&[
+            "calibrate",
+            "chunks",
+            model,
+            "-f",
+            text,
+            "-n",
+            "400",
+            "-o",
+            path(file),
+            "--json",
+        ]);
+        assert!(output.status.success(), "{}", err(&output));
+        serde_json::from_str::<Value>(out(&output)).unwrap()
+    };
+    let told = train(&file);
+    assert_eq!(told["tokens"], 400);
+    assert!(told["gaps"].as_u64().unwrap() > 100);
+    assert!(told["held_out"]["loss"].as_f64().unwrap() > 0.0);
+    train(&other);
+    assert!(fs::read(&file).unwrap() == fs::read(&other).unwrap());
+    let with = |model: &str, extra: &[&str]| {
+        let kl = [
+            "eval", "kl", model, "-f", text, "-c", "400", "--chunks", "1",
+        ];
+        run(&[&kl[..], &["--dhsa", "on", "--dhsa-budget", "200"], extra].concat())
+    };
+    let predict = ["--dhsa-chunk", "predict:8"];
+    let predictor = ["--dhsa-predictor", path(&file)];
+    let both = [predict, predictor].concat();
+    let output = with(model, &both);
+    assert!(output.status.success(), "{}", err(&output));
+    let refused_by = |model: &str, extra: &[&str], what: &str| {
+        let output = with(model, extra);
+        assert_eq!(output.status.code(), Some(2), "{}", err(&output));
+        assert!(err(&output).contains(what), "{}", err(&output));
+    };
+    let refused = |extra: &[&str], what: &str| refused_by(model, extra, what);
+    refused(
+        &predict,
+        "error: --dhsa-chunk predict:N: expected --dhsa-predictor beside it",
+    );
+    let needed = "error: --dhsa-predictor: expected --dhsa-chunk predict:N beside it";
+    refused(&predictor, needed);
+    refused(&[predictor, ["--dhsa-chunk", "shift:8"]].concat(), needed);
+    let none = scratch("none.gguf");
+    for (bad, what) in [(path(&none), "none.gguf"), (model, "found lfm2")] {
+        refused(&[predict, ["--dhsa-predictor", bad]].concat(), what);
+    }
+    refused_by(path(&small), &both, "found one for another");
+}
+
+#[test]
 fn bad_model_files_give_one_clear_line() {
     let whole = fs::read(tiny()).unwrap();
     let with = |name: &str, bytes: &[u8]| {

@@ -1,22 +1,26 @@
 //! Policies: what they choose against a slow definition of it, on the queries and keys of a real model, and that sessions
 //! with one stay exact.
 
+#[path = "common/boundaries.rs"]
+mod boundaries;
 #[path = "common/models.rs"]
 mod models;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::{ControlFlow, Range};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use kinglet::backend::cpu::Cpu;
 use kinglet::backend::cpu::pool::Pool;
 use kinglet::backend::delta::{Delta, Exact, Factors};
+use kinglet::backend::predictor::{Predictor, Shape};
 use kinglet::backend::select::{Ask, Chunking, KvOptions, LABEL_AHEAD, LABEL_EVERY, Plan, Select};
 use kinglet::backend::{Backend, KvType, Step};
 use kinglet::gguf::Gguf;
 use kinglet::model::{self, Network, Pass};
-use kinglet::session::{Extra, Plan as MemoryPlan, calibration};
+use kinglet::sampler::Rng;
+use kinglet::session::{Extra, Plan as MemoryPlan, calibration, chunks};
 use kinglet::sparsity::{Heads, Layers, Policy, Repair, Sparsity};
 use kinglet::{Error, LoadOptions, Model, Session, SessionOptions};
 
@@ -26,6 +30,8 @@ use self::models::{at, real_model};
 struct Read {
     cpu: Cpu,
     network: Box<dyn Network<Cpu>>,
+    /// Of keys so wide, with any parameters.
+    predictor: Arc<Predictor>,
 }
 
 impl Read {
@@ -33,13 +39,27 @@ impl Read {
         let gguf = Gguf::open(&real_model()).expect("a model");
         let cpu = Cpu::new(Arc::new(Pool::new(2).expect("threads")));
         let network = model::load(&gguf, &cpu, &kinglet::Cancel::default()).expect("a network");
-        Self { cpu, network }
+        let config = network.config();
+        let shape = Shape {
+            width: config.n_kv_heads.iter().max().expect("layers") * config.head_dim,
+            n_heads: 4,
+            n_hidden: 40,
+        };
+        let mut rng = Rng::new(3);
+        let params = (0..shape.n_params()).map(|_| (rng.next_f64() - 0.5) as f32 * 0.2);
+        let predictor = Arc::new(Predictor::new(0, shape, params.collect()));
+        Self {
+            cpu,
+            network,
+            predictor,
+        }
     }
 
     /// All of `tokens` in one pass.
     fn read(&mut self, tokens: &[u32], select: Arc<dyn Select>) {
         let options = KvOptions {
             select: Some(select),
+            predictor: Some(self.predictor.clone()),
             ..KvOptions::default()
         };
         let mut state = self.network.state(&self.cpu, &options);
@@ -75,6 +95,7 @@ fn policies(n: usize) -> Vec<Sparsity> {
         dhsa(Chunking::Fixed(16), Heads::Vote),
         dhsa(Chunking::Fixed(8), Heads::Best),
         dhsa(Chunking::Labels(8), Heads::Best),
+        dhsa(Chunking::Predict(12), Heads::Best),
     ];
     let with_local = |policy| Sparsity {
         local: 40,
@@ -452,6 +473,56 @@ fn chunks_end_where_the_attention_of_later_queries_changes() {
     assert!(n_off > 100, "most are not of the middle length: {n_off}");
 }
 
+/// Where chunks end by a predictor, against its definition in double precision, on the keys of a real model.
+#[test]
+fn chunks_end_where_a_predictor_says() {
+    let mut model = Read::open();
+    let tokens = tokens(300);
+    let mut watch = |chunking: Chunking| {
+        let watcher = Arc::new(Watcher {
+            chunking,
+            n: tokens.len(),
+            queries: Mutex::default(),
+            layers: Mutex::default(),
+        });
+        model.read(&tokens, watcher.clone());
+        let watcher = Arc::into_inner(watcher).expect("nobody else has it");
+        watcher.layers.into_inner().expect("no panic")
+    };
+    let of_keys = watch(Chunking::Fixed(1));
+    let of_chunks = watch(Chunking::Predict(16));
+    let shape = model.predictor.shape();
+    let parts = shape.split(model.predictor.params()).map(doubles);
+    let head_dim = model.network.config().head_dim;
+    let mut n_off = 0;
+    for (layer, (chunks, _)) in of_chunks {
+        assert!(chunks.len() >= 300 / 24 - 1, "{chunks:?}");
+        let key = |j: usize| {
+            let heads = of_keys[&layer].1.iter();
+            let heads = heads.map(|keys| doubles(&keys[j * head_dim..][..head_dim]));
+            heads.collect::<Vec<_>>().concat()
+        };
+        let keys: Vec<Vec<f64>> = (0..300).map(key).collect();
+        let mut at = 0;
+        for chunk in chunks {
+            assert_eq!(chunk.start, at);
+            at = chunk.end;
+            let logit =
+                |end: usize| boundaries::logit(shape.n_heads, &parts, &keys[end - 4..end + 4]);
+            let ends = chunk.start + 8..=chunk.start + 24;
+            assert!(ends.contains(&chunk.end));
+            let best = ends.clone().map(logit).fold(f64::NEG_INFINITY, f64::max);
+            let found = logit(chunk.end);
+            assert!(
+                found > best - 1e-3,
+                "layer {layer}, {chunk:?}: {found}, best {best}"
+            );
+            n_off += usize::from(chunk.len() != 16);
+        }
+    }
+    assert!(n_off > 30, "most are not of the middle length: {n_off}");
+}
+
 fn tiny() -> Model {
     let options = LoadOptions {
         threads: 2,
@@ -466,12 +537,33 @@ fn small() -> Model {
     model.expect("a model of this repository")
 }
 
+/// A predictor of a model, from so many tokens.
+fn predictor(model: &Model, n: usize) -> Arc<Predictor> {
+    let go = &mut |_, _| ControlFlow::Continue(());
+    let trained = chunks::train(model, &tokens(n), go).expect("a predictor");
+    Arc::new(trained.predictor)
+}
+
+/// With a predictor of the tiny model where chunks end by one.
+fn options_for(sparsity: Sparsity) -> SessionOptions {
+    static OF_TINY: OnceLock<Arc<Predictor>> = OnceLock::new();
+    let predicts = matches!(
+        sparsity.policy,
+        Policy::Dhsa {
+            chunking: Chunking::Predict(_),
+            ..
+        }
+    );
+    SessionOptions {
+        sparsity,
+        predictor: predicts.then(|| OF_TINY.get_or_init(|| predictor(&tiny(), 300)).clone()),
+        ..SessionOptions::default()
+    }
+}
+
 /// Each policy with a budget of 256, and differences of keys, which are summed although that does not pay.
 fn kinds_of_attention() -> Vec<SessionOptions> {
-    let sparse = policies(256).into_iter().map(|sparsity| SessionOptions {
-        sparsity,
-        ..SessionOptions::default()
-    });
+    let sparse = policies(256).into_iter().map(options_for);
     let delta = |exact, frame| SessionOptions {
         delta: Some(Arc::new(Delta {
             exact,
@@ -486,11 +578,7 @@ fn kinds_of_attention() -> Vec<SessionOptions> {
 }
 
 fn session(model: &Model, sparsity: Sparsity, batch: usize) -> Session {
-    let options = SessionOptions {
-        sparsity,
-        ..SessionOptions::default()
-    };
-    session_of(model, &options, batch)
+    session_of(model, &options_for(sparsity), batch)
 }
 
 fn session_of(model: &Model, options: &SessionOptions, batch: usize) -> Session {
@@ -616,16 +704,26 @@ fn sessions_with_a_policy_are_exact() {
         prefill(&mut loaded, &tokens[520..560]);
         same(&loaded, "saved and loaded");
         let other = Sparsity::new(Policy::Window, 257);
-        for (sparsity, delta) in [
-            (Sparsity::default(), None),
-            (other, options.delta.clone()),
-            (options.sparsity, Some(Arc::new(Delta::new(0.25)))),
-        ] {
-            let options = SessionOptions {
-                sparsity,
-                delta,
-                ..saved.options()
-            };
+        let with = |sparsity, delta, predictor: &Option<_>| SessionOptions {
+            sparsity,
+            delta,
+            predictor: predictor.clone(),
+            ..saved.options()
+        };
+        let mut others = vec![
+            with(Sparsity::default(), None, &None),
+            with(other, options.delta.clone(), &None),
+            with(
+                options.sparsity,
+                Some(Arc::new(Delta::new(0.25))),
+                &options.predictor,
+            ),
+        ];
+        if options.predictor.is_some() {
+            let another = Some(predictor(model, 280));
+            others.push(with(options.sparsity, None, &another));
+        }
+        for options in others {
             let error = Session::load(model, &path, &options)
                 .err()
                 .expect("refused");
@@ -805,6 +903,121 @@ fn calibrated_thresholds_belong_to_their_model() {
     std::fs::remove_file(&path).expect("the file");
 }
 
+/// A predictor of a text: written, read, taken by its model and by no other.
+#[test]
+fn a_trained_predictor_belongs_to_its_model() {
+    let model = small();
+    let made = predictor(&model, 300);
+    assert!(made == predictor(&model, 300), "the same each time");
+    assert!(made != predictor(&model, 290));
+    let path = std::env::temp_dir().join(format!("kinglet-chunks-{}.gguf", std::process::id()));
+    chunks::write(&made, &path).expect("written");
+    let read = Arc::new(chunks::read(&path).expect("read"));
+    assert_eq!((&read, read.params()), (&made, made.params()));
+    let sparsity = Sparsity::new(dhsa(Chunking::Predict(8), Heads::Best), 256);
+    let options = SessionOptions {
+        sparsity,
+        predictor: Some(read.clone()),
+        ..SessionOptions::default()
+    };
+    prefill(&mut session_of(&model, &options, 128), &tokens(300));
+    let refused = |model: &Model, options: &SessionOptions, what: &str| {
+        let error = Session::new(model, options).err().expect("refused");
+        assert!(matches!(error, Error::Invalid(_)), "{error}");
+        assert!(error.to_string().contains(what), "{error}");
+    };
+    refused(&tiny(), &options, "found one for another");
+    let of_shape = |n_kv_heads: usize| {
+        let shape = Shape {
+            width: n_kv_heads * model.info().config.head_dim,
+            ..read.shape()
+        };
+        Arc::new(Predictor::new(
+            read.model,
+            shape,
+            vec![0.0; shape.n_params()],
+        ))
+    };
+    let with = |sparsity, predictor| SessionOptions {
+        sparsity,
+        predictor,
+        ..SessionOptions::default()
+    };
+    refused(&model, &with(sparsity, Some(of_shape(9))), "found 576");
+    refused(&model, &with(sparsity, None), "found none");
+    let dense = Sparsity::default();
+    refused(&model, &with(dense, Some(read.clone())), "found dense");
+    let error = sparsity.rule().expect_err("no device runs it");
+    assert!(error.to_string().contains("predict:8"), "{error}");
+    // A plan needs the header alone, which tells no model from another of its shape.
+    let outline = Model::outline(&at("models/lfm2-smol-Q4_0.gguf"), &LoadOptions::default());
+    MemoryPlan::new(&outline.expect("a header"), &options, 300).expect("a plan");
+
+    // What is no such file.
+    let whole = std::fs::read(&path).expect("the file");
+    let bad = |bytes: &[u8], what: &str| {
+        std::fs::write(&path, bytes).expect("written");
+        let error = chunks::read(&path).expect_err("refused");
+        assert!(matches!(error, Error::BadFile { .. }), "{error}");
+        let text = error.to_string();
+        assert!(
+            text.contains("kinglet-chunks") && text.contains(what),
+            "{text}"
+        );
+    };
+    // The last number lies before 28 zeros that nobody reads.
+    for n in [0, 3, 30, 200, whole.len() / 2, whole.len() - 30] {
+        bad(&whole[..n], "expected");
+    }
+    let changed = |from: &[u8], to: &[u8]| {
+        let at = whole.windows(from.len()).position(|w| w == from);
+        let mut bytes = whole.clone();
+        bytes[at.expect("in the file")..][..to.len()].copy_from_slice(to);
+        bytes
+    };
+    bad(
+        &changed(b"dhsa-predictor", b"dhsa-predicted"),
+        "found dhsa-predicted",
+    );
+    bad(&changed(b"dhsa.model", b"dhsa.m0del"), "dhsa.model");
+    bad(
+        &changed(b"norm.bias", b"n0rm.bias"),
+        "norm.bias: expected one, found none",
+    );
+    // The number of heads follows its key and its type.
+    let heads = |n: u8| {
+        changed(
+            b"dhsa.heads\x04\0\0\0\x04",
+            &[b"dhsa.heads\x04\0\0\0", &[n][..]].concat(),
+        )
+    };
+    bad(&heads(0), "found 0");
+    bad(&heads(7), "found 7");
+    bad(&heads(2), "attn_output.weight: expected shape");
+    let end = whole.len() - 32;
+    let nan = [&whole[..end], &f32::NAN.to_le_bytes(), &whole[end + 4..]].concat();
+    bad(&nan, "found NaN");
+    std::fs::remove_file(&path).expect("the file");
+    let gone = chunks::read(&path).expect_err("no file");
+    assert!(matches!(gone, Error::Io { .. }), "{gone}");
+}
+
+#[test]
+fn what_cannot_be_learnt_from_is_refused() {
+    let go = &mut |_, _| ControlFlow::Continue(());
+    let error = chunks::train(&tiny(), &tokens(100), go).expect_err("refused");
+    assert!(error.to_string().contains("found 100"), "{error}");
+    // While it reads 300 tokens, and while it learns.
+    for reads in [true, false] {
+        let stop = &mut |_, of: usize| match (of == 300) == reads {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        };
+        let error = chunks::train(&tiny(), &tokens(300), stop).expect_err("stopped");
+        assert!(matches!(error, Error::Cancelled), "{error}");
+    }
+}
+
 #[test]
 fn cache_types_do_not_matter_to_who_chooses() {
     let model = small();
@@ -839,9 +1052,8 @@ fn what_is_planned_for_sums_of_keys_is_what_they_hold() {
     for sparsity in policies(256) {
         let options = SessionOptions {
             n_ctx: 700,
-            sparsity,
             batch: 128,
-            ..SessionOptions::default()
+            ..options_for(sparsity)
         };
         let planned = MemoryPlan::new(&model, &options, 600)
             .expect("a plan")
@@ -857,13 +1069,10 @@ fn what_is_planned_for_sums_of_keys_is_what_they_hold() {
 fn budgets_that_cannot_hold_what_is_always_read_are_refused() {
     let model = tiny();
     for sparsity in policies(40) {
-        let options = SessionOptions {
-            sparsity: Sparsity {
-                sink: 40,
-                ..sparsity
-            },
-            ..SessionOptions::default()
-        };
+        let options = options_for(Sparsity {
+            sink: 40,
+            ..sparsity
+        });
         let error = Session::new(&model, &options).err().expect("refused");
         assert!(matches!(error, Error::Invalid(_)), "{error}");
         assert!(error.to_string().contains("found 40"), "{error}");
@@ -902,11 +1111,14 @@ fn budgets_that_cannot_hold_what_is_always_read_are_refused() {
         assert!(bad.parse::<Layers>().is_err(), "{bad}");
     }
     for n in [0, 1, 3, 257, usize::MAX] {
-        for chunking in [Chunking::Fixed(n), Chunking::Shift(n), Chunking::Labels(n)] {
-            let options = SessionOptions {
-                sparsity: Sparsity::new(dhsa(chunking, Heads::Each), 100_000),
-                ..SessionOptions::default()
-            };
+        for chunking in [
+            Chunking::Fixed(n),
+            Chunking::Shift(n),
+            Chunking::Labels(n),
+            Chunking::Predict(n),
+        ] {
+            let sparsity = Sparsity::new(dhsa(chunking, Heads::Each), 100_000);
+            let options = options_for(sparsity);
             let error = Session::new(&model, &options).err().expect("refused");
             assert!(error.to_string().contains("chunk: expected"), "{error}");
         }

@@ -6,10 +6,12 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use kinglet::backend::select::Chunking;
 use kinglet::sampler::{Sampler, Settings, Source};
+use kinglet::session::chunks;
 use kinglet::sparsity::{Heads, Policy, Repair, Sparsity};
 use kinglet::{KvType, LoadOptions, Model, Session, SessionOptions};
 
@@ -73,6 +75,10 @@ fn steady_decode_allocates_nothing() {
         chunking: Chunking::Labels(8),
         heads: Heads::Best,
     };
+    let predict = Policy::Dhsa {
+        chunking: Chunking::Predict(8),
+        heads: Heads::Best,
+    };
     for (depth, kv, policy) in [
         (130, KvType::F16, Policy::Dense),
         (1100, KvType::F16, Policy::Dense),
@@ -81,6 +87,7 @@ fn steady_decode_allocates_nothing() {
         (1100, KvType::F16, Policy::Blocks),
         (1100, KvType::Q8_0, dhsa),
         (1100, KvType::F16, labels),
+        (1100, KvType::F16, predict),
     ] {
         for threads in [1, 2] {
             let options = LoadOptions {
@@ -89,8 +96,15 @@ fn steady_decode_allocates_nothing() {
             };
             let model = Model::load(&root.join("models/lfm2-smol-Q4_0.gguf"), &options);
             let model = model.expect("a model of this repository");
+            let predictor = || {
+                let tokens: Vec<u32> = (100..400).collect();
+                let go = &mut |_, _| ControlFlow::Continue(());
+                let trained = chunks::train(&model, &tokens, go).expect("a predictor");
+                Arc::new(trained.predictor)
+            };
             let options = SessionOptions {
                 n_ctx: 2048,
+                predictor: (policy == predict).then(predictor),
                 kv: kv.into(),
                 sparsity: Sparsity {
                     repair: match policy == labels {

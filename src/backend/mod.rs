@@ -14,6 +14,7 @@ pub mod ggml;
 pub mod gpu;
 pub mod notes;
 pub mod planner;
+pub mod predictor;
 pub mod select;
 pub mod tracer;
 

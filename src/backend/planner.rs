@@ -223,7 +223,9 @@ impl Backend for Planner {
     fn kv_bytes(&self, kv: &Kv) -> usize {
         let sums = kv.options.select.as_ref().and_then(|select| {
             let chunking = select.chunking()?;
-            Some(chunking.bytes(&kv.shape, kv.n_pages * KV_PAGE, select.pools()))
+            let predictor = kv.options.predictor.as_deref();
+            let n_positions = kv.n_pages * KV_PAGE;
+            Some(chunking.bytes(&kv.shape, n_positions, select.pools(), predictor))
         });
         let sums = sums.unwrap_or(0);
         let select = kv.options.select.as_deref();

@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use super::delta::Delta;
 use super::notes::{NoteShape, Notes};
+use super::predictor::{Predictor, SIDE};
 use super::{Attention, KvTypes};
 use crate::error::{Error, Result};
 
@@ -24,6 +25,8 @@ pub struct KvOptions {
     pub select: Option<Arc<dyn Select>>,
     /// How scores with all keys are computed; `None`: as whole products.
     pub delta: Option<Arc<Delta>>,
+    /// Tells where chunks end, if `select` wants that.
+    pub predictor: Option<Arc<Predictor>>,
     /// The layer of the cache.
     pub layer: usize,
 }
@@ -299,13 +302,15 @@ pub enum Chunking {
     /// attention of one in [`LABEL_EVERY`] of them, up to [`LABEL_AHEAD`] ahead, to the [`SHIFT_WINDOW`] keys before, all heads
     /// together, is the most times that to those after, or the least. What DHSA's predictor of boundaries learns.
     Labels(usize),
+    /// After half to one and a half of so many keys, there where a [`Predictor`] that has learnt that finds it likeliest.
+    Predict(usize),
 }
 
 /// Reads what a position has, `(n_kv_heads, head_dim)`.
 type ReadRow<'a> = dyn Fn(usize, &mut [f32]) + 'a;
 
 /// Keys on each side of a boundary that are compared.
-pub const SHIFT_WINDOW: usize = 4;
+pub const SHIFT_WINDOW: usize = SIDE;
 
 /// From one query whose attention tells where chunks end to the next.
 pub const LABEL_EVERY: usize = 16;
@@ -317,7 +322,10 @@ impl Chunking {
     /// Keys of a chunk, more or less.
     pub fn nominal(self) -> usize {
         match self {
-            Chunking::Fixed(n) | Chunking::Shift(n) | Chunking::Labels(n) => n,
+            Chunking::Fixed(n)
+            | Chunking::Shift(n)
+            | Chunking::Labels(n)
+            | Chunking::Predict(n) => n,
         }
     }
 
@@ -325,7 +333,7 @@ impl Chunking {
     fn least(self) -> usize {
         match self {
             Chunking::Fixed(n) => n,
-            Chunking::Shift(n) | Chunking::Labels(n) => (n / 2).max(1),
+            Chunking::Shift(n) | Chunking::Labels(n) | Chunking::Predict(n) => (n / 2).max(1),
         }
     }
 
@@ -333,7 +341,7 @@ impl Chunking {
     pub fn most(self) -> usize {
         match self {
             Chunking::Fixed(n) => n,
-            Chunking::Shift(n) | Chunking::Labels(n) => n + n / 2,
+            Chunking::Shift(n) | Chunking::Labels(n) | Chunking::Predict(n) => n + n / 2,
         }
     }
 
@@ -341,7 +349,7 @@ impl Chunking {
     pub fn reach(self) -> usize {
         match self {
             Chunking::Fixed(n) => n,
-            Chunking::Shift(_) => self.most() + SHIFT_WINDOW,
+            Chunking::Shift(_) | Chunking::Predict(_) => self.most() + SHIFT_WINDOW,
             Chunking::Labels(_) => self.most() + SHIFT_WINDOW + LABEL_AHEAD,
         }
     }
@@ -351,10 +359,22 @@ impl Chunking {
         self.least().max(SHIFT_WINDOW)..=self.most()
     }
 
+    /// Floats of the room in which an end is found, for keys of `width`: the keys, and what a predictor needs.
+    fn room(self, width: usize, predictor: Option<&Predictor>) -> usize {
+        let keys = self.reach() * width;
+        match (self, predictor) {
+            (Chunking::Predict(_), Some(predictor)) => {
+                let ends = self.ends();
+                keys + predictor.shape().room(ends.end() + 1 - ends.start())
+            }
+            _ => keys,
+        }
+    }
+
     /// What queries leave for it.
     pub fn samples(self) -> NoteShape {
         match self {
-            Chunking::Fixed(_) | Chunking::Shift(_) => NoteShape::default(),
+            Chunking::Fixed(_) | Chunking::Shift(_) | Chunking::Predict(_) => NoteShape::default(),
             Chunking::Labels(_) => NoteShape {
                 every: LABEL_EVERY,
                 n: self.reach(),
@@ -373,13 +393,12 @@ impl Chunking {
         attention: &Attention,
         positions: usize,
         pools: bool,
+        predictor: Option<&Predictor>,
     ) -> usize {
-        let (n, key) = (
-            positions / self.least(),
-            attention.n_kv_heads * attention.head_dim * size_of::<f32>(),
-        );
+        let width = attention.n_kv_heads * attention.head_dim;
+        let (n, key) = (positions / self.least(), width * size_of::<f32>());
         let sums = if pools { 2 * key } else { key };
-        n * (size_of::<Chunk>() + sums) + self.reach() * key
+        n * (size_of::<Chunk>() + sums) + self.room(width, predictor) * size_of::<f32>()
     }
 }
 
@@ -473,6 +492,7 @@ impl Chunks {
         heads: (usize, usize),
         positions: usize,
         pools: bool,
+        predictor: Option<&Predictor>,
     ) -> Result<()> {
         let (n_kv_heads, head_dim) = heads;
         let n = positions / chunking.least();
@@ -480,7 +500,7 @@ impl Chunks {
         if pools {
             self.values.resize_with(n_kv_heads, Vec::new);
         }
-        let room = chunking.reach() * n_kv_heads * head_dim;
+        let room = chunking.room(n_kv_heads * head_dim, predictor);
         let more = |held: usize, wanted: usize| wanted.saturating_sub(held);
         let mut reserved = self
             .chunks
@@ -500,6 +520,7 @@ impl Chunks {
 
     /// Takes account of keys that were written at `positions`, of which none are left behind them. `key` and `value` read
     /// those of a position, `(n_kv_heads, head_dim)`, as they are cached; `samples` are what [`Chunking::samples`] asks for.
+    /// There is a predictor of keys so wide for [`Chunking::Predict`].
     pub(in crate::backend) fn update(
         &mut self,
         chunking: Chunking,
@@ -507,6 +528,7 @@ impl Chunks {
         positions: Range<usize>,
         [key, value]: [&ReadRow; 2],
         samples: &Notes,
+        predictor: Option<&Predictor>,
     ) {
         let kept = self.n_known(positions.start);
         self.chunks.truncate(kept);
@@ -514,21 +536,26 @@ impl Chunks {
             sums.truncate(kept * head_dim);
         }
         let n = self.sums.len() * head_dim;
-        let mut keys = std::mem::take(&mut self.room);
+        let mut room = std::mem::take(&mut self.room);
+        room.resize(chunking.room(n, predictor), 0.0);
+        let (keys, rest) = room.split_at_mut(chunking.reach() * n);
         loop {
             let start = self.chunks.last().map_or(0, |chunk| chunk.end as usize);
             let known = start + chunking.reach();
             if known > positions.end {
                 break;
             }
-            keys.resize(chunking.reach() * n, 0.0);
             for (i, key_i) in keys.chunks_exact_mut(n).enumerate() {
                 key(start + i, key_i);
             }
             let n_keys = match chunking {
                 Chunking::Fixed(n_keys) => n_keys,
-                Chunking::Shift(_) => largest_shift(&keys, n, chunking.ends()),
+                Chunking::Shift(_) => largest_shift(keys, n, chunking.ends()),
                 Chunking::Labels(_) => largest_ratio(samples, start..known, chunking.ends()),
+                Chunking::Predict(_) => {
+                    let predictor = predictor.expect("who made the cache saw to it");
+                    predictor.best_end(keys, chunking.ends(), rest)
+                }
             };
             self.chunks.push(Chunk {
                 start: start as u32,
@@ -543,7 +570,7 @@ impl Chunks {
                 add_sums(&mut self.values, head_dim, &keys[..n_keys * n]);
             }
         }
-        self.room = keys;
+        self.room = room;
     }
 }
 
@@ -607,6 +634,7 @@ fn largest_ratio(samples: &Notes, positions: Range<usize>, ends: RangeInclusive<
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::predictor::Shape;
 
     const HEADS: (usize, usize) = (2, 4);
 
@@ -635,15 +663,30 @@ mod tests {
         samples
     }
 
+    /// Of such keys, with parameters that are all different.
+    fn predictor() -> Predictor {
+        let shape = Shape {
+            width: 8,
+            n_heads: 2,
+            n_hidden: 5,
+        };
+        let param = |i: usize| (i * 37 % 101) as f32 / 101.0 - 0.5;
+        Predictor::new(0, shape, (0..shape.n_params()).map(param).collect())
+    }
+
     fn whole(chunking: Chunking, n: usize) -> Chunks {
         let mut chunks = Chunks::default();
-        chunks.reserve(chunking, HEADS, n, true).unwrap();
+        let predictor = predictor();
+        chunks
+            .reserve(chunking, HEADS, n, true, Some(&predictor))
+            .unwrap();
         chunks.update(
             chunking,
             HEADS.1,
             0..n,
             [&key, &value],
             &samples(chunking, n),
+            Some(&predictor),
         );
         chunks
     }
@@ -654,6 +697,7 @@ mod tests {
             Chunking::Fixed(16),
             Chunking::Shift(12),
             Chunking::Labels(12),
+            Chunking::Predict(12),
         ] {
             let chunks = whole(chunking, 200);
             let mut at = 0;
@@ -697,14 +741,25 @@ mod tests {
             Chunking::Fixed(16),
             Chunking::Shift(12),
             Chunking::Labels(12),
+            Chunking::Predict(12),
         ] {
             let expected = whole(chunking, 150);
             let mut chunks = Chunks::default();
-            chunks.reserve(chunking, HEADS, 300, true).unwrap();
+            let predictor = predictor();
+            chunks
+                .reserve(chunking, HEADS, 300, true, Some(&predictor))
+                .unwrap();
             // In steps, too far, back, and on.
             for positions in [0..7, 7..64, 64..65, 65..131, 131..290, 100..101, 101..150] {
                 let samples = samples(chunking, positions.end);
-                chunks.update(chunking, HEADS.1, positions, [&key, &value], &samples);
+                chunks.update(
+                    chunking,
+                    HEADS.1,
+                    positions,
+                    [&key, &value],
+                    &samples,
+                    Some(&predictor),
+                );
             }
             assert_eq!(chunks.chunks(), expected.chunks());
             assert_eq!(chunks.sums, expected.sums);

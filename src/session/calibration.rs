@@ -296,6 +296,34 @@ fn divergence(p: &[Vec<f32>], q: &[Vec<f32>]) -> f64 {
     p.iter().zip(q).map(row).sum::<f64>() / p.len().max(1) as f64
 }
 
+/// Reads `tokens` while `select` looks on; [`Error::Cancelled`] if `on` stops it.
+pub(super) fn read_watched(
+    model: &Model,
+    tokens: &[u32],
+    select: Arc<dyn Select>,
+    on: &mut dyn FnMut(usize, usize) -> ControlFlow<()>,
+) -> Result<()> {
+    let options = SessionOptions {
+        n_ctx: tokens.len(),
+        ..SessionOptions::default()
+    };
+    let kv = KvOptions {
+        select: Some(select),
+        ..options.kv_options()?
+    };
+    let mut session = Session::new(model, &options)?;
+    session.engine = model.0.network.engine(&kv)?;
+    let mut flow = ControlFlow::Continue(());
+    session.prefill(tokens, &mut |done, of| {
+        flow = on(done, of);
+        flow
+    })?;
+    match flow {
+        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Break(()) => Err(Error::Cancelled),
+    }
+}
+
 /// Factors for `model`, from a text. `on` is told how many tokens of how many have been read, then of layers how many have
 /// been measured, and may stop it.
 ///
@@ -318,18 +346,7 @@ pub fn calibrate(
         n: tokens.len(),
         layers: Mutex::default(),
     });
-    let options = SessionOptions {
-        n_ctx: tokens.len(),
-        ..SessionOptions::default()
-    };
-    let kv = KvOptions {
-        select: Some(recorder.clone()),
-        ..options.kv_options()?
-    };
-    let mut session = Session::new(model, &options)?;
-    session.engine = model.0.network.engine(&kv)?;
-    session.prefill(tokens, on)?;
-    drop(session);
+    read_watched(model, tokens, recorder.clone(), on)?;
     let mut layers = recorder.layers.lock().expect("no panic before");
     layers.resize_with(model.info().config.n_layers, Recorded::default);
     let curves: Vec<Curve> = layers.iter().map(Recorded::curve).collect();

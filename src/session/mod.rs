@@ -5,6 +5,7 @@
 mod budget;
 pub mod calibration;
 mod chat;
+pub mod chunks;
 mod embed;
 mod engine;
 mod experts;
@@ -47,7 +48,8 @@ use crate::backend::cpu::residency::Residency;
 use crate::backend::cpu::stored::StoredExperts;
 use crate::backend::delta::Delta;
 use crate::backend::planner::Tally;
-use crate::backend::select::KvOptions;
+use crate::backend::predictor::Predictor;
+use crate::backend::select::{Chunking, KvOptions};
 use crate::backend::{BackendKind, KvTypes, Step};
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
@@ -63,7 +65,7 @@ use crate::profile::span::now;
 use crate::profile::topology::Topology;
 use crate::profile::{Trace, Work, machine};
 use crate::sampler::{Constraint, Settings, preset};
-use crate::sparsity::Sparsity;
+use crate::sparsity::{Policy, Sparsity};
 use crate::tokenizer::Tokenizer;
 
 /// Context where neither caller nor file gives a smaller one: metadata often states more than models were trained on.
@@ -119,6 +121,8 @@ pub struct SessionOptions {
     pub kv: KvTypes,
     /// Which keys queries attend to.
     pub sparsity: Sparsity,
+    /// Tells where chunks of keys end, if `sparsity` is [`Chunking::Predict`].
+    pub predictor: Option<Arc<Predictor>>,
     /// How scores with all keys are computed, where not as whole products.
     pub delta: Option<Arc<Delta>>,
     /// Tokens of a prefill step; 0: 512.
@@ -128,10 +132,14 @@ pub struct SessionOptions {
 impl SessionOptions {
     /// How attention is not dense and exact: `dense` if it is.
     pub fn attention(&self) -> String {
+        let mut sparsity = self.sparsity.to_string();
+        if let Some(predictor) = &self.predictor {
+            sparsity += &format!(", predictor {:016x}", predictor.hash);
+        }
         match (&self.delta, self.sparsity.is_dense()) {
-            (None, _) => self.sparsity.to_string(),
+            (None, _) => sparsity,
             (Some(delta), true) => delta.to_string(),
-            (Some(delta), false) => format!("{}; {delta}", self.sparsity),
+            (Some(delta), false) => format!("{sparsity}; {delta}"),
         }
     }
 
@@ -164,6 +172,7 @@ impl SessionOptions {
         Ok(KvOptions {
             kinds: self.kv,
             select: self.sparsity.selector()?,
+            predictor: self.predictor.clone(),
             delta: self.delta.clone(),
             ..KvOptions::default()
         })
@@ -525,6 +534,49 @@ impl Model {
         Ok(())
     }
 
+    /// That chunks end as a predictor of this model says, if that was asked for.
+    fn check_predictor(&self, options: &SessionOptions) -> Result<()> {
+        let wanted = matches!(
+            options.sparsity.policy,
+            Policy::Dhsa {
+                chunking: Chunking::Predict(_),
+                ..
+            }
+        );
+        let predictor = match (&options.predictor, wanted) {
+            (None, false) => return Ok(()),
+            (Some(predictor), true) => predictor,
+            (None, true) => {
+                return Err(Error::Invalid(
+                    "chunks that end as predicted: expected a predictor, found none".into(),
+                ));
+            }
+            (Some(_), false) => {
+                return Err(Error::Invalid(format!(
+                    "predictor: expected DHSA with chunks that end as predicted, found {}",
+                    options.sparsity
+                )));
+            }
+        };
+        // See `check_delta`.
+        if !self.0.is_outline && predictor.model != self.hashes()?.model {
+            return Err(Error::Invalid(format!(
+                "predictor: expected one that was trained for this model ({:032x}), found one for another ({:032x})",
+                self.hashes()?.model,
+                predictor.model
+            )));
+        }
+        let config = &self.0.info.config;
+        let widths = config.n_kv_heads.iter().map(|n| n * config.head_dim);
+        let found = predictor.shape().width;
+        match widths.filter(|n| *n > 0).find(|n| *n != found) {
+            None => Ok(()),
+            Some(width) => Err(Error::Invalid(format!(
+                "predictor: expected one of keys of {width} floats, found {found}"
+            ))),
+        }
+    }
+
     fn hashes(&self) -> Result<&Hashes> {
         if let Some(hashes) = self.0.hashes.get() {
             return Ok(hashes);
@@ -600,6 +652,7 @@ pub struct Session {
     batch: usize,
     kv: KvTypes,
     sparsity: Sparsity,
+    predictor: Option<Arc<Predictor>>,
     delta: Option<Arc<Delta>>,
     n_replayed: usize,
     /// Why it left its GPU.
@@ -664,6 +717,7 @@ impl Session {
         if let Some(delta) = &options.delta {
             model.check_delta(delta)?;
         }
+        model.check_predictor(options)?;
         options
             .sparsity
             .check_layers(model.info().config.n_layers)?;
@@ -682,6 +736,7 @@ impl Session {
             batch,
             kv: options.kv,
             sparsity: options.sparsity,
+            predictor: options.predictor.clone(),
             delta: options.delta.clone(),
             n_replayed: 0,
             cancel: Cancel::default(),
@@ -712,6 +767,7 @@ impl Session {
             n_ctx: self.n_ctx,
             kv: self.kv,
             sparsity: self.sparsity,
+            predictor: self.predictor.clone(),
             delta: self.delta.clone(),
             batch: self.batch,
         }

@@ -14,6 +14,7 @@ use super::budget::Claim;
 use super::engine::Memory;
 use super::{Model, Session};
 use crate::backend::delta::Delta;
+use crate::backend::predictor::Predictor;
 use crate::backend::{KvTypes, Step};
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
@@ -93,6 +94,7 @@ pub struct Snapshot {
     model: Model,
     kv: KvTypes,
     sparsity: Sparsity,
+    predictor: Option<Arc<Predictor>>,
     delta: Option<Arc<Delta>>,
     memory: Memory,
     line: Timeline,
@@ -182,6 +184,7 @@ impl Session {
             n_replayed: 0,
             cancel: Cancel::default(),
             claim: self.claim.as_ref().map(Claim::again).transpose()?,
+            predictor: self.predictor.clone(),
             delta: self.delta.clone(),
             ..*self
         };
@@ -230,6 +233,7 @@ impl Session {
             model: self.model.clone(),
             kv: self.kv,
             sparsity: self.sparsity,
+            predictor: self.predictor.clone(),
             delta: self.delta.clone(),
             memory,
             line: self.line.clone(),
@@ -246,6 +250,7 @@ impl Session {
         if !Arc::ptr_eq(&self.model.0, &snapshot.model.0)
             || self.kv != snapshot.kv
             || self.sparsity != snapshot.sparsity
+            || self.predictor != snapshot.predictor
             || self.delta != snapshot.delta
         {
             return Err(Error::Invalid(

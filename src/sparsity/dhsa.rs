@@ -11,7 +11,9 @@
 //! decoding are dense. Here each token has its own plan, when read and when decoded, and nothing is dense. Boundaries
 //! need no trained predictor: chunks end after a fixed number of keys (as in the authors' later version), where keys
 //! shift the most, or where what the predictor would learn says so: where later queries, of which a sample is asked, attend
-//! to the keys on one side the most times as much as to those on the other.
+//! to the keys on one side the most times as much as to those on the other. With a
+//! [predictor](crate::backend::predictor) they end where it says, in each layer by the layer's own keys; published, the
+//! first layer's boundaries serve all.
 //!
 //! What was tried for facts far back, SmolLM2-135M over 8,000 tokens, 1,792 keys a token: the share of the attention that
 //! questions give to a fact which is read (numbers of keys and queries recorded from a dense run). Chunks of 16 by the mean
@@ -86,14 +88,14 @@ pub(super) fn select(
             };
             n * n_chosen - missing(0) - ends
         }
-        Chunking::Shift(_) | Chunking::Labels(_) => {
+        Chunking::Shift(_) | Chunking::Labels(_) | Chunking::Predict(_) => {
             let chosen = (0..of.len()).filter(|i| of[*i] >= least);
             chosen.map(n_keys).sum()
         }
     };
     let few = match chunking {
         Chunking::Fixed(n) => n,
-        Chunking::Shift(n) | Chunking::Labels(n) => n / 2,
+        Chunking::Shift(n) | Chunking::Labels(n) | Chunking::Predict(n) => n / 2,
     };
     plan.push(seen.start..sink);
     let all = std::mem::take(&mut plan.keys);
@@ -235,7 +237,7 @@ fn rank(
                 // A factor that all chunks share changes no order.
                 let products = match chunking {
                     Chunking::Fixed(_) => &ask.scores(query)[..n],
-                    Chunking::Shift(_) | Chunking::Labels(_) => {
+                    Chunking::Shift(_) | Chunking::Labels(_) | Chunking::Predict(_) => {
                         plan.scores.fill(0.0);
                         products(chunking, ask, query, &mut plan.scores);
                         &plan.scores
@@ -293,7 +295,7 @@ fn products(chunking: Chunking, ask: &Ask, query: usize, out: &mut [f32]) {
             let factor = 1.0 / (n as f32).sqrt();
             scores.for_each(|(out, score)| *out = score * factor);
         }
-        Chunking::Shift(_) | Chunking::Labels(_) => {
+        Chunking::Shift(_) | Chunking::Labels(_) | Chunking::Predict(_) => {
             for ((out, score), chunk) in scores.zip(ask.chunks.chunks()) {
                 *out = score / (chunk.n_keys() as f32).sqrt();
             }

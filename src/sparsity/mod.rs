@@ -256,6 +256,9 @@ impl fmt::Display for Policy {
                     Chunking::Labels(n) => {
                         write!(f, "DHSA of some {n} keys a chunk as queries attend{shared}")
                     }
+                    Chunking::Predict(n) => {
+                        write!(f, "DHSA of some {n} keys a chunk as predicted{shared}")
+                    }
                 }
             }
         }
@@ -328,6 +331,13 @@ impl Select for Sparsity {
                 ..
             } => {
                 let found = format!("{} that end by attention (labels:{n})", self.policy);
+                return Err(unsupported(found));
+            }
+            Policy::Dhsa {
+                chunking: Chunking::Predict(n),
+                ..
+            } => {
+                let found = format!("{} that end as predicted (predict:{n})", self.policy);
                 return Err(unsupported(found));
             }
             Policy::Dhsa {

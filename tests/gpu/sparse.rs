@@ -210,6 +210,7 @@ fn what_no_device_chooses_is_an_error_that_names_it() {
         heads: Heads::Best,
     };
     let shift = Sparsity::new(dhsa(Chunking::Shift(16)), 300);
+    let predict = Sparsity::new(dhsa(Chunking::Predict(16)), 300);
     let pooled = Sparsity {
         repair: Repair::Pooled,
         ..Sparsity::new(dhsa(Chunking::Fixed(16)), 300)
@@ -220,6 +221,7 @@ fn what_no_device_chooses_is_an_error_that_names_it() {
     };
     for (options, named) in [
         (of(shift), "keys shift"),
+        (of(predict), "predict:16"),
         (of(pooled), "pooled"),
         (delta, "DeltaLLM"),
     ] {

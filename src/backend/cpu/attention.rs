@@ -13,6 +13,7 @@ use super::scratch::Scratch;
 use super::table::{AttendBatch, AttendSpan, AttendTokens, Operations, Ready, Rows, ToF16};
 use crate::backend::delta::Delta;
 use crate::backend::notes::{NoteShape, Notes};
+use crate::backend::predictor::Predictor;
 pub(super) use crate::backend::select::runs;
 use crate::backend::select::{Chunking, Chunks, KvOptions, Select, seen_from};
 use crate::backend::{Attention, KV_PAGE, KvType, KvTypes, Step};
@@ -50,6 +51,7 @@ pub struct KvCache {
     notes: [Arc<Notes>; 2],
     /// Of the network.
     layer: usize,
+    predictor: Option<Arc<Predictor>>,
     delta: Option<Arc<Delta>>,
     /// What each channel may be off by, `(n_kv_heads, head_dim)`, where there is a `delta`.
     thresholds: Arc<[f32]>,
@@ -72,6 +74,7 @@ impl KvCache {
             n_kv_heads,
             head_dim,
             select: options.select.clone(),
+            predictor: options.predictor.clone(),
             chunks: Arc::default(),
             notes: NoteShape::all(options.select.as_deref(), attention)
                 .map(|shape| Arc::new(Notes::new(shape))),
@@ -174,7 +177,14 @@ impl KvCache {
         let (keys, values, kinds) = (&self.keys, &self.values, self.kinds);
         let key = |position: usize, out: &mut [f32]| read(keys, kinds.keys, position, out);
         let value = |position: usize, out: &mut [f32]| read(values, kinds.values, position, out);
-        own.update(chunking, n, positions, [&key, &value], &self.notes[0]);
+        own.update(
+            chunking,
+            n,
+            positions,
+            [&key, &value],
+            &self.notes[0],
+            self.predictor.as_deref(),
+        );
     }
 
     /// Makes room to write at `positions`.
@@ -207,6 +217,7 @@ impl KvCache {
         }
         if let Some(chunking) = self.chunking() {
             let pools = self.select().is_some_and(Select::pools);
+            let predictor = self.predictor.as_deref();
             if Arc::get_mut(&mut self.chunks).is_none() {
                 self.chunks = Arc::new(self.chunks.try_clone()?);
             }
@@ -216,6 +227,7 @@ impl KvCache {
                 (self.n_kv_heads, self.head_dim),
                 end * PAGE,
                 pools,
+                predictor,
             )?;
         }
         for notes in &mut self.notes {

@@ -355,6 +355,7 @@ impl SessionArgs {
             n_ctx: self.ctx.unwrap_or(0),
             kv: self.cache.types(),
             sparsity: self.attention.sparsity,
+            predictor: self.attention.predictor.clone(),
             delta: self.attention.delta.clone(),
             batch: self.batch,
         }
@@ -664,22 +665,24 @@ pub struct CalibrateArgs {
 #[derive(Subcommand)]
 pub enum CalibrateCommand {
     /// Thresholds of `--delta` for each channel of a model's keys, so that scores are off by as much in all layers.
-    Delta(DeltaArgs),
+    Delta(CalibrationArgs),
+    /// A predictor of where chunks of keys end, for `--dhsa-chunk predict:N`.
+    Chunks(CalibrationArgs),
 }
 
 #[derive(Args)]
-pub struct DeltaArgs {
+pub struct CalibrationArgs {
     #[command(flatten)]
     pub model: ModelArgs,
     /// A text
     #[arg(short = 'f', long = "file", value_name = "FILE")]
     pub text: PathBuf,
-    /// Where thresholds are written
+    /// Where what was found is written
     #[arg(short, long, value_name = "FILE")]
     pub output: PathBuf,
-    /// Tokens of the text at most
-    #[arg(short = 'n', long, value_name = "N", default_value = "2048", value_parser = positive)]
-    pub tokens: usize,
+    /// Tokens of the text at most [default: 2048, for chunks 16384]
+    #[arg(short = 'n', long, value_name = "N", value_parser = positive)]
+    pub tokens: Option<usize>,
     /// One JSON object
     #[arg(long)]
     pub json: bool,
@@ -725,6 +728,7 @@ impl ScoringArgs {
             n_ctx,
             kv: self.cache.types(),
             sparsity: self.attention.sparsity,
+            predictor: self.attention.predictor.clone(),
             delta: self.attention.delta.clone(),
             batch: self.batch,
         }

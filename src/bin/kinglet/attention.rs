@@ -7,8 +7,9 @@ use std::sync::Arc;
 use clap::error::ErrorKind;
 use clap::{ArgMatches, Args, Command, FromArgMatches, ValueEnum};
 use kinglet::backend::delta::{Delta, Exact, Factors};
+use kinglet::backend::predictor::Predictor;
 use kinglet::backend::select::Chunking;
-use kinglet::session::calibration;
+use kinglet::session::{calibration, chunks};
 use kinglet::sparsity::{Heads, Layers, Policy, Repair, Sparsity};
 
 use crate::args::positive;
@@ -24,9 +25,12 @@ struct Given {
     #[arg(long, value_name = "N", value_parser = positive)]
     dhsa_budget: Option<usize>,
     /// Keys of a chunk: N, or some N up to where keys change the most, `shift:N`, or up to where it changes the most how
-    /// later queries attend, `labels:N` [default: 16]
+    /// later queries attend, `labels:N`, or up to where a predictor says so, `predict:N` [default: 16]
     #[arg(long, value_name = "N", value_parser = chunking)]
     dhsa_chunk: Option<Chunking>,
+    /// A predictor from `calibrate chunks`
+    #[arg(long, value_name = "FILE", value_parser = predictor)]
+    dhsa_predictor: Option<Arc<Predictor>>,
     /// Whether heads of keys choose each by the mean of their queries, share one choice, let their queries vote, or go by
     /// the best query [default: each]
     #[arg(long, value_name = "WHAT")]
@@ -104,12 +108,18 @@ fn exact(text: &str) -> Result<Exact, String> {
     }
 }
 
-/// `16`, `shift:16` or `labels:16`.
+fn predictor(path: &str) -> Result<Arc<Predictor>, String> {
+    let predictor = chunks::read(Path::new(path)).map_err(|e| e.to_string())?;
+    Ok(Arc::new(predictor))
+}
+
+/// `16`, `shift:16`, `labels:16` or `predict:16`.
 fn chunking(text: &str) -> Result<Chunking, String> {
     match text.split_once(':') {
         Some(("shift", n)) => Ok(Chunking::Shift(positive(n)?)),
         Some(("labels", n)) => Ok(Chunking::Labels(positive(n)?)),
-        Some(_) => Err("expected a number N, shift:N or labels:N".into()),
+        Some(("predict", n)) => Ok(Chunking::Predict(positive(n)?)),
+        Some(_) => Err("expected a number N, shift:N, labels:N or predict:N".into()),
         None => Ok(Chunking::Fixed(positive(text)?)),
     }
 }
@@ -132,6 +142,10 @@ impl Given {
         const CHOICE: &str = "--dhsa on or --block-topk";
         const POLICY: &str = "--dhsa on, --block-topk or --window-sink";
         const DELTA: &str = "--delta";
+        const PREDICT: &str = "--dhsa-chunk predict:N";
+        const PREDICTOR: &str = "--dhsa-predictor";
+        let predicts = matches!(self.dhsa_chunk, Some(Chunking::Predict(_)));
+        let predictor = self.dhsa_predictor.is_some();
         let dhsa = self.dhsa == Switch::On;
         let choice = dhsa || self.block_topk.is_some();
         let policy = choice || self.window_sink.is_some();
@@ -140,6 +154,8 @@ impl Given {
             ("--dhsa-budget", self.dhsa_budget.is_some(), dhsa, DHSA),
             ("--dhsa-chunk", self.dhsa_chunk.is_some(), dhsa, DHSA),
             ("--dhsa-heads", self.dhsa_heads.is_some(), dhsa, DHSA),
+            (PREDICT, predicts, predictor, PREDICTOR),
+            (PREDICTOR, predictor, predicts, PREDICT),
             ("--repair", self.repair.is_some(), policy, POLICY),
             (
                 "--budget-share",
@@ -209,6 +225,7 @@ impl Given {
 /// How attention is computed.
 pub struct AttentionArgs {
     pub sparsity: Sparsity,
+    pub predictor: Option<Arc<Predictor>>,
     pub delta: Option<Arc<Delta>>,
 }
 
@@ -228,11 +245,12 @@ impl FromArgMatches for AttentionArgs {
         match given.unused() {
             None => Ok(Self {
                 sparsity: given.sparsity(),
+                predictor: given.dhsa_predictor.clone(),
                 delta: given.delta(),
             }),
             Some((name, needed)) => Err(clap::Error::raw(
                 ErrorKind::MissingRequiredArgument,
-                format!("{name}: expected {needed} beside it, found nothing that uses it"),
+                format!("{name}: expected {needed} beside it, found none"),
             )),
         }
     }

@@ -139,6 +139,7 @@ fn open(group: &Group, backend: BackendKind, args: &BenchArgs) -> Outcome<Sessio
         n_ctx: n_ctx.max().unwrap_or(0),
         kv: group.kv,
         sparsity: group.sparsity,
+        predictor: group.predictor.clone(),
         delta: group.delta.clone(),
         batch: group.n_ubatch,
     };

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use kinglet::backend::delta::Delta;
+use kinglet::backend::predictor::Predictor;
 use kinglet::profile::topology::Topology;
 use kinglet::{BackendKind, KvType, KvTypes, SessionOptions, Sparsity};
 
@@ -64,6 +65,7 @@ pub struct Group {
     pub n_ubatch: usize,
     pub kv: KvTypes,
     pub sparsity: Sparsity,
+    pub predictor: Option<Arc<Predictor>>,
     pub delta: Option<Arc<Delta>>,
     pub n_threads: usize,
     /// Of a prompt.
@@ -76,6 +78,7 @@ impl Group {
     pub fn attention(&self) -> String {
         let options = SessionOptions {
             sparsity: self.sparsity,
+            predictor: self.predictor.clone(),
             delta: self.delta.clone(),
             ..SessionOptions::default()
         };
@@ -118,6 +121,7 @@ pub fn groups(args: &BenchArgs) -> Outcome<Vec<Group>> {
                             n_ubatch: n_ubatch.min(n_batch),
                             kv,
                             sparsity: args.attention.sparsity,
+                            predictor: args.attention.predictor.clone(),
                             delta: args.attention.delta.clone(),
                             n_threads,
                             n_threads_batch: args.n_threads_batch().unwrap_or(n_threads),
