@@ -161,14 +161,19 @@ def show(args):
                 row = rows.setdefault((cell["model"], cell["ctx"], cell["policy"], cell["keys"]), {})
                 if "result" in cell:
                     read(cell, row)
-    head = ["model", "tokens", "attention", "keys", "pairs", "KL", "PPL, dense", "needle gain, exact", "with a dense tail"]
+    head = ["model", "tokens", "attention", "keys", "read", "KL", "PPL, dense", "needle gain, exact", "with a dense tail"]
     head += ["recall", "prefill", "decode", "KiB of keys"]
     print("| " + " | ".join(head) + " |")
     print("|" + "---|" * len(head))
-    for (model, ctx, policy, keys), row in rows.items():
+    # Models as they come, texts by their length, policies as the run has them, and more keys after fewer.
+    models = list(dict.fromkeys(model for model, *_ in rows))
+    names = ["dense", "window", "block top-k", "DHSA of 8", "DHSA of 4", "DeltaLLM"]
+    rank = lambda policy: next((i for i, name in enumerate(names) if policy.startswith(name)), len(names))
+    order = lambda id: (models.index(id[0]), id[1], rank(id[2]), "layers" in id[2], id[3][0] != "1", id[3][::-1])
+    for (model, ctx, policy, keys), row in sorted(rows.items(), key=lambda item: order(item[0])):
         dense = rows.get((model, ctx, "dense", "all"), {})
         line = [model, str(ctx), policy, keys]
-        line += [row.get(key, "") for key in ("pairs", "kl", "ppl", "needle", "tail", "recall")]
+        line += [row.get(key, "") for key in ("read", "kl", "ppl", "needle", "tail", "recall")]
         for key in ("prefill", "decode"):
             ratio = ""
             if key in row and key in dense:
@@ -187,7 +192,10 @@ def read(cell, row):
     if cell["what"] == "kl":
         row["kl"] = f"{result['kl_mean']:.4f}"
         row["ppl"] = f"{result['ppl']:.2f}, {result['ppl_dense']:.2f}"
-        row["pairs"] = f"{100 * result['saved']['pairs_read']:.0f} %"
+        # Of pairs of query and key; DeltaLLM reads all, but not all of each.
+        delta = result["saved"].get("delta")
+        read = 1 - delta["products"] if delta else result["saved"]["pairs_read"]
+        row["read"] = f"{100 * read:.0f} %"
         row["bytes"] = result["saved"]["kv_bytes"]
     elif cell["what"] in ("needle", "tail"):
         length = result["lengths"][0]

@@ -7,6 +7,8 @@
 //!
 //! All of them always read the first keys, which many heads use as a place to look when there is nothing to see, and the
 //! last. A query that sees no more keys than the budget sees all, so up to there attention is dense to the bit.
+//!
+#![doc = include_str!("measured.md")]
 
 pub mod blocks;
 pub mod dhsa;
