@@ -18,16 +18,17 @@
 //! not change where it is 63 %, but keys that heads look at are no longer exact (of the first key of all that alone
 //! makes a KL of more than 0.01).
 
-use std::ops::{ControlFlow, Range};
+use std::ops::ControlFlow;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::record::record;
 use super::{Model, Session, SessionOptions, replace};
 use crate::backend::delta::{Delta, Factors};
-use crate::backend::select::{Ask, Chunking, KvOptions, Plan, Select};
+use crate::backend::select::Ask;
 use crate::error::{Error, Result};
 
 /// Share of the elements of keys that do not change from key to key, at a rate of 1.
@@ -119,57 +120,22 @@ struct Recorded {
     keys: Vec<Vec<f32>>,
 }
 
-/// Looks on: every query reads everything.
-struct Recorder {
-    /// After the last of so many positions keys are taken.
-    n: usize,
-    layers: Mutex<Vec<Recorded>>,
-}
-
-impl std::fmt::Debug for Recorder {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Recorder")
-    }
-}
-
-impl Select for Recorder {
-    /// A sum of one key is a key.
-    fn chunking(&self) -> Option<Chunking> {
-        Some(Chunking::Fixed(1))
-    }
-
-    fn sees_all(&self, _: usize, _: &Range<usize>) -> bool {
-        false
-    }
-
-    fn budget(&self, _n_seen: usize) -> usize {
-        self.n
-    }
-
-    fn sums_queries(&self) -> bool {
-        true
-    }
-
-    fn select(&self, ask: &Ask, plan: &mut Plan) {
-        plan.push(ask.seen.clone());
+impl Recorded {
+    /// Takes the queries of a head, and its keys with the last of them.
+    fn add(&mut self, ask: &Ask, is_last: bool) {
         let (n, kv_heads) = (ask.attention.head_dim, ask.attention.n_kv_heads);
         let group = ask.attention.n_heads / kv_heads;
-        let mut layers = self.layers.lock().expect("no panic before");
-        if layers.len() <= ask.layer {
-            layers.resize_with(ask.layer + 1, Recorded::default);
-        }
-        let layer = &mut layers[ask.layer];
-        layer.squares.resize(kv_heads * n, 0.0);
-        layer.keys.resize(kv_heads, Vec::new());
-        let sums = &mut layer.squares[ask.kv_head * n..][..n];
+        self.squares.resize(kv_heads * n, 0.0);
+        self.keys.resize(kv_heads, Vec::new());
+        let sums = &mut self.squares[ask.kv_head * n..][..n];
         for q in ask.q[ask.kv_head * group * n..][..group * n].chunks_exact(n) {
             for (sum, q) in sums.iter_mut().zip(q) {
                 *sum += f64::from(q * ask.attention.scale).powi(2);
             }
         }
-        layer.n += usize::from(ask.kv_head == 0) * group;
-        if ask.position + 1 == self.n {
-            layer.keys[ask.kv_head] = ask.chunks.sums(ask.kv_head).to_vec();
+        self.n += usize::from(ask.kv_head == 0) * group;
+        if is_last {
+            self.keys[ask.kv_head] = ask.chunks.sums(ask.kv_head).to_vec();
         }
     }
 }
@@ -296,34 +262,6 @@ fn divergence(p: &[Vec<f32>], q: &[Vec<f32>]) -> f64 {
     p.iter().zip(q).map(row).sum::<f64>() / p.len().max(1) as f64
 }
 
-/// Reads `tokens` while `select` looks on; [`Error::Cancelled`] if `on` stops it.
-pub(super) fn read_watched(
-    model: &Model,
-    tokens: &[u32],
-    select: Arc<dyn Select>,
-    on: &mut dyn FnMut(usize, usize) -> ControlFlow<()>,
-) -> Result<()> {
-    let options = SessionOptions {
-        n_ctx: tokens.len(),
-        ..SessionOptions::default()
-    };
-    let kv = KvOptions {
-        select: Some(select),
-        ..options.kv_options()?
-    };
-    let mut session = Session::new(model, &options)?;
-    session.engine = model.0.network.engine(&kv)?;
-    let mut flow = ControlFlow::Continue(());
-    session.prefill(tokens, &mut |done, of| {
-        flow = on(done, of);
-        flow
-    })?;
-    match flow {
-        ControlFlow::Continue(()) => Ok(()),
-        ControlFlow::Break(()) => Err(Error::Cancelled),
-    }
-}
-
 /// Factors for `model`, from a text. `on` is told how many tokens of how many have been read, then of layers how many have
 /// been measured, and may stop it.
 ///
@@ -342,21 +280,15 @@ pub fn calibrate(
             tokens.len()
         )));
     }
-    let recorder = Arc::new(Recorder {
-        n: tokens.len(),
-        layers: Mutex::default(),
-    });
-    read_watched(model, tokens, recorder.clone(), on)?;
-    let mut layers = recorder.layers.lock().expect("no panic before");
-    layers.resize_with(model.info().config.n_layers, Recorded::default);
-    let curves: Vec<Curve> = layers.iter().map(Recorded::curve).collect();
+    let mut layers = record(model, tokens, Recorded::add, on)?;
+    let of_layer = |i| layers.remove(&i).unwrap_or_default().curve();
+    let curves: Vec<Curve> = (0..model.info().config.n_layers).map(of_layer).collect();
     let n_elements: usize = curves.iter().map(|curve| curve.n_elements).sum();
     if n_elements == 0 {
         return Err(Error::Invalid(
             "model: expected layers with attention, found none".into(),
         ));
     }
-    drop(layers);
     let nothing = || curves.iter().map(|curve| curve.factors(0.0));
     let read = &tokens[..tokens.len().min(READ)];
     let dense = predictions(model, read, nothing().collect())?;

@@ -16,6 +16,7 @@ mod generate;
 mod gpu_plan;
 mod plan;
 mod profiled;
+mod record;
 mod repack;
 mod replace;
 #[cfg(feature = "gpu")]

@@ -11,15 +11,13 @@
 
 mod backward;
 
-use std::collections::BTreeMap;
 use std::ops::{ControlFlow, Range};
 use std::path::Path;
-use std::sync::{Arc, Mutex};
 
 use super::Model;
-use super::calibration::read_watched;
+use super::record::record;
 use crate::backend::predictor::{PARTS, Predictor, Run, SIDE, Shape, dot};
-use crate::backend::select::{Ask, Chunking, LABEL_AHEAD, LABEL_EVERY, Plan, Select};
+use crate::backend::select::{Ask, LABEL_AHEAD, LABEL_EVERY};
 use crate::error::{Error, Result};
 use crate::gguf::{Gguf, Metadata, TensorSpec, Writer};
 use crate::quant::DType;
@@ -160,57 +158,6 @@ struct Recorded {
     queries: Vec<(Range<usize>, Vec<f32>)>,
 }
 
-/// Looks on: every query reads everything.
-struct Recorder {
-    n: usize,
-    layers: Mutex<BTreeMap<usize, Recorded>>,
-}
-
-impl std::fmt::Debug for Recorder {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Recorder of chunks")
-    }
-}
-
-impl Select for Recorder {
-    /// A sum of one key is a key.
-    fn chunking(&self) -> Option<Chunking> {
-        Some(Chunking::Fixed(1))
-    }
-
-    fn sees_all(&self, _: usize, _: &Range<usize>) -> bool {
-        false
-    }
-
-    fn budget(&self, _n_seen: usize) -> usize {
-        self.n
-    }
-
-    fn sums_queries(&self) -> bool {
-        true
-    }
-
-    fn select(&self, ask: &Ask, plan: &mut Plan) {
-        plan.push(ask.seen.clone());
-        if ask.kv_head > 0 {
-            return;
-        }
-        let is_last = ask.position + 1 == self.n;
-        if !is_last && !ask.position.is_multiple_of(LABEL_EVERY) {
-            return;
-        }
-        let mut layers = self.layers.lock().expect("no panic before");
-        let layer = layers.entry(ask.layer).or_default();
-        let q = ask.q.iter().map(|q| q * ask.attention.scale).collect();
-        layer.queries.push((ask.seen.clone(), q));
-        if is_last {
-            layer.n_kv_heads = ask.attention.n_kv_heads;
-            let heads = (0..layer.n_kv_heads).map(|head| ask.chunks.sums(head));
-            layer.keys = heads.collect::<Vec<_>>().concat();
-        }
-    }
-}
-
 /// What is learnt from: the keys of a layer in a window of text, and whether chunks end before these.
 struct Example {
     /// `(n, width)`.
@@ -219,6 +166,20 @@ struct Example {
 }
 
 impl Recorded {
+    /// Takes the queries that are asked, and all keys with the last of them.
+    fn add(&mut self, ask: &Ask, is_last: bool) {
+        if ask.kv_head > 0 || !is_last && !ask.position.is_multiple_of(LABEL_EVERY) {
+            return;
+        }
+        let q = ask.q.iter().map(|q| q * ask.attention.scale).collect();
+        self.queries.push((ask.seen.clone(), q));
+        if is_last {
+            self.n_kv_heads = ask.attention.n_kv_heads;
+            let heads = (0..self.n_kv_heads).map(|head| ask.chunks.sums(head));
+            self.keys = heads.collect::<Vec<_>>().concat();
+        }
+    }
+
     fn example(mut self, n: usize) -> Example {
         // Threads ask in any order; sums must not.
         self.queries.sort_by_key(|(seen, _)| seen.end);
@@ -411,14 +372,8 @@ fn examples(
         if last < 2 * SIDE {
             break;
         }
-        let recorder = Arc::new(Recorder {
-            n: read.len(),
-            layers: Mutex::default(),
-        });
         let on = &mut |done, _| on(window * WINDOW + done, tokens.len());
-        read_watched(model, read, recorder.clone(), on)?;
-        let recorder = Arc::into_inner(recorder).expect("the session is gone");
-        let layers = recorder.layers.into_inner().expect("no panic before");
+        let layers = record(model, read, Recorded::add, on)?;
         let first = examples.len();
         examples.extend(layers.into_values().map(|layer| layer.example(read.len())));
         for end in (2 * SIDE..=last).step_by(RUN) {
