@@ -26,7 +26,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 SHARES = [8, 4, 2]
-# Beyond, one budget must do.
+# The longest text of a model, unless the caller says otherwise.
 LONG = 8192
 DHSA = ["--dhsa", "on", "--dhsa-heads", "best", "--dhsa-chunk"]
 
@@ -36,7 +36,7 @@ def policies(ctx, is_first, dense_layers):
     # The last keys are a part of the budget: no more than a quarter of it.
     local = lambda budget: ["--local", str(min(128, budget // 4))]
     yield "dense", "all", []
-    for share in SHARES if ctx <= LONG else [4]:
+    for share in SHARES:
         budget, keys = ctx // share, f"1/{share}"
         yield "window", keys, ["--window-sink", str(budget)]
         yield "block top-k", keys, ["--block-topk", str(budget), *local(budget)]
