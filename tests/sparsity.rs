@@ -56,6 +56,18 @@ impl Read {
     }
 
     /// All of `tokens` in one pass.
+    /// What is seen of a text with chunks that end so.
+    fn watch(&mut self, tokens: &[u32], chunking: Chunking) -> Watcher {
+        let watcher = Arc::new(Watcher {
+            chunking,
+            n: tokens.len(),
+            queries: Mutex::default(),
+            layers: Mutex::default(),
+        });
+        self.read(tokens, watcher.clone());
+        Arc::into_inner(watcher).expect("nobody else has it")
+    }
+
     fn read(&mut self, tokens: &[u32], select: Arc<dyn Select>) {
         let options = KvOptions {
             select: Some(select),
@@ -414,16 +426,7 @@ impl Select for Watcher {
 fn chunks_end_where_the_attention_of_later_queries_changes() {
     let mut model = Read::open();
     let (config, tokens) = (model.network.config().clone(), tokens(420));
-    let mut watch = |chunking: Chunking| {
-        let watcher = Arc::new(Watcher {
-            chunking,
-            n: tokens.len(),
-            queries: Mutex::default(),
-            layers: Mutex::default(),
-        });
-        model.read(&tokens, watcher.clone());
-        Arc::into_inner(watcher).expect("nobody else has it")
-    };
+    let mut watch = |chunking| model.watch(&tokens, chunking);
     let of_keys = watch(Chunking::Fixed(1));
     let queries = of_keys.queries.into_inner().expect("no panic");
     let keys = of_keys.layers.into_inner().expect("no panic");
@@ -478,15 +481,8 @@ fn chunks_end_where_the_attention_of_later_queries_changes() {
 fn chunks_end_where_a_predictor_says() {
     let mut model = Read::open();
     let tokens = tokens(300);
-    let mut watch = |chunking: Chunking| {
-        let watcher = Arc::new(Watcher {
-            chunking,
-            n: tokens.len(),
-            queries: Mutex::default(),
-            layers: Mutex::default(),
-        });
-        model.read(&tokens, watcher.clone());
-        let watcher = Arc::into_inner(watcher).expect("nobody else has it");
+    let mut watch = |chunking| {
+        let watcher = model.watch(&tokens, chunking);
         watcher.layers.into_inner().expect("no panic")
     };
     let of_keys = watch(Chunking::Fixed(1));
