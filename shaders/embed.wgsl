@@ -7,6 +7,7 @@ struct Params {
     n_rows: u32,
     scale: f32,
     row: u32, // vec4 of a row of out
+    tokens_at: u32,
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
@@ -18,7 +19,7 @@ struct Params {
 @compute @workgroup_size(64)
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_index) tid: u32) {
     let unit = wg.x * 64u + tid;
-    let row = tokens[wg.y] - p.first_row; // wraps for tokens of earlier parts
+    let row = tokens[p.tokens_at + wg.y] - p.first_row; // wraps for tokens of earlier parts
     if unit >= p.n_units || row >= p.n_rows {
         return;
     }

@@ -1,6 +1,8 @@
 //! The GPU backend against the CPU: operations, whole models, what sessions do. Needs an adapter; a software driver will
 //! do (`.ci/lavapipe`). Without one every test says that it was skipped.
 
+#[path = "gpu/ahead.rs"]
+mod ahead;
 #[path = "kernels/blocks.rs"]
 #[expect(dead_code, reason = "shared with the kernel tests")]
 mod blocks;

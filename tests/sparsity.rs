@@ -84,6 +84,7 @@ impl Read {
             output_from: tokens.len(),
             step: Step::Prefill,
             write_kv: true,
+            follows: false,
         };
         self.cpu.begin(Step::Prefill);
         let none = self.network.forward(&mut self.cpu, &mut state, &pass);

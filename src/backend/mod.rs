@@ -395,6 +395,21 @@ pub trait Backend {
     /// A pass begins that uses the kernels of `step`, however many tokens it has.
     fn begin(&mut self, step: Step);
 
+    /// A pass begins of the one token that the last [`Backend::ask_largest`] will have found, which need not be known yet:
+    /// [`Backend::embed`] takes that one, whatever it is told. None of the sequence before [`Backend::adopt`]: until then
+    /// convolutions are where they were, but for one input less that they can take back, and what is behind the newest
+    /// position of a cache is anything. `false`, and nothing done: passes begin here when their tokens are known.
+    fn begin_ahead(&mut self) -> bool {
+        false
+    }
+
+    /// The pass that was begun ahead is one of the sequence, whose convolutions are `convs`.
+    fn adopt<'a>(&mut self, _convs: impl Iterator<Item = &'a mut Self::Conv>)
+    where
+        Self::Conv: 'a,
+    {
+    }
+
     /// A pass was stopped: what it held for its next operations, and other sessions may wait for, is let go of.
     fn stopped(&mut self) {}
 
@@ -518,6 +533,23 @@ pub trait Backend {
         _out: &mut Vec<(u32, f32)>,
     ) -> Result<bool> {
         Ok(false)
+    }
+
+    /// Has everything before run, and what [`Backend::read_top`] finds for `k = 1`, without waiting for it: each answer is
+    /// there once, the oldest first. `false`, and nothing done: waiting costs nothing here.
+    ///
+    /// # Errors
+    /// As [`Backend::read`].
+    fn ask_largest(&mut self, _x: &Self::Tensor) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// What was asked for first and not answered yet: the largest and where it stands.
+    ///
+    /// # Errors
+    /// As [`Backend::read`].
+    fn answer(&mut self) -> Result<(u32, f32)> {
+        unreachable!("of a backend that can be asked")
     }
 
     /// Runs everything before: the end of a pass that is not read.

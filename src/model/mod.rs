@@ -50,6 +50,8 @@ pub struct Pass<'a> {
     pub step: Step,
     /// Whether keys and values are written to the cache. A pass that rebuilds convolution states reads what is there.
     pub write_kv: bool,
+    /// Whether the next pass is probably one of the token that this one finds the most likely, and has a position.
+    pub follows: bool,
 }
 
 impl Pass<'_> {

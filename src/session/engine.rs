@@ -280,6 +280,35 @@ struct Runner<B: Backend> {
     backend: B,
     state: State<B>,
     kv: KvOptions,
+    /// The token after the last pass and where it comes, if its caller takes the most likely,
+    largest: Option<(usize, u32)>,
+    /// and whether the pass of it is on its way.
+    is_ahead: bool,
+}
+
+impl<B: Backend> Runner<B> {
+    /// Runs the pass of the token that `pass`, which was asked for its largest logit, will find.
+    fn run_ahead(&mut self, pass: &Pass) -> Result<bool> {
+        let start = pass.start + 1;
+        self.state.reserve(&self.backend, start..start + 1)?;
+        if !self.backend.begin_ahead() {
+            return Ok(false);
+        }
+        let pass = Pass {
+            tokens: &[0], // it is another
+            start,
+            ..*pass
+        };
+        let wanted = self
+            .network
+            .forward(&mut self.backend, &mut self.state, &pass);
+        wanted.map_or(Ok(false), |wanted| self.backend.ask_largest(&wanted))
+    }
+
+    /// What is on its way is of no use: another token comes, or none.
+    fn turn_back(&mut self) {
+        (self.largest, self.is_ahead) = (None, false);
+    }
 }
 
 impl<B, F> Loaded for Placed<B, F>
@@ -299,6 +328,8 @@ where
             network: Arc::clone(&self.network),
             backend,
             kv: kv.clone(),
+            largest: None,
+            is_ahead: false,
         }))
     }
 }
@@ -315,12 +346,30 @@ impl<B: Backend + Send + 'static> Engine for Runner<B> {
         top: &mut Vec<(u32, f32)>,
         logits: &mut Vec<f32>,
     ) -> Result<()> {
-        self.backend.begin(pass.step);
         top.clear();
+        // A caller who took the most likely token will do so again.
+        let is_chain = pass.follows && self.largest == Some((pass.start, pass.tokens[0]));
+        let runs = is_chain && self.is_ahead;
+        self.turn_back();
         let done = caught(|| {
-            let wanted = self
-                .network
-                .forward(&mut self.backend, &mut self.state, pass);
+            let mut asked = runs;
+            let mut wanted = None;
+            if runs {
+                self.backend.adopt(self.state.convs());
+            } else {
+                self.backend.begin(pass.step);
+                let network = &self.network;
+                wanted = network.forward(&mut self.backend, &mut self.state, pass);
+            }
+            if let Some(wanted) = wanted.as_ref().filter(|_| is_chain) {
+                asked = self.backend.ask_largest(wanted)?;
+            }
+            if asked {
+                self.is_ahead = self.run_ahead(pass)?;
+                logits.clear();
+                top.push(self.backend.answer()?);
+                return Ok(());
+            }
             match wanted {
                 Some(wanted) if k > 0 && self.backend.read_top(&wanted, k, top)? => {
                     logits.clear();
@@ -333,6 +382,10 @@ impl<B: Backend + Send + 'static> Engine for Runner<B> {
                 }
             }
         });
+        match (&done, &top[..]) {
+            (Ok(()), [(token, _)]) => self.largest = Some((pass.start + 1, *token)),
+            _ => self.turn_back(),
+        }
         if done.is_err() {
             self.backend.stopped();
         }
@@ -344,10 +397,12 @@ impl<B: Backend + Send + 'static> Engine for Runner<B> {
     }
 
     fn reset_convs(&mut self) {
+        self.turn_back();
         self.state.reset_convs(&self.backend);
     }
 
     fn rewind_convs(&mut self, n: usize) -> bool {
+        self.turn_back();
         self.state.rewind_convs(&self.backend, n)
     }
 
@@ -356,6 +411,7 @@ impl<B: Backend + Send + 'static> Engine for Runner<B> {
     }
 
     fn set_conv_rows(&mut self, rows: &[f32]) {
+        self.turn_back();
         self.state.set_conv_rows(&self.backend, rows);
     }
 
@@ -371,6 +427,7 @@ impl<B: Backend + Send + 'static> Engine for Runner<B> {
         let Some(state) = memory.0.downcast_ref::<State<B>>() else {
             return Ok(false);
         };
+        self.turn_back();
         caught(|| self.state.copy_from(&self.backend, state))?;
         Ok(true)
     }
@@ -380,6 +437,7 @@ impl<B: Backend + Send + 'static> Engine for Runner<B> {
     }
 
     fn load(&mut self, n: usize, source: &mut dyn FnMut(&mut [u8]) -> Result<()>) -> Result<()> {
+        self.turn_back();
         self.reserve(0..n)?;
         self.state.load(&self.backend, n, source)
     }

@@ -989,6 +989,7 @@ impl Session {
             output_from,
             step,
             write_kv: true,
+            follows: k == 1 && step == Step::Decode && start + 1 < self.n_ctx,
         };
         let exact_from = self.line.exact_from.take(); // until the pass has run
         let (top, logits) = (&mut self.line.top, &mut self.line.logits);

@@ -338,6 +338,7 @@ impl Session {
                 output_from: same.len(),
                 step: same[0],
                 write_kv: false,
+                follows: false,
             };
             self.engine.forward(&pass, &mut Vec::new())?;
             start += same.len();
@@ -365,6 +366,7 @@ impl Session {
                     output_from: part.len(),
                     step: part[0],
                     write_kv: true,
+                    follows: false,
                 };
                 self.engine.forward(&pass, &mut Vec::new())?;
                 start += part.len();

@@ -139,6 +139,7 @@ pub fn record(n: usize) -> Vec<Recorded> {
             output_from: n,
             step: Step::Prefill,
             write_kv: true,
+            follows: false,
         };
         cpu.begin(Step::Prefill);
         network.forward(&mut cpu, &mut state, &pass);

@@ -240,8 +240,8 @@ pub struct Device {
     part_bytes: AtomicU64,
     /// Pipelines, bind groups and buffers.
     pub(super) n_made: AtomicU64,
-    /// Submissions, and how many of them had been encoded ahead.
-    pub(super) n_submitted: [AtomicU64; 2],
+    /// Submissions, how many of them had been encoded ahead, and how many were of passes that began ahead.
+    pub(super) n_submitted: [AtomicU64; 3],
     /// Submissions until one fails, and how: see [`Device::fail_after`].
     fails: Mutex<Option<(u64, DeviceFault)>>,
     /// Whether the system may leave submissions out without a word, as Metal does with those of an app in the background.
@@ -368,7 +368,10 @@ impl Device {
     }
 
     /// Hands what was encoded to the device.
-    pub(super) fn submit(&self, encoded: wgpu::CommandBuffer) -> Result<()> {
+    pub(super) fn submit(
+        &self,
+        encoded: wgpu::CommandBuffer,
+    ) -> Result<Option<wgpu::SubmissionIndex>> {
         let mut fails = self.fails.lock().unwrap_or_else(PoisonError::into_inner);
         let fails_now = match &mut *fails {
             Some((0, fault)) => Some(*fault),
@@ -382,15 +385,14 @@ impl Device {
             *fails = None;
         }
         drop(fails);
+        let mut index = None;
         match fails_now {
-            None => {
-                self.queue.submit([encoded]);
-            }
+            None => index = Some(self.queue.submit([encoded])),
             Some(DeviceFault::Lost) => self.lose(),
             Some(DeviceFault::OutOfMemory) => self.faults.put(Fault::OutOfMemory),
             Some(DeviceFault::Refused) => {}
         }
-        self.check("submitting")
+        self.check("submitting").map(|()| index)
     }
 
     pub(super) fn is_lost(&self) -> bool {
@@ -482,8 +484,8 @@ impl Device {
         self.n_made.load(Ordering::Relaxed)
     }
 
-    /// Submissions of passes so far, and how many of them had been encoded while the pass before ran.
-    pub fn n_submitted(&self) -> [u64; 2] {
+    /// Submissions of passes so far, how many of them had been encoded while the pass before ran, and how many were made then.
+    pub fn n_submitted(&self) -> [u64; 3] {
         self.n_submitted
             .each_ref()
             .map(|n| n.load(Ordering::Relaxed))
@@ -502,25 +504,29 @@ impl Device {
         Ok(buffer)
     }
 
-    /// Waits until everything that was submitted has run.
-    pub(super) fn wait(&self) -> Result<()> {
-        let waited = self.raw.poll(wgpu::PollType::wait_indefinitely());
+    /// Waits until a submission has run; `None`: everything that was submitted.
+    pub(super) fn wait(&self, submission_index: Option<wgpu::SubmissionIndex>) -> Result<()> {
+        let waited = self.raw.poll(wgpu::PollType::Wait {
+            submission_index,
+            timeout: None,
+        });
         self.check("waiting")?;
         waited
             .map(|_| ())
             .map_err(|e| fault(DeviceFault::Lost, e.to_string()))
     }
 
-    /// The first bytes of a buffer, into `out`, by way of `staging`, which is at least as large.
+    /// The first bytes of `staging`, when a submission has run; `None`: everything that was submitted.
     pub(super) fn read_back(
         &self,
         staging: &wgpu::Buffer,
         bytes: u64,
+        after: Option<wgpu::SubmissionIndex>,
         take: impl FnOnce(&[u8]),
     ) -> Result<()> {
         let slice = staging.slice(..bytes);
         slice.map_async(wgpu::MapMode::Read, |_| {});
-        self.wait()?;
+        self.wait(after)?;
         let view = slice.get_mapped_range();
         let view = view.map_err(|e| fault(DeviceFault::Lost, format!("reading back: {e}")))?;
         take(&view);
@@ -535,14 +541,14 @@ impl Device {
         let mut encoder = self.raw.create_command_encoder(&Default::default());
         encoder.copy_buffer_to_buffer(&from.raw, 0, &to.raw, 0, bytes);
         if !self.may_refuse.load(Ordering::Relaxed) {
-            return self.submit(encoder.finish());
+            return self.submit(encoder.finish()).map(drop);
         }
         let usage = BufferUsages::MAP_READ | BufferUsages::COPY_DST;
         let staging = self.buffer(4, usage, "reading back")?;
         encoder.copy_buffer_to_buffer(&self.ran.raw, 0, &staging.raw, 0, 4);
         self.submit(encoder.finish())?;
         let mut word = [0; 4];
-        self.read_back(&staging.raw, 4, |view| word.copy_from_slice(view))?;
+        self.read_back(&staging.raw, 4, None, |view| word.copy_from_slice(view))?;
         self.must_have_run(&[u32::from_le_bytes(word)], RAN)
     }
 
@@ -563,7 +569,9 @@ impl Device {
         encoder.copy_buffer_to_buffer(&self.ran.raw, 0, &staging.raw, bytes, 4);
         self.submit(encoder.finish())?;
         let mut out = Vec::new();
-        self.read_back(&staging.raw, bytes + 4, |view| out.extend_from_slice(view))?;
+        self.read_back(&staging.raw, bytes + 4, None, |view| {
+            out.extend_from_slice(view)
+        })?;
         let mark = out.split_off(bytes as usize);
         let mark = u32::from_le_bytes(mark.try_into().expect("four bytes"));
         self.must_have_run(&[mark], RAN)?;

@@ -54,6 +54,12 @@ pub struct Gpu {
     angles: Vec<f32>,
     /// Who has the experts, where they are not on the device; away while it works.
     host: Option<Box<Host>>,
+    /// Where the device puts the largest that was asked for last, a key and an index,
+    largest: Option<Rows>,
+    /// and what had been done when a pass of that began.
+    ahead: Option<Work>,
+    /// What that pass did, if it becomes one of the sequence.
+    done_ahead: Work,
 }
 
 /// Weights on the device.
@@ -186,6 +192,9 @@ impl Gpu {
             work: Cell::default(),
             angles: Vec::new(),
             host: None,
+            largest: None,
+            ahead: None,
+            done_ahead: Work::default(),
         })
     }
 

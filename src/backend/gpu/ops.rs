@@ -181,6 +181,22 @@ impl Gpu {
         out
     }
 
+    /// Tells the work of a pass ahead from that of the sequence.
+    pub(super) fn count_ahead(&mut self) {
+        if let Some(before) = self.ahead.take() {
+            self.done_ahead = self.work.replace(before).since(&before);
+        }
+    }
+
+    /// A convolution has written `n_tokens` rows.
+    fn wrote(&self, conv: &mut ConvState, n_tokens: usize) {
+        match self.ahead {
+            None => conv.take(n_tokens),
+            // In the place of the oldest.
+            Some(_) => conv.held = conv.held.min(conv.ring - n_tokens),
+        }
+    }
+
     pub(super) fn unsupported(&self, what: &'static str, found: String, supported: &str) -> ! {
         resume_unwind(Box::new(Lost(Error::Unsupported {
             kind: what,
@@ -202,6 +218,14 @@ impl Rows {
 
     pub(super) fn span(&self) -> Span<'_> {
         self.buffer.all()
+    }
+}
+
+impl ConvState {
+    /// So many rows have come.
+    fn take(&mut self, n_tokens: usize) {
+        self.count += n_tokens;
+        self.held = (self.held + n_tokens).min(self.ring);
     }
 }
 
@@ -338,6 +362,7 @@ impl Backend for Gpu {
     fn begin(&mut self, step: Step) {
         self.step = step;
         self.waiting = None;
+        self.count_ahead();
         if let Some(host) = &mut self.host {
             host.begin(step);
         }
@@ -349,6 +374,26 @@ impl Backend for Gpu {
                 Step::Decode => PassKind::Decode,
             });
         }
+    }
+
+    fn begin_ahead(&mut self) -> bool {
+        self.count_ahead();
+        let may = self.host.is_none() && self.largest.is_some();
+        let begun = may && self.recorder.get_mut().begin_ahead();
+        if begun {
+            self.step = Step::Decode;
+            self.waiting = None;
+            self.ahead = Some(self.work.get());
+        }
+        begun
+    }
+
+    fn adopt<'a>(&mut self, convs: impl Iterator<Item = &'a mut ConvState>) {
+        self.count_ahead();
+        let mut work = self.work.get();
+        work += std::mem::take(&mut self.done_ahead);
+        self.work.set(work);
+        convs.for_each(|conv| conv.take(1));
     }
 
     fn set_cancel(&mut self, cancel: &Cancel) {
@@ -367,7 +412,10 @@ impl Backend for Gpu {
         if let Some(times) = self.recorder.get_mut().times() {
             times.tokens(tokens.len());
         }
-        let ids = self.upload(bytemuck::cast_slice(tokens));
+        let ids = match self.largest.as_ref().filter(|_| self.ahead.is_some()) {
+            Some(pair) => pair.clone().from(pair.at + 1),
+            None => self.upload(bytemuck::cast_slice(tokens)),
+        };
         let out = self.take(tokens.len() * weights.n_in);
         let n_units = weights.n_in.div_ceil(UNIT);
         for part in &weights.parts {
@@ -377,6 +425,7 @@ impl Backend for Gpu {
                 part.n_rows as u32,
                 scale.to_bits(),
                 vec4(weights.n_in),
+                ids.at as u32,
             ];
             let buffers = [
                 Some(ids.span()),
@@ -534,8 +583,7 @@ impl Backend for Gpu {
             _ => None,
         };
         if let Some(out) = product.and_then(|product| self.conv_packed(&product, taps, conv)) {
-            conv.count += 1;
-            conv.held = (conv.held + 1).min(conv.ring);
+            self.wrote(conv, 1);
             return Tensor::new(1, n, Value::Rows(out));
         }
         let x = self.rows(bcx);
@@ -571,8 +619,7 @@ impl Backend for Gpu {
             let kept = n_tokens.min(conv.ring);
             run(n_tokens - kept, kept, false, true);
         }
-        conv.count += n_tokens;
-        conv.held = (conv.held + n_tokens).min(conv.ring);
+        self.wrote(conv, n_tokens);
         Tensor::new(n_tokens, n, Value::Rows(out))
     }
 
@@ -701,6 +748,14 @@ impl Backend for Gpu {
 
     fn read_top(&mut self, x: &Tensor, k: usize, out: &mut Vec<(u32, f32)>) -> Result<bool> {
         self.top(x, k, out)
+    }
+
+    fn ask_largest(&mut self, x: &Tensor) -> Result<bool> {
+        self.ask(x)
+    }
+
+    fn answer(&mut self) -> Result<(u32, f32)> {
+        self.answered()
     }
 
     fn flush(&mut self) -> Result<()> {

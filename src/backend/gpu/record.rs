@@ -1,6 +1,6 @@
 //! What a pass will do: dispatches with their parameters, in order; buffers for activations; and the submission.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -100,6 +100,17 @@ struct Reading {
     staging: wgpu::Buffer,
 }
 
+/// What the host has asked for and not taken yet.
+struct Asked {
+    staging: Buffer,
+    /// What was wanted, before the words of submissions that may not have run.
+    bytes: u64,
+    signed: u64,
+    pass: u64,
+    /// What puts it there; `None`: nothing tells.
+    after: Option<wgpu::SubmissionIndex>,
+}
+
 /// What a pass submitted. Those of passes that decode differ in their parameters alone, mostly: the next ones are encoded
 /// while the GPU works, for encoding takes the host about as long as it takes the GPU to run them.
 struct Submission {
@@ -134,7 +145,13 @@ pub(super) struct Recorder {
     params: Vec<u8>,
     uniforms: Buffer,
     pool: Vec<Arc<Buffer>>,
-    staging: Option<Buffer>,
+    /// For what is read, those that nothing waits for.
+    staging: Vec<Buffer>,
+    /// The oldest first.
+    asked: VecDeque<Asked>,
+    /// Whether the pass began while the one before was running. The device has work then, so submissions are as long as they
+    /// can be, and the host has time to encode them when they are recorded.
+    is_ahead: bool,
     /// Passes so far.
     pass: u64,
     /// The number of the pass, and a word for each of its submissions that becomes it when that has run: where the system
@@ -166,7 +183,9 @@ impl Recorder {
             params: Vec::with_capacity(SLOTS * SLOT),
             uniforms,
             pool: Vec::new(),
-            staging: None,
+            staging: Vec::with_capacity(2),
+            asked: VecDeque::with_capacity(2),
+            is_ahead: false,
             pass: 0,
             ran: None,
             n_ran: 0,
@@ -188,15 +207,37 @@ impl Recorder {
         self.times.as_mut()
     }
 
-    /// Forgets what was recorded and not submitted.
+    /// Forgets what was recorded and not submitted, and what was asked for.
     pub(super) fn begin(&mut self) {
-        self.commands.clear();
-        self.params.clear();
+        self.restart();
         self.submissions.truncate(self.n_submitted);
         self.n_submitted = 0;
+        self.is_ahead = false;
+        let unused = self.asked.drain(..).map(|asked| asked.staging);
+        self.staging.extend(unused);
+    }
+
+    fn restart(&mut self) {
+        self.commands.clear();
+        self.params.clear();
         self.begun = false;
         self.pass += 1;
         self.n_ran = 0;
+    }
+
+    /// Whether passes may begin while others run: not where each is timed, or may be refused.
+    pub(super) fn can_run_ahead(&self) -> bool {
+        self.times.is_none() && !self.device.may_refuse.load(Ordering::Relaxed)
+    }
+
+    /// Begins a pass while the one before runs, if that may be.
+    pub(super) fn begin_ahead(&mut self) -> bool {
+        let may = self.can_run_ahead();
+        if may {
+            self.restart();
+            self.is_ahead = true;
+        }
+        may
     }
 
     /// Bytes of activations.
@@ -301,7 +342,10 @@ impl Recorder {
             grid: grid.map(|n| n as u32),
             span,
         });
-        let most = if self.begun { SLOTS } else { FIRST };
+        let most = match self.begun || self.is_ahead {
+            true => SLOTS,
+            false => FIRST,
+        };
         if self.commands.len() == most {
             self.submit()?;
         }
@@ -388,20 +432,30 @@ impl Recorder {
     }
 
     /// Hands what was recorded to the device, and what is read then.
-    fn hand_over(&mut self, reading: Option<Reading>) -> Result<()> {
+    fn hand_over(&mut self, reading: Option<Reading>) -> Result<Option<wgpu::SubmissionIndex>> {
         if !self.params.is_empty() {
             let queue = &self.device.queue;
             queue.write_buffer(&self.uniforms.raw, 0, &self.params);
             self.params.clear();
         }
         self.begun = true;
+        if self.is_ahead {
+            let commands = std::mem::take(&mut self.commands);
+            let encoded = self.encode(&commands, reading.as_ref())?;
+            self.commands = commands;
+            self.commands.clear();
+            let [n_submitted, _, n_while_running] = &self.device.n_submitted;
+            n_submitted.fetch_add(1, Ordering::Relaxed);
+            n_while_running.fetch_add(1, Ordering::Relaxed);
+            return self.device.submit(encoded);
+        }
         let at = self.n_submitted;
         let before = self.submissions.get_mut(at);
         let recurs = before
             .as_ref()
             .is_some_and(|before| before.is(&self.commands, reading.as_ref()));
         let again = before.filter(|_| recurs).and_then(|s| s.again.take());
-        let [n_submitted, n_ahead] = &self.device.n_submitted;
+        let [n_submitted, n_ahead, _] = &self.device.n_submitted;
         n_submitted.fetch_add(1, Ordering::Relaxed);
         n_ahead.fetch_add(u64::from(again.is_some()), Ordering::Relaxed);
         let mut commands = std::mem::take(&mut self.commands);
@@ -484,7 +538,7 @@ impl Recorder {
             true => self.read(None, |_| {}),
             false => {
                 self.submit()?;
-                self.device.wait()
+                self.device.wait(None)
             }
         }
     }
@@ -506,9 +560,20 @@ impl Recorder {
         part: Option<(&Buffer, usize, usize)>,
         take: impl FnOnce(&[u8]),
     ) -> Result<()> {
+        self.ask(part)?;
+        self.encode_ahead()?;
+        self.answer(take)?;
+        if let Some(times) = &mut self.times {
+            times.collect(&self.device)?;
+        }
+        Ok(())
+    }
+
+    /// Runs everything; the floats are for [`Recorder::answer`].
+    pub(super) fn ask(&mut self, part: Option<(&Buffer, usize, usize)>) -> Result<()> {
         let wanted = part.map_or(0, |(_, _, n)| 4 * n as u64);
         let bytes = wanted + 4 * SIGNED;
-        let staging = match self.staging.take().filter(|staging| staging.bytes >= bytes) {
+        let staging = match self.staging.pop().filter(|staging| staging.bytes >= bytes) {
             Some(staging) => staging,
             None => {
                 let usage = BufferUsages::MAP_READ | BufferUsages::COPY_DST;
@@ -520,21 +585,29 @@ impl Recorder {
             bytes: wanted,
             staging: staging.raw.clone(),
         };
-        self.hand_over(Some(reading))?;
-        self.encode_ahead()?;
-        let signed = 4 * self.n_ran;
-        let (pass, mut all_ran) = (self.pass as u32, Ok(()));
+        let after = self.hand_over(Some(reading))?;
+        self.asked.push_back(Asked {
+            staging,
+            bytes: wanted,
+            signed: 4 * self.n_ran,
+            pass: self.pass,
+            after,
+        });
+        Ok(())
+    }
+
+    /// Takes what was asked for first, when it is there.
+    pub(super) fn answer(&mut self, take: impl FnOnce(&[u8])) -> Result<()> {
+        let asked = self.asked.pop_front().expect("it was asked for");
+        let (pass, mut all_ran) = (asked.pass as u32, Ok(()));
         let device = Arc::clone(&self.device);
-        device.read_back(&staging.raw, wanted + signed, |view| {
-            let (view, ran) = view.split_at(wanted as usize);
+        let bytes = asked.bytes + asked.signed;
+        device.read_back(&asked.staging.raw, bytes, asked.after, |view| {
+            let (view, ran) = view.split_at(asked.bytes as usize);
             all_ran = device.must_have_run(bytemuck::cast_slice(ran), pass);
             take(view);
         })?;
-        self.staging = Some(staging);
-        all_ran?;
-        if let Some(times) = &mut self.times {
-            times.collect(&self.device)?;
-        }
-        Ok(())
+        self.staging.push(asked.staging);
+        all_ran
     }
 }

@@ -187,7 +187,7 @@ impl Times {
     pub(super) fn collect(&mut self, device: &Device) -> Result<()> {
         let bytes = 8 * (self.running.len() as u64 + 1);
         let mut ticks = Vec::new();
-        device.read_back(&self.staging.raw, bytes, |view| {
+        device.read_back(&self.staging.raw, bytes, None, |view| {
             ticks.extend(
                 view.chunks_exact(8)
                     .map(|tick| u64::from_le_bytes(tick.try_into().expect("eight bytes"))),

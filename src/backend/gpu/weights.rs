@@ -290,7 +290,7 @@ fn send<'a>(
         in_flight += new_main.len() + 4 * new_aux.len();
         if in_flight > IN_FLIGHT {
             device.queue.submit([]);
-            device.wait()?;
+            device.wait(None)?;
             in_flight = 0;
         }
     }

@@ -971,6 +971,10 @@ pub struct BenchArgs {
     /// Draw tokens in stretches of N out of 64 neighbouring numbers: for files that `models/synthetic.py --sticky` makes
     #[arg(long, value_name = "N", value_parser = positive)]
     pub stretch: Option<usize>,
+    /// Decode the most likely token each time, as `--temp 0` does, of which nothing but its number is read: otherwise tokens
+    /// are any and all logits are read
+    #[arg(long)]
+    pub greedy: bool,
     /// Times that each test is run
     #[arg(short, long, value_name = "N", default_value = "5", value_parser = positive)]
     pub repetitions: usize,

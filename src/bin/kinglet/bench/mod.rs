@@ -88,7 +88,9 @@ fn run_group(group: &Group, args: &BenchArgs, shown: &Shown, printer: &mut Print
     let limits = limits(&model, group, args)?;
     let mut runners: Vec<Runner> = sessions
         .iter_mut()
-        .map(|session| Runner::new(session, &model, group.n_batch, args.stretch))
+        .map(|session| {
+            Runner::new(session, &model, group.n_batch, args.stretch).greedy(args.greedy)
+        })
         .collect();
     let _busy = Busy::start(args.n_busy())?;
     for test in &group.tests {
@@ -159,7 +161,8 @@ fn run_sustained(groups: &[Group], total: Duration, args: &BenchArgs) -> Outcome
         let mut session = open(group, BackendKind::Cpu, args)?;
         let model = session.model().clone();
         let card = card(&model, group.kv);
-        let mut runner = Runner::new(&mut session, &model, group.n_batch, args.stretch);
+        let runner = Runner::new(&mut session, &model, group.n_batch, args.stretch);
+        let mut runner = runner.greedy(args.greedy);
         let _busy = Busy::start(args.n_busy())?;
         for test in group.tests.iter().filter(|test| test.n_prompt == 0) {
             wait(args.delay)?;

@@ -18,6 +18,8 @@ pub trait Timeline {
     fn prefill(&mut self, tokens: &[u32]) -> Outcome;
     /// Appends a token and computes the logits after it.
     fn decode(&mut self, token: u32) -> Outcome;
+    /// Appends a token and finds the one that is the most likely after it.
+    fn decode_greedy(&mut self, token: u32) -> Outcome<u32>;
     /// What was done so far, if the engine counts it.
     fn work(&self) -> Work;
 }
@@ -35,6 +37,17 @@ impl Timeline for Session {
     fn decode(&mut self, token: u32) -> Outcome {
         Session::decode(self, token)?;
         on_its_device(self)
+    }
+
+    fn decode_greedy(&mut self, token: u32) -> Outcome<u32> {
+        self.decode_top(token, 1)?;
+        on_its_device(self)?;
+        if let [(token, _), ..] = self.top() {
+            return Ok(*token);
+        }
+        let logits = self.logits().iter().zip(0..);
+        let largest = logits.max_by(|(a, i), (b, j)| a.total_cmp(b).then(j.cmp(i)));
+        Ok(largest.map_or(0, |(_, token)| token))
     }
 
     fn work(&self) -> Work {
@@ -158,6 +171,8 @@ pub struct Runner<'a> {
     n_batch: usize,
     /// The depth of the past that the timeline holds.
     depth: usize,
+    /// Whether the tokens of a reply are the most likely ones.
+    greedy: bool,
 }
 
 impl<'a> Runner<'a> {
@@ -173,7 +188,13 @@ impl<'a> Runner<'a> {
             tokens: Tokens::of(model, stretch),
             n_batch,
             depth: 0,
+            greedy: false,
         }
+    }
+
+    /// The same; the tokens of a reply are each the most likely one after those before, where `greedy` says so.
+    pub fn greedy(self, greedy: bool) -> Self {
+        Self { greedy, ..self }
     }
 
     /// What is timed later, once, with one decoded token.
@@ -199,8 +220,12 @@ impl<'a> Runner<'a> {
         }
         let read = self.timeline.work();
         let mut before = start.elapsed();
+        let mut likely = None;
         for token in reply {
-            self.timeline.decode(token)?;
+            match self.greedy {
+                true => likely = Some(self.timeline.decode_greedy(likely.unwrap_or(token))?),
+                false => self.timeline.decode(token)?,
+            }
             let now = start.elapsed();
             sample.tokens.push(now - before);
             before = now;
@@ -270,6 +295,11 @@ mod tests {
             self.held += 1;
             Ok(())
         }
+        fn decode_greedy(&mut self, token: u32) -> Outcome<u32> {
+            self.calls.push(format!("{}:{token}", self.held));
+            self.held += 1;
+            Ok(token + 1)
+        }
         fn work(&self) -> Work {
             Work {
                 regions: self.calls.len() as u64,
@@ -286,6 +316,7 @@ mod tests {
             tokens: Tokens::new(None, 50),
             n_batch: 4,
             depth: 0,
+            greedy: false,
         };
         let test = Test {
             n_prompt: 6,
@@ -299,6 +330,25 @@ mod tests {
         assert_eq!(sample.reply_work.regions, 2);
         assert!(sample.prompt.is_some_and(|prompt| prompt <= sample.total));
         assert_eq!(timeline.calls.join(" "), "0+4 4+1 5+4 9+2 11 5+4 9+2 11 12");
+    }
+
+    #[test]
+    fn greedy_replies_go_on_with_what_was_found() {
+        let mut timeline = Counted::default();
+        let mut runner = Runner {
+            timeline: &mut timeline,
+            tokens: Tokens::new(Some(7), 50),
+            n_batch: 4,
+            depth: 0,
+            greedy: true,
+        };
+        let test = Test {
+            n_prompt: 0,
+            n_gen: 3,
+            n_depth: 2,
+        };
+        runner.repeat(&test).expect("no error");
+        assert_eq!(timeline.calls.join(" "), "0+2 2:7 3:8 4:9");
     }
 
     #[test]
