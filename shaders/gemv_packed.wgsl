@@ -19,7 +19,6 @@ struct Params {
     stride: vec3<u32>, // vec4 of a row of y
     next_units: u32, // of a row of y
     first_wg: vec3<u32>,
-    n_taps: u32,
     ring: u32,
     ring_row: u32, // for this token
     n_used: u32,
@@ -121,7 +120,33 @@ fn run(wg: vec3<u32>, tid: u32, team: u32, lane: u32) {
     let n_out = p.n_out[which];
     let group = wg.x - p.first_wg[which];
     let token = wg.y;
-    // What the first lane needs at the end.
+    // What the first lane needs at the end is on its way with the weights.
+    // unroll i GAIN
+    let gain_at = 2u * (p.row_at / 8u + group);
+    var gain_low = vec4(0.0);
+    var gain_high = vec4(0.0);
+    if tid == 0u {
+        gain_low = gain[gain_at];
+        gain_high = gain[gain_at + 1u];
+    }
+    // end
+    // unroll i TAPS
+    // A tap of a convolution, from the last back, and the row that it is for, of which the newest is made here.
+    var tap_low_#i = vec4(0.0);
+    var tap_high_#i = vec4(0.0);
+    var old_low_#i = vec4(0.0);
+    var old_high_#i = vec4(0.0);
+    if tid == 0u {
+        let tap = (TAPS - 1u - #iu) * (n_out / 4u) + 2u * group;
+        tap_low_#i = taps[tap];
+        tap_high_#i = taps[tap + 1u];
+        if #iu > 0u {
+            let old = (p.ring_row + p.ring - #iu) % p.ring * (n_out / 4u) + 2u * group;
+            old_low_#i = memory[old];
+            old_high_#i = memory[old + 1u];
+        }
+    }
+    // end
     // unroll i RESIDUAL
     let residual_at = p.residual_at + token * p.stride[which] + p.row_at / 4u + 2u * group;
     var residual_low = vec4(0.0);
@@ -186,8 +211,12 @@ fn run(wg: vec3<u32>, tid: u32, team: u32, lane: u32) {
     }
     if lane == 0u {
         sums[team * ROWS + #ru] = sum_#r;
-        sums_up[team * ROWS + #ru] = up_#r;
-        sums_third[team * ROWS + #ru] = third_#r;
+        if GLU || CONV {
+            sums_up[team * ROWS + #ru] = up_#r;
+        }
+        if CONV {
+            sums_third[team * ROWS + #ru] = third_#r;
+        }
     }
     // end
     if NORM {
@@ -208,44 +237,45 @@ fn run(wg: vec3<u32>, tid: u32, team: u32, lane: u32) {
         }
         scale = 1.0 / sqrt(total / f32(32u * p.n_units) + p.eps);
     }
-    var y: array<f32, 8>;
-    var gates: array<f32, 8>;
-    for (var i = 0u; i < 8u; i++) {
-        for (var j = 0u; j < SPLIT; j++) {
-            y[i] += sums[i * SPLIT + j];
-        }
-        y[i] *= scale;
-        var up = 0.0;
-        var third = 0.0;
-        for (var j = 0u; j < SPLIT; j++) {
-            up += sums_up[i * SPLIT + j];
-            third += sums_third[i * SPLIT + j];
-        }
-        if GLU {
-            y[i] = activation(y[i]) * (up * scale);
+    // Each by itself, not in an array, which might live in memory.
+    // unroll e EIGHT
+    var y_#e = 0.0;
+    var gate_#e = 0.0;
+    var third_of_#e = 0.0;
+    for (var j = 0u; j < SPLIT; j++) {
+        y_#e += sums[#eu * SPLIT + j];
+        if GLU || CONV {
+            gate_#e += sums_up[#eu * SPLIT + j];
         }
         if CONV {
-            y[i] *= third * scale;
-            gates[i] = up * scale;
+            third_of_#e += sums_third[#eu * SPLIT + j];
         }
     }
-    var low = vec4(y[0], y[1], y[2], y[3]);
-    var high = vec4(y[4], y[5], y[6], y[7]);
+    y_#e *= scale;
+    gate_#e *= scale;
+    if GLU {
+        y_#e = activation(y_#e) * gate_#e;
+    }
+    if CONV {
+        y_#e *= third_of_#e * scale;
+    }
+    // end
+    var low = vec4(y_0, y_1, y_2, y_3);
+    var high = vec4(y_4, y_5, y_6, y_7);
     // unroll i CONV
     let newest = p.ring_row * (n_out / 4u) + 2u * group;
     memory[newest] = low;
     memory[newest + 1u] = high;
-    let last = (p.n_taps - 1u) * (n_out / 4u) + 2u * group;
-    low *= taps[last];
-    high *= taps[last + 1u];
-    for (var back = 1u; back < p.n_taps; back++) {
-        let old = (p.ring_row + p.ring - back) % p.ring * (n_out / 4u) + 2u * group;
-        let tap = last - back * (n_out / 4u);
-        low = fma(taps[tap], memory[old], low);
-        high = fma(taps[tap + 1u], memory[old + 1u], high);
+    low *= tap_low_0;
+    high *= tap_high_0;
+    // unroll b TAPS
+    if #bu > 0u {
+        low = fma(tap_low_#b, old_low_#b, low);
+        high = fma(tap_high_#b, old_high_#b, high);
     }
-    low *= vec4(gates[0], gates[1], gates[2], gates[3]);
-    high *= vec4(gates[4], gates[5], gates[6], gates[7]);
+    // end
+    low *= vec4(gate_0, gate_1, gate_2, gate_3);
+    high *= vec4(gate_4, gate_5, gate_6, gate_7);
     // end
     // unroll i BIAS
     low += bias(which, p.row_at / 4u + 2u * group);
@@ -267,8 +297,8 @@ fn run(wg: vec3<u32>, tid: u32, team: u32, lane: u32) {
         pack_squares(next, p.next_units, group_of_y, dot(low, low) + dot(high, high));
     }
     // unroll i GAIN
-    low *= gain[2u * group_of_y];
-    high *= gain[2u * group_of_y + 1u];
+    low *= gain_low;
+    high *= gain_high;
     // end
     pack(next, p.next_units, group_of_y, low, high);
     // end

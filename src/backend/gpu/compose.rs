@@ -259,7 +259,7 @@ impl Shader {
                 bias,
                 residual,
                 glu,
-                conv,
+                taps,
                 then,
                 experts,
             } => {
@@ -273,7 +273,8 @@ impl Shader {
                 text.uint("MATRICES", matrices);
                 text.flag("NORM", norm);
                 text.flag("GLU", glu.is_some());
-                text.flag("CONV", conv);
+                text.uint("TAPS", taps);
+                text.flag("CONV", taps > 0);
                 text.flag("SQUARES", then == Then::Norm);
                 text.activation(glu);
                 text.format(dtype);
@@ -282,8 +283,9 @@ impl Shader {
                     ("ROWS", rows),
                     ("DEPTH", shape.depth()),
                     ("GLU", flag(glu.is_some())),
-                    ("CONV", flag(conv)),
-                    ("PAIRS", flag(glu.is_some() || conv)),
+                    ("CONV", flag(taps > 0)),
+                    ("TAPS", taps),
+                    ("PAIRS", flag(glu.is_some() || taps > 0)),
                     ("RESIDUAL", flag(residual)),
                     ("BIAS", flag(bias)),
                     ("GAIN", flag(then == Then::Norm)),
@@ -292,6 +294,7 @@ impl Shader {
                     ("ROUTES", flag(experts != Experts::None)),
                     ("EACH", flag(experts == Experts::Each)),
                     ("SUM", flag(experts == Experts::Sum)),
+                    ("EIGHT", 8),
                 ];
                 let part = file!("gemv_packed_matrix.wgsl");
                 text.matrices(dtype, matrices, &unrolled(part, &counts));

@@ -285,7 +285,10 @@ impl Gpu {
             bias: bias.is_some(),
             residual: call.residual.is_some(),
             glu: call.glu,
-            conv: call.conv.is_some(),
+            taps: call
+                .conv
+                .as_ref()
+                .map_or(0, |conv| conv.state.n_rows as u32 + 1),
             then,
             experts,
         };
@@ -314,10 +317,9 @@ impl Gpu {
             let out_at = call.outs.first().map_or(0, |out| vec4(out.at));
             let eps = call.eps.map_or(0, f32::to_bits);
             let next_units = (weights.n_out / rows_of_y).div_ceil(UNIT) as u32;
-            let [n_taps, ring, ring_row] = call.conv.as_ref().map_or([0; 3], |conv| {
+            let [ring, ring_row] = call.conv.as_ref().map_or([0; 2], |conv| {
                 let state = conv.state;
-                let (n, row) = (state.n_rows + 1, state.count % state.ring);
-                [n, state.ring, row].map(|n| n as u32)
+                [state.ring, state.count % state.ring].map(|n| n as u32)
             });
             let params = [
                 n_units as u32,
@@ -335,7 +337,6 @@ impl Gpu {
                 g,
                 h,
                 i,
-                n_taps,
                 ring,
                 ring_row,
                 n_used as u32,

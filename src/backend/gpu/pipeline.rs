@@ -182,8 +182,8 @@ pub enum Shader {
         residual: bool,
         /// Gate and up become one.
         glu: Option<Activation>,
-        /// Gates and input become the output of a short convolution.
-        conv: bool,
+        /// Taps of the short convolution whose gates and input become its output; 0: of none.
+        taps: u32,
         /// What comes next.
         then: Then,
         /// Whose rows.
@@ -372,7 +372,7 @@ impl Shader {
             bias: false,
             residual: then == Then::Norm,
             glu: (then == Then::Product).then_some(Activation::Silu),
-            conv: then == Then::Either,
+            taps: 3 * u32::from(then == Then::Either),
             then,
             experts: Experts::None,
         };
