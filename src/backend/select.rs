@@ -275,7 +275,7 @@ impl Plan {
         to(&mut self.weights, (n_chunks + 1).max(head_dim));
         to(&mut self.order, n_chunks + 1);
         to(&mut self.keys, n_chunks + 1);
-        to(&mut self.words, n_chunks / u64::BITS as usize + 1);
+        to(&mut self.words, 2 * (n_chunks / u64::BITS as usize + 1));
         to(&mut self.sums, n_scores);
         to(&mut self.panels, n_turned);
     }

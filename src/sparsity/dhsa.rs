@@ -27,7 +27,7 @@
 use std::ops::Range;
 
 use super::{Sparsity, dot, max};
-use crate::backend::cpu::ranking::order;
+use crate::backend::cpu::ranking::{Sides, order, score};
 use crate::backend::cpu::table::Ranking;
 use crate::backend::select::{Ask, Chunking, Plan, Select};
 
@@ -72,118 +72,136 @@ pub(super) fn select(
     let always = sink - seen.start + seen.end - local;
     let left = sparsity.budget_of(seen.len()).saturating_sub(always);
     let n_keys = |i: usize| keys(between.start + i).len();
-    let count = |least: i32, of: &[i32]| match chunking {
-        // All but the first and the last are whole.
-        Chunking::Fixed(n) => {
-            let mut n_chosen = 0;
-            ranking.count.run(of, least, &mut n_chosen);
-            let missing = |i: usize| match of.get(i).is_some_and(|key| *key >= least) {
-                true => n - n_keys(i),
-                false => 0,
-            };
-            let ends = if of.len() > 1 {
-                missing(of.len() - 1)
-            } else {
-                0
-            };
-            n * n_chosen - missing(0) - ends
-        }
-        Chunking::Shift(_) | Chunking::Labels(_) | Chunking::Predict(_) => {
-            let chosen = (0..of.len()).filter(|i| of[*i] >= least);
-            chosen.map(n_keys).sum()
-        }
+    plan.push(seen.start..sink);
+    let all = std::mem::take(&mut plan.keys);
+    let mut words = std::mem::take(&mut plan.words);
+    let of = &all[between.start..];
+    // What lies on the sides of a score, and the keys of chunks with it or more.
+    let divide = |at: i32| {
+        let mut sides = Sides::default();
+        ranking.divide.run(of, at, &mut sides);
+        let n_above = match chunking {
+            // All but the first and the last are whole.
+            Chunking::Fixed(n) => {
+                let missing = |i: usize| match of.get(i).is_some_and(|key| *key >= at) {
+                    true => n - n_keys(i),
+                    false => 0,
+                };
+                let last = (of.len() > 1).then(|| missing(of.len() - 1));
+                n * sides.n - missing(0) - last.unwrap_or(0)
+            }
+            Chunking::Shift(_) | Chunking::Labels(_) | Chunking::Predict(_) => {
+                let chosen = (0..of.len()).filter(|i| of[*i] >= at);
+                chosen.map(n_keys).sum()
+            }
+        };
+        (n_above, sides)
     };
     let few = match chunking {
         Chunking::Fixed(n) => n,
         Chunking::Shift(n) | Chunking::Labels(n) | Chunking::Predict(n) => n / 2,
     };
-    plan.push(seen.start..sink);
-    let all = std::mem::take(&mut plan.keys);
-    let mut words = std::mem::take(&mut plan.words);
-    let of = &all[between.start..];
-    if let Some(cut) = Cut::find(of, (left, few), &count, &n_keys) {
-        let (first, rest) = of.split_at(cut.last + 1);
-        let mut push_from = |at: usize, of: &[i32], least: i32, plan: &mut Plan| {
-            words.clear();
-            words.resize(of.len().div_ceil(u64::BITS as usize), 0);
-            ranking.mark.run(of, least, &mut words);
-            for_runs(&words, &mut |run| {
-                plan.push(keys(at + run.start).start..keys(at + run.end - 1).end);
-            });
-        };
-        push_from(between.start, first, cut.least, plan);
-        if let Some(span) = plan.spans.last_mut() {
-            span.end -= cut.n_cut;
+    if let Some((least, above)) = least_read(left, few, &divide) {
+        let n_words = of.len().div_ceil(u64::BITS as usize);
+        words.clear();
+        words.resize(2 * n_words, 0);
+        let (marked, better) = words.split_at_mut(n_words);
+        ranking.mark.run(of, least, marked);
+        if let Some(next) = least.checked_add(1) {
+            ranking.mark.run(of, next, better);
         }
-        let at = between.start + first.len();
-        push_from(at, rest, cut.least.saturating_add(1), plan);
+        // Of those with the least score that is read the first, and of the last of these the first keys.
+        let mut left = left - above;
+        let (mut last, mut n_cut) = (0, 0);
+        for (word, (marked, better)) in marked.iter_mut().zip(better).enumerate() {
+            let mut equal = *marked & !*better;
+            while equal != 0 {
+                let i = word * u64::BITS as usize + equal.trailing_zeros() as usize;
+                if left == 0 {
+                    *marked &= !(1 << (i % u64::BITS as usize));
+                } else {
+                    (last, n_cut) = (i, n_keys(i).saturating_sub(left));
+                    left -= n_keys(i) - n_cut;
+                }
+                equal &= equal - 1;
+            }
+        }
+        for_runs(marked, &mut |run| {
+            let keys_of = |run: Range<usize>| {
+                keys(between.start + run.start).start..keys(between.start + run.end - 1).end
+            };
+            if n_cut == 0 || !run.contains(&last) {
+                plan.push(keys_of(run));
+                return;
+            }
+            let cut = keys_of(run.start..last + 1);
+            plan.push(cut.start..cut.end - n_cut);
+            if last + 1 < run.end {
+                plan.push(keys_of(last + 1..run.end));
+            }
+        });
     }
     (plan.keys, plan.words) = (all, words);
     plan.push(local..seen.end);
 }
 
-/// Where chunks that are read end in the order of their scores.
-struct Cut {
-    /// The least score that is read, as [`order`] has it.
-    least: i32,
-    /// The last chunk of that score that is read,
-    last: usize,
-    /// but for so many keys at its end.
-    n_cut: usize,
+/// The least score of which chunks are read, and the keys of chunks with more: the greatest with which there are `left`
+/// keys, or that of all. `divide` tells the keys of chunks from a score on, and the scores on its sides; all chunks but
+/// the first and the last have at least `few`. `None`: no chunk is read.
+fn least_read(
+    left: usize,
+    few: usize,
+    divide: &dyn Fn(i32) -> (usize, Sides),
+) -> Option<(i32, usize)> {
+    let (n_all, all) = divide(i32::MIN);
+    if all.n == 0 || left == 0 {
+        return None;
+    }
+    let (_, best) = divide(i32::MAX);
+    // From `low` on there are `n_low`, enough; from above `high` on `n_high`, too few.
+    let (mut low, mut n_low) = (all.least, n_all);
+    let (mut high, mut n_high) = match best.n {
+        0 => (best.most, 0),
+        _ => (best.least, 0),
+    };
+    for step in 0.. {
+        if low >= high || n_low < left + few {
+            break;
+        }
+        let at = between(
+            step,
+            (low, high),
+            (n_low - left) as f32 / (n_low - n_high) as f32,
+        );
+        match divide(at) {
+            (n, sides) if n >= left => (low, n_low) = (sides.least, n),
+            (n, sides) => (high, n_high) = (sides.most, n),
+        }
+    }
+    // A short one may not be needed.
+    while low < high {
+        let (n, sides) = divide(low + 1);
+        if n < left {
+            return Some((low, n));
+        }
+        low = sides.least;
+    }
+    Some((low, n_high))
 }
 
-impl Cut {
-    /// The best chunks of `of` with `left` keys in all, of equals the first; `None` for none. `count` tells the keys of
-    /// those from a score on, `n_keys` those of one; all but the first and the last have at least `few`.
-    fn find(
-        of: &[i32],
-        (left, few): (usize, usize),
-        count: &dyn Fn(i32, &[i32]) -> usize,
-        n_keys: &dyn Fn(usize) -> usize,
-    ) -> Option<Self> {
-        let (worst, best) = of.iter().fold((i32::MAX, i32::MIN), |(least, most), key| {
-            (least.min(*key), most.max(*key))
-        });
-        if of.is_empty() || left == 0 {
-            return None;
-        }
-        // From `low` on there are `left` keys, and so many more, or all; from above `high` fewer.
-        let (mut low, mut high, mut more) = (worst, best, usize::MAX);
-        while low < high && more >= few {
-            // Halfway, rounded up.
-            let middle = high - ((i64::from(high) - i64::from(low)) / 2) as i32;
-            match count(middle, of).checked_sub(left) {
-                Some(found) => (low, more) = (middle, found),
-                None => high = middle - 1,
-            }
-        }
-        // The least there is from there on, unless it is a short one that is not needed.
-        let above = loop {
-            low = of
-                .iter()
-                .map(|key| if *key >= low { *key } else { best })
-                .fold(best, i32::min);
-            let above = low.checked_add(1).map_or(0, |above| count(above, of));
-            if above < left {
-                break above;
-            }
-            low += 1;
-        };
-        let mut left = left - above;
-        let mut cut = None;
-        for i in (0..of.len()).filter(|i| of[*i] == low) {
-            let n_cut = n_keys(i).saturating_sub(left);
-            left -= n_keys(i) - n_cut;
-            cut = Some(Self {
-                least: low,
-                last: i,
-                n_cut,
-            });
-            if left == 0 {
-                break;
-            }
-        }
-        cut
+/// A number above `low`, and up to `high`, where to look next: by turns at `share` of the scores between, halfway of them,
+/// and halfway of the numbers, so that it takes few steps whatever the scores are like.
+fn between(step: usize, (low, high): (i32, i32), share: f32) -> i32 {
+    let [from, to] = [low, high].map(score);
+    let guess = match step % 3 {
+        0 => from + share * (to - from),
+        1 => from + 0.5 * (to - from),
+        _ => f32::NAN,
+    };
+    let halfway = high - ((i64::from(high) - i64::from(low)) / 2) as i32;
+    match guess.is_nan() {
+        true => halfway,
+        false => order(guess).clamp(low + 1, high),
     }
 }
 

@@ -67,7 +67,7 @@ impl Lanes {
         head_dim: usize,
         step: Step,
     ) -> Option<Self> {
-        let frame = Delta::DEFAULT_FRAME;
+        let frame = LanesBatch::FRAME_TO_CHOOSE;
         (step == Step::Prefill && Self::has_vectors(operations, head_dim))
             .then_some(Self { most: 0, frame })
     }
@@ -80,7 +80,7 @@ impl Lanes {
     /// Floats that a task of `n_tokens` takes where they choose keys.
     pub(super) fn room_to_choose(self, shape: &Attention, n_tokens: usize) -> usize {
         let n_queries = n_tokens * (shape.n_heads / shape.n_kv_heads);
-        LanesBatch::room_to_choose(n_queries, shape.head_dim, self.frame)
+        LanesBatch::room_to_choose(n_queries, shape.head_dim)
     }
 
     /// Tokens of a task.

@@ -1,7 +1,7 @@
 //! Attention to keys that a [`Select`] chooses. Each token has its own choice, so no token's result depends on those
-//! computed with it, but tokens of a prompt that stand side by side choose much the same: their queries lie side by side
-//! in vectors and read what any of them chose, with no weight for what a token did not. Where there are no such
-//! vectors, and for single tokens, each token reads spans of the cache as they lie there.
+//! computed with it, but tokens of a prompt that stand side by side choose much the same: a frame of keys is widened and
+//! turned once for all of them that read of it. Where there are no such kernels, and for single tokens, each token reads
+//! spans of the cache as they lie there.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -59,8 +59,8 @@ impl Plans {
     }
 }
 
-/// How tokens lie side by side; `None` where each reads alone, as those do that read means of chunks too.
-fn side_by_side(
+/// How tokens read frames together; `None` where each reads alone, as those do that read means of chunks too.
+fn in_frames(
     operations: &Operations,
     shape: &Attention,
     select: &dyn Select,
@@ -119,7 +119,7 @@ pub(in crate::backend) fn scratch(
     let Some(select) = &options.select else {
         return dense(positions);
     };
-    let lanes = side_by_side(operations, shape, select.as_ref(), step);
+    let lanes = in_frames(operations, shape, select.as_ref(), step);
     let of_run = |(is_dense, run): (bool, Range<usize>)| match is_dense {
         true => dense(run),
         false => vec![run_scratch(lanes, shape, run, n_threads).collect()],
@@ -180,7 +180,7 @@ impl Cpu {
         let positions = start..start + q.len() / n_cols;
         let (step, n_threads) = (self.step, self.pool.n_threads());
         let operations = &self.operations;
-        let lanes = side_by_side(operations, shape, select, step);
+        let lanes = in_frames(operations, shape, select, step);
         let room = run_scratch(lanes, shape, positions.clone(), n_threads);
         self.scratch.reserve(room);
         let (task_tokens, _) = task(lanes, shape, positions.clone(), n_threads);
@@ -345,7 +345,7 @@ impl Selected<'_> {
         plan.panels = panels;
     }
 
-    /// Tokens whose queries lie side by side in vectors.
+    /// Tokens that read the same frames.
     fn together(&self, lanes: Lanes, plan: &mut Plan, tile: Tile<f32>) {
         let Attend { shape, scratch, .. } = self.attend;
         let (n, group) = (shape.head_dim, self.attend.group());
@@ -361,9 +361,9 @@ impl Selected<'_> {
         let words: &mut [u32] = bytemuck::cast_slice_mut(&mut words);
         words.fill(0);
         self.decide(plan, kv_head, tokens.clone(), &mut |token, _, _, plan| {
-            let words = &mut words[(token - tokens.start) * n_words..][..n_words];
             for span in &plan.spans {
-                set(words, span.start - first..span.end - first);
+                let keys = span.start - first..span.end - first;
+                set(words, (token - tokens.start, n_tokens), keys);
             }
         });
         let rows = |page| self.attend.rows(page, kv_head).into();
@@ -389,7 +389,7 @@ impl Selected<'_> {
             exact: Exact::Last(1),
             thresholds: &[],
             most: 0,
-            chosen: Some(Chosen { words, n_words }),
+            chosen: Some(Chosen { words }),
             room: &mut room,
             done: DeltaWork::default(),
         });
@@ -474,12 +474,12 @@ fn add_pooled(ask: &Ask, plan: &mut Plan, sums: &mut Sums) {
     }
 }
 
-/// Sets the bits `which`.
-fn set(words: &mut [u32], which: Range<usize>) {
+/// Sets the bits `which` of a token of many, see [`Chosen`].
+fn set(words: &mut [u32], (token, n_tokens): (usize, usize), which: Range<usize>) {
     let mut at = which.start;
     while at < which.end {
         let end = which.end.min((at / WORD + 1) * WORD);
-        words[at / WORD] |= (u32::MAX >> (WORD - (end - at))) << (at % WORD);
+        words[at / WORD * n_tokens + token] |= (u32::MAX >> (WORD - (end - at))) << (at % WORD);
         at = end;
     }
 }

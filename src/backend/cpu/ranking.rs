@@ -22,11 +22,42 @@ pub(super) fn rank(scores: &[f32], keys: &mut [i32]) {
     }
 }
 
-/// How many are at least `least`.
+/// The score of a whole number.
 #[inline(always)]
-pub(super) fn count(keys: &[i32], least: i32, n: &mut usize) {
-    let n_found: u32 = keys.iter().map(|key| u32::from(*key >= least)).sum();
-    *n = n_found as usize;
+pub fn score(order: i32) -> f32 {
+    f32::from_bits((order ^ ((order >> 31) as u32 >> 1) as i32) as u32)
+}
+
+/// What lies on the two sides of a number.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Sides {
+    /// How many are at least as great,
+    pub n: usize,
+    /// the least of them, the greatest number there is if there is none,
+    pub least: i32,
+    /// and the greatest of the others, likewise the least.
+    pub most: i32,
+}
+
+/// What lies on the two sides of `at`.
+#[inline(always)]
+pub(super) fn divide(keys: &[i32], at: i32, sides: &mut Sides) {
+    let (mut n, mut least, mut most) = (0u32, i32::MAX, i32::MIN);
+    for key in keys {
+        let is_above = *key >= at;
+        let (above, below) = match is_above {
+            true => (*key, i32::MIN),
+            false => (i32::MAX, *key),
+        };
+        n += u32::from(is_above);
+        least = if above < least { above } else { least };
+        most = if below > most { below } else { most };
+    }
+    *sides = Sides {
+        n: n as usize,
+        least,
+        most,
+    };
 }
 
 /// Bit `i % 64` of word `i / 64`: whether key `i` is at least `least`.

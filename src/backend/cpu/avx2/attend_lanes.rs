@@ -3,9 +3,10 @@
 use std::ops::Range;
 
 use super::attend::widen;
+use super::attend_chosen as chosen;
 use super::floats as v;
 use crate::backend::cpu::scalar::attend_lanes as below;
-use crate::backend::cpu::table::{AttendBatch, Chosen, LanesBatch};
+use crate::backend::cpu::table::{AttendBatch, LanesBatch};
 use crate::profile::DeltaWork;
 
 crate::backend::cpu::x86::attend_lanes::attend_lanes!("avx2,fma,f16c", below);

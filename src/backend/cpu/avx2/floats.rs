@@ -101,11 +101,35 @@ crate::backend::cpu::x86::floats::operations! { "avx2,fma,f16c":
         _mm256_blendv_ps(splat(f32::NEG_INFINITY), x, inside)
     };
     /// Minus infinity where the bit of a lane's word is not set.
-    fn chosen(x: V, words: &[u32; LANES], bit: usize) -> V = {
-        let bits = _mm256_set1_epi32(1 << bit);
-        let chosen = _mm256_and_si256(super::load(words), bits);
-        let chosen = _mm256_castsi256_ps(_mm256_cmpeq_epi32(chosen, bits));
+    fn only_bits(x: V, bits: &[u8; 1]) -> V = {
+        let lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+        let chosen = _mm256_and_si256(_mm256_set1_epi32(i32::from(bits[0])), lanes);
+        let chosen = _mm256_castsi256_ps(_mm256_cmpeq_epi32(chosen, lanes));
         _mm256_blendv_ps(splat(f32::NEG_INFINITY), x, chosen)
+    };
+    /// Eight lanes.
+    fn join(x: [&[f32; 8]; 1]) -> V = load(x[0]);
+    /// The rows of an eight of vectors become columns.
+    fn turn_eight(rows: [&[f32; 8]; 8], out: &mut [[f32; 8]; 8]) = {
+        let pairs = |first: usize| {
+            let [a, b] = [load(rows[first]), load(rows[first + 1])];
+            [_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)].map(|x| _mm256_castps_pd(x))
+        };
+        // Run `j` of four lanes of vector `i`: four rows of column `4 j + i`.
+        let fours = |first: usize| {
+            let ([a, b], [c, d]) = (pairs(first), pairs(first + 2));
+            [
+                _mm256_unpacklo_pd(a, c),
+                _mm256_unpackhi_pd(a, c),
+                _mm256_unpacklo_pd(b, d),
+                _mm256_unpackhi_pd(b, d),
+            ]
+            .map(|x| _mm256_castpd_ps(x))
+        };
+        for (i, (up, down)) in fours(0).into_iter().zip(fours(4)).enumerate() {
+            store(_mm256_permute2f128_ps::<0x20>(up, down), &mut out[i]);
+            store(_mm256_permute2f128_ps::<0x31>(up, down), &mut out[4 + i]);
+        }
     };
     /// A bit for each key that is at least `least`.
     fn at_least(keys: &[i32; LANES], least: i32) -> u8 = {

@@ -83,11 +83,43 @@ crate::backend::cpu::x86::floats::operations! { "avx512bw,avx512dq,avx512vl,avx5
         let lanes = ((1u32 << end) - 1) & !((1u32 << first) - 1);
         _mm512_mask_mov_ps(splat(f32::NEG_INFINITY), lanes as u16, x)
     };
-    /// Minus infinity where the bit of a lane's word is not set.
-    fn chosen(x: V, words: &[u32; LANES], bit: usize) -> V = {
-        let bits = _mm512_set1_epi32(1 << bit);
-        let chosen = _mm512_test_epi32_mask(load_bits(words), bits);
-        _mm512_mask_mov_ps(splat(f32::NEG_INFINITY), chosen, x)
+    /// Minus infinity where the bit of a lane is not set.
+    fn only_bits(x: V, bits: &[u8; 2]) -> V =
+        _mm512_mask_mov_ps(splat(f32::NEG_INFINITY), u16::from_le_bytes(*bits), x);
+    /// Two times eight lanes.
+    fn join(x: [&[f32; 8]; 2]) -> V = {
+        // SAFETY: reads the 32 bytes of borrowed arrays; no alignment is asked.
+        let [low, high] = x.map(|x| unsafe { _mm256_loadu_ps(x.as_ptr()) });
+        _mm512_insertf32x8::<1>(_mm512_castps256_ps512(low), high)
+    };
+    /// The rows of an eight of vectors become columns.
+    fn turn_eight(rows: [&[f32; 16]; 8], out: &mut [[f32; 8]; 16]) = {
+        let pairs = |first: usize| {
+            let [a, b] = [load(rows[first]), load(rows[first + 1])];
+            [_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)].map(|x| _mm512_castps_pd(x))
+        };
+        // Run `j` of four lanes of vector `i`: four rows of column `4 j + i`.
+        let fours = |first: usize| {
+            let ([a, b], [c, d]) = (pairs(first), pairs(first + 2));
+            [
+                _mm512_unpacklo_pd(a, c),
+                _mm512_unpackhi_pd(a, c),
+                _mm512_unpacklo_pd(b, d),
+                _mm512_unpackhi_pd(b, d),
+            ]
+        };
+        for (i, (up, down)) in fours(0).into_iter().zip(fours(4)).enumerate() {
+            let first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+            let last = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+            for (j, runs) in [(0, first), (8, last)] {
+                let two = _mm512_castpd_ps(_mm512_permutex2var_pd(up, runs, down));
+                let (low, high) = (_mm512_castps512_ps256(two), _mm512_extractf32x8_ps::<1>(two));
+                // SAFETY: writes the 32 bytes of an exclusively borrowed array; no alignment is asked.
+                unsafe { _mm256_storeu_ps(out[j + i].as_mut_ptr(), low) };
+                // SAFETY: the same.
+                unsafe { _mm256_storeu_ps(out[j + 4 + i].as_mut_ptr(), high) };
+            }
+        }
     };
     /// A bit for each key that is at least `least`.
     fn at_least(keys: &[i32; LANES], least: i32) -> u16 = {

@@ -9,6 +9,7 @@ use std::arch::x86_64::*;
 use bytemuck::Pod;
 
 pub(crate) mod attend;
+mod attend_chosen;
 pub(crate) mod attend_lanes;
 pub(crate) mod elementwise;
 pub(in crate::backend::cpu) mod floats;

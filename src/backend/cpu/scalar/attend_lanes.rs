@@ -84,7 +84,7 @@ pub(crate) fn attend(batch: &mut LanesBatch) {
                 let is_seen = match batch.chosen {
                     Some(chosen) => {
                         let key = at + j - batch.attend.first;
-                        chosen.word(t, key / 32) >> (key % 32) & 1 == 1
+                        chosen.words[key / 32 * n_tokens + t] >> (key % 32) & 1 == 1
                     }
                     None => at + j <= position && position < (at + j).saturating_add(window),
                 };

@@ -5,17 +5,12 @@
 /// Queries lie in the lanes, so a score of all of them is some vectors, and no softmax crosses lanes: on an EPYC with
 /// AVX-512 a prompt of 4,096 tokens of SmolLM2-135M is read 1.4 times as fast as with keys in the lanes. Along a frame the
 /// scores of a key are those of the key before and the products with what changed: the sums are never cleared. Where that
-/// does not pay, or for queries near the frame, they are whole products. Where tokens choose keys, tiles are smaller and
-/// read what any of their tokens chose; a key that a query did not choose has no weight, which changes no bit of what is
-/// summed. What a query gets does not depend on which others are beside it.
+/// does not pay, or for queries near the frame, they are whole products. What a query gets does not depend on which others
+/// are beside it.
 macro_rules! attend_lanes {
     ($features:literal, $below:ident) => {
         /// Vectors of queries in a tile.
         const WIDTH: usize = 4;
-
-        /// The same where tokens choose keys: fewer tokens choose fewer keys together. On an EPYC a prompt is read 8 %
-        /// faster so than with twice as many.
-        const CHOOSING: usize = 16 / v::LANES;
 
         /// Keys that are weighted together.
         const KEYS: usize = 32;
@@ -24,7 +19,7 @@ macro_rules! attend_lanes {
         const DEEP: usize = v::LANES / 4;
 
         /// A number for each query of a tile.
-        type Row<const W: usize> = [[f32; v::LANES]; W];
+        type Row = [[f32; v::LANES]; WIDTH];
 
         /// Keys or values, `C` vectors each.
         type Tile<const C: usize> = [[[f32; v::LANES]; C]; KEYS];
@@ -43,48 +38,39 @@ macro_rules! attend_lanes {
             far: usize,
         }
 
-        /// The keys of a tile of keys that some queries read, of which each reads its own.
-        struct Read<const W: usize> {
-            /// Their indices: whole groups of `DEEP`.
-            keys: [u8; KEYS],
-            n: usize,
-            /// Bits of the keys, for each query, where they choose.
-            words: Option<[[u32; v::LANES]; W]>,
-        }
-
         /// Queries of a tile, turned: `(head_dim)` rows; and their sums.
-        struct Queries<'a, const W: usize> {
+        struct Queries<'a> {
             /// Of the first, among all of the batch.
             first: usize,
             n: usize,
-            q: &'a [Row<W>],
-            out: &'a mut [Row<W>],
-            max: &'a mut Row<W>,
-            sum: &'a mut Row<W>,
+            q: &'a [Row],
+            out: &'a mut [Row],
+            max: &'a mut Row,
+            sum: &'a mut Row,
         }
 
         /// See [`LanesBatch`].
         #[target_feature(enable = $features)]
         pub(crate) fn attend(batch: &mut LanesBatch) {
             match (batch.attend.head_dim, batch.chosen) {
-                (64, None) => heads::<{ 64 / v::LANES }, WIDTH>(batch),
-                (128, None) => heads::<{ 128 / v::LANES }, WIDTH>(batch),
-                (256, None) => heads::<{ 256 / v::LANES }, WIDTH>(batch),
-                (64, _) => heads::<{ 64 / v::LANES }, CHOOSING>(batch),
-                (128, _) => heads::<{ 128 / v::LANES }, CHOOSING>(batch),
-                (256, _) => heads::<{ 256 / v::LANES }, CHOOSING>(batch),
+                (64, None) => heads::<{ 64 / v::LANES }>(batch),
+                (128, None) => heads::<{ 128 / v::LANES }>(batch),
+                (256, None) => heads::<{ 256 / v::LANES }>(batch),
+                (64, Some(of)) => chosen::attend::<{ 64 / v::LANES }>(batch, of),
+                (128, Some(of)) => chosen::attend::<{ 128 / v::LANES }>(batch, of),
+                (256, Some(of)) => chosen::attend::<{ 256 / v::LANES }>(batch, of),
                 _ => $below::attend(batch),
             }
         }
 
         #[inline]
         #[target_feature(enable = $features)]
-        fn heads<const C: usize, const W: usize>(batch: &mut LanesBatch) {
+        fn heads<const C: usize>(batch: &mut LanesBatch) {
             let n = C * v::LANES;
             let (group, start) = (batch.attend.group, batch.attend.start);
             let n_tokens = batch.attend.out.n_tokens();
             let n_queries = n_tokens * group;
-            let queries = W * v::LANES;
+            let queries = WIDTH * v::LANES;
             let done = &mut batch.done;
             let mut room = &mut *batch.room;
             let mut take = |floats: usize| {
@@ -107,13 +93,13 @@ macro_rules! attend_lanes {
                 let rows = floats
                     .as_chunks_mut::<{ v::LANES }>()
                     .0
-                    .as_chunks_mut::<W>()
+                    .as_chunks_mut::<WIDTH>()
                     .0;
                 let these = i * queries..n_queries.min((i + 1) * queries);
                 turn(&batch.attend, these, &mut rows[..n]);
-                rows[n..2 * n].fill([[0.0; v::LANES]; W]);
-                rows[2 * n] = [[f32::NEG_INFINITY; v::LANES]; W];
-                rows[2 * n + 1] = [[0.0; v::LANES]; W];
+                rows[n..2 * n].fill([[0.0; v::LANES]; WIDTH]);
+                rows[2 * n] = [[f32::NEG_INFINITY; v::LANES]; WIDTH];
+                rows[2 * n + 1] = [[0.0; v::LANES]; WIDTH];
             }
             let end = start + n_tokens;
             let window = batch.attend.window.unwrap_or(usize::MAX);
@@ -122,19 +108,7 @@ macro_rules! attend_lanes {
                 let n_keys = batch.frame.min(end - at);
                 let page = (at - batch.attend.first) / batch.attend.page;
                 let in_page = (at - batch.attend.first) % batch.attend.page;
-                let is_read = |first: usize| {
-                    let word = (at - batch.attend.first + first) / KEYS;
-                    let words = |chosen: Chosen| chosen.any(0..n_tokens, word);
-                    batch.chosen.is_none_or(|chosen| words(chosen) != 0)
-                };
-                if !(0..n_keys).step_by(KEYS).any(is_read) {
-                    at += batch.frame;
-                    continue;
-                }
                 for (tile, first) in (0..n_keys).step_by(KEYS).enumerate() {
-                    if !is_read(first) {
-                        continue;
-                    }
                     let span = in_page + first..in_page + n_keys.min(first + KEYS);
                     widen(batch.attend.keys[page], n, span.clone(), &mut keys[tile]);
                     widen(batch.attend.values[page], n, span, &mut values[tile]);
@@ -162,7 +136,7 @@ macro_rules! attend_lanes {
                     let rows = floats
                         .as_chunks_mut::<{ v::LANES }>()
                         .0
-                        .as_chunks_mut::<W>()
+                        .as_chunks_mut::<WIDTH>()
                         .0;
                     let (q, rest) = rows.split_at_mut(n);
                     let (out, rest) = rest.split_at_mut(n);
@@ -171,7 +145,6 @@ macro_rules! attend_lanes {
                     };
                     let first = i * queries;
                     let n = queries.min(n_queries - first);
-                    let chosen = batch.chosen;
                     let queries = Queries {
                         first,
                         n,
@@ -183,15 +156,15 @@ macro_rules! attend_lanes {
                     // Few queries are not worth a whole tile.
                     let attend = &batch.attend;
                     match n.div_ceil(v::LANES) {
-                        1 => add_frame::<C, W, 1>(attend, chosen, done, &frame, queries),
-                        2 => add_frame::<C, W, 2>(attend, chosen, done, &frame, queries),
-                        _ => add_frame::<C, W, W>(attend, chosen, done, &frame, queries),
+                        1 => add_frame::<C, 1>(attend, done, &frame, queries),
+                        2 => add_frame::<C, 2>(attend, done, &frame, queries),
+                        _ => add_frame::<C, WIDTH>(attend, done, &frame, queries),
                     }
                 }
                 at += batch.frame;
             }
             for (i, floats) in tiles.chunks_exact(tile_floats).enumerate() {
-                let rows = floats.as_chunks::<{ v::LANES }>().0.as_chunks::<W>().0;
+                let rows = floats.as_chunks::<{ v::LANES }>().0.as_chunks::<WIDTH>().0;
                 for lane in 0..queries.min(n_queries - i * queries) {
                     let query = i * queries + lane;
                     let (token, head) = (query / group, query % group);
@@ -207,8 +180,8 @@ macro_rules! attend_lanes {
         /// Some queries, scaled and turned; zeros beyond the last.
         #[inline]
         #[target_feature(enable = $features)]
-        fn turn<const W: usize>(attend: &AttendBatch, queries: Range<usize>, q: &mut [Row<W>]) {
-            for lane in 0..W * v::LANES {
+        fn turn(attend: &AttendBatch, queries: Range<usize>, q: &mut [Row]) {
+            for lane in 0..WIDTH * v::LANES {
                 let query = queries.start + lane;
                 let at = query / attend.group * attend.q_stride + query % attend.group * q.len();
                 for c in 0..q.len() {
@@ -218,42 +191,6 @@ macro_rules! attend_lanes {
                     };
                 }
             }
-        }
-
-        /// What queries read of `n_keys` keys of a tile.
-        #[inline]
-        #[target_feature(enable = $features)]
-        fn read<const W: usize>(
-            (attend, chosen): (&AttendBatch, Option<Chosen>),
-            queries: &Queries<W>,
-            start: usize,
-            n_keys: usize,
-        ) -> Read<W> {
-            let mut any = u32::MAX;
-            let words = chosen.map(|chosen| {
-                let word = (start - attend.first) / KEYS;
-                let mut words = [[0; v::LANES]; W];
-                let all = queries.first..queries.first + queries.n;
-                any = 0;
-                for token in all.start / attend.group..all.end.div_ceil(attend.group) {
-                    let own = token * attend.group..(token + 1) * attend.group;
-                    let lanes =
-                        own.start.max(all.start) - all.start..own.end.min(all.end) - all.start;
-                    words.as_flattened_mut()[lanes].fill(chosen.word(token, word));
-                    any |= chosen.word(token, word);
-                }
-                words
-            });
-            let (mut keys, mut n) = ([0; KEYS], 0);
-            for first in (0..n_keys).step_by(DEEP) {
-                if any >> first & ((1 << DEEP) - 1) != 0 {
-                    for key in first..n_keys.min(first + DEEP) {
-                        keys[n] = key as u8;
-                        n += 1;
-                    }
-                }
-            }
-            Read { keys, n, words }
         }
 
         /// What changes from key to key of a whole frame; `false` if more than `most`.
@@ -307,12 +244,11 @@ macro_rules! attend_lanes {
         /// Adds a frame to the sums of some queries, `N` vectors of them.
         #[inline]
         #[target_feature(enable = $features)]
-        fn add_frame<const C: usize, const W: usize, const N: usize>(
+        fn add_frame<const C: usize, const N: usize>(
             attend: &AttendBatch,
-            chosen: Option<Chosen>,
             done: &mut DeltaWork,
             frame: &Frame<C>,
-            queries: Queries<W>,
+            queries: Queries,
         ) {
             let (start, group) = (attend.start, attend.group);
             let window = attend.window.unwrap_or(usize::MAX);
@@ -333,22 +269,18 @@ macro_rules! attend_lanes {
                 Some(_) => far,
                 None => queries.n,
             };
-            let mut running = [[0.0; v::LANES]; W];
-            let mut scores = [[[0.0; v::LANES]; W]; KEYS];
+            let mut running = [[0.0; v::LANES]; WIDTH];
+            let mut scores = [[[0.0; v::LANES]; WIDTH]; KEYS];
             let mut exact = scores;
             for first in (0..frame.n_keys).step_by(KEYS) {
                 let keys = first..frame.n_keys.min(first + KEYS);
                 let n_keys = keys.len();
                 let tile = first / KEYS;
                 let begin = frame.start + first;
-                let read = read((attend, chosen), &queries, begin, n_keys);
-                if read.n == 0 {
-                    continue;
-                }
                 match (near, frame.ends) {
                     (0, Some(ends)) => {
                         let changes = (frame.channels, frame.changes, ends);
-                        add_changes::<W, N>(
+                        add_changes::<N>(
                             queries.q,
                             changes,
                             keys.clone(),
@@ -358,20 +290,20 @@ macro_rules! attend_lanes {
                     }
                     (near, Some(ends)) if near < queries.n => {
                         let changes = (frame.channels, frame.changes, ends);
-                        add_changes::<W, N>(
+                        add_changes::<N>(
                             queries.q,
                             changes,
                             keys.clone(),
                             &mut running,
                             &mut scores,
                         );
-                        multiply::<C, W, N>(queries.q, &frame.keys[tile], &read, &mut exact);
+                        multiply::<C, N>(queries.q, &frame.keys[tile], n_keys, &mut exact);
                         for (score, exact) in scores.iter_mut().zip(&exact) {
                             let exact = &exact.as_flattened()[..near];
                             score.as_flattened_mut()[..near].copy_from_slice(exact);
                         }
                     }
-                    _ => multiply::<C, W, N>(queries.q, &frame.keys[tile], &read, &mut scores),
+                    _ => multiply::<C, N>(queries.q, &frame.keys[tile], n_keys, &mut scores),
                 }
                 let end = begin + n_keys;
                 let all = end <= oldest + 1 && newest < begin.saturating_add(window);
@@ -379,14 +311,7 @@ macro_rules! attend_lanes {
                     true => 0..queries.n,
                     false => lane(begin + key)..lane((begin + key).saturating_add(window)),
                 };
-                if let Some(words) = &read.words {
-                    for (key, score) in read.keys[..read.n].iter().zip(&mut scores) {
-                        for w in 0..N {
-                            let only = v::chosen(v::load(&score[w]), &words[w], usize::from(*key));
-                            v::store(only, &mut score[w]);
-                        }
-                    }
-                } else if !all {
+                if !all {
                     for key in 0..n_keys {
                         let seen = visible(key);
                         for w in 0..N {
@@ -394,7 +319,7 @@ macro_rules! attend_lanes {
                                 |l: usize| l.clamp(w * v::LANES, (w + 1) * v::LANES) - w * v::LANES;
                             // Lanes beyond the last query see what it sees.
                             let seen_end = match seen.end == queries.n {
-                                true => W * v::LANES,
+                                true => WIDTH * v::LANES,
                                 false => seen.end,
                             };
                             let score = &mut scores[key][w];
@@ -406,7 +331,7 @@ macro_rules! attend_lanes {
                     }
                 }
                 let n = (C * v::LANES) as u64;
-                for key in 0..if chosen.is_some() { 0 } else { n_keys } {
+                for key in 0..n_keys {
                     let seen = visible(key);
                     let exact = seen.start.min(near)..seen.end.min(near);
                     let (pairs, exact) = (seen.len() as u64, exact.len() as u64);
@@ -420,45 +345,54 @@ macro_rules! attend_lanes {
                     done.far += (seen.end.max(far) - seen.start.max(far)) as u64 * n;
                     done.done += exact * n + (pairs - exact) * changed;
                 }
-                let shrink = softmax::<W, N>(&mut scores, read.n, queries.max, queries.sum);
-                let keys = &read.keys[..read.n];
-                add_values::<C, W, N>(&scores, &frame.values[tile], keys, &shrink, queries.out);
+                let scores = &mut scores[..n_keys];
+                let mut tops = [v::splat(0.0); N];
+                for w in 0..N {
+                    tops[w] = v::load(&queries.max[w]);
+                    for score in scores.iter() {
+                        tops[w] = v::max(tops[w], v::load(&score[w]));
+                    }
+                }
+                let shrink = weigh::<N>(scores, tops, queries.max, queries.sum);
+                add_values::<C, N>(scores, &frame.values[tile], &shrink, queries.out);
             }
         }
 
-        /// Products of all channels with the keys that are read, side by side.
+        /// Products of all channels with the first `n_keys` of a tile, and some after them.
         #[inline]
         #[target_feature(enable = $features)]
-        fn multiply<const C: usize, const W: usize, const N: usize>(
-            q: &[Row<W>],
+        fn multiply<const C: usize, const N: usize>(
+            q: &[Row],
             keys: &Tile<C>,
-            read: &Read<W>,
-            scores: &mut [Row<W>; KEYS],
+            n_keys: usize,
+            scores: &mut [Row; KEYS],
         ) {
-            assert!(q.len() == C * v::LANES);
             let scores = scores.as_chunks_mut::<DEEP>().0;
-            let group = |at: usize| &keys.as_chunks::<DEEP>().0[usize::from(read.keys[at]) / DEEP];
-            let (mut at, n) = (0, read.n.div_ceil(DEEP));
-            while at < n {
-                // One vector of queries needs more sums than a group has to keep the units busy.
-                if N == 1 && at + 2 <= n {
-                    let groups = [group(at * DEEP), group((at + 1) * DEEP)];
-                    multiply_groups::<C, W, N, 2>(q, groups, &mut scores[at..at + 2]);
-                    at += 2;
-                } else {
-                    multiply_groups::<C, W, N, 1>(q, [group(at * DEEP)], &mut scores[at..=at]);
-                    at += 1;
+            let keys = keys.as_chunks::<DEEP>().0;
+            // One vector of queries needs more sums than a group has to keep the units busy.
+            let at_once = if N == 1 { 2 } else { 1 };
+            for at in (0..n_keys.div_ceil(DEEP)).step_by(at_once) {
+                match N {
+                    1 => {
+                        let keys = [&keys[at], &keys[at + 1]];
+                        multiply_groups::<C, N, 2>(q, keys, &mut scores[at..at + 2]);
+                    }
+                    _ => {
+                        let keys = [&keys[at]];
+                        multiply_groups::<C, N, 1>(q, keys, &mut scores[at..=at]);
+                    }
                 }
             }
         }
 
         #[inline]
         #[target_feature(enable = $features)]
-        fn multiply_groups<const C: usize, const W: usize, const N: usize, const G: usize>(
-            q: &[Row<W>],
+        fn multiply_groups<const C: usize, const N: usize, const G: usize>(
+            q: &[Row],
             keys: [&[[[f32; v::LANES]; C]; DEEP]; G],
-            scores: &mut [[Row<W>; DEEP]],
+            scores: &mut [[Row; DEEP]],
         ) {
+            assert!(q.len() == C * v::LANES);
             let mut sums = [[[v::splat(0.0); N]; DEEP]; G];
             for c in 0..C * v::LANES {
                 let mut row = [v::splat(0.0); N];
@@ -486,12 +420,12 @@ macro_rules! attend_lanes {
         /// Scores of `keys` of a frame: to those of the key before, `running`, the products with what changed are added.
         #[inline]
         #[target_feature(enable = $features)]
-        fn add_changes<const W: usize, const N: usize>(
-            q: &[Row<W>],
+        fn add_changes<const N: usize>(
+            q: &[Row],
             (channels, changes, ends): (&[u8], &[f32], &[u32]),
             keys: Range<usize>,
-            running: &mut Row<W>,
-            scores: &mut [Row<W>; KEYS],
+            running: &mut Row,
+            scores: &mut [Row; KEYS],
         ) {
             let mut sums = [v::splat(0.0); N];
             for w in 0..N {
@@ -520,26 +454,22 @@ macro_rules! attend_lanes {
             }
         }
 
-        /// Scores to weights. Returns the factors that what was summed before must take.
+        /// Scores to weights, of which and of those before `tops` are the largest. Returns the factors that what was summed
+        /// before must take.
         #[inline]
         #[target_feature(enable = $features)]
-        fn softmax<const W: usize, const N: usize>(
-            scores: &mut [Row<W>; KEYS],
-            n_keys: usize,
-            max: &mut Row<W>,
-            sum: &mut Row<W>,
+        fn weigh<const N: usize>(
+            scores: &mut [Row],
+            tops: [v::V; N],
+            max: &mut Row,
+            sum: &mut Row,
         ) -> [v::V; N] {
-            let scores = &mut scores[..n_keys];
             let mut shrink = [v::splat(0.0); N];
             for w in 0..N {
                 let before = v::load(&max[w]);
-                let mut top = before;
-                for score in scores.iter() {
-                    top = v::max(top, v::load(&score[w]));
-                }
-                v::store(top, &mut max[w]);
+                v::store(tops[w], &mut max[w]);
                 // Of a query that sees nothing yet all scores are minus infinity, and so must be differences.
-                let top = v::max(top, v::splat(f32::MIN / 2.0));
+                let top = v::max(tops[w], v::splat(f32::MIN / 2.0));
                 let mut total = v::splat(0.0);
                 for score in scores.iter_mut() {
                     let weight = v::exp(v::sub(v::load(&score[w]), top));
@@ -555,29 +485,27 @@ macro_rules! attend_lanes {
         /// `out = out * shrink + weights * values`.
         #[inline]
         #[target_feature(enable = $features)]
-        fn add_values<const C: usize, const W: usize, const N: usize>(
-            weights: &[Row<W>; KEYS],
+        fn add_values<const C: usize, const N: usize>(
+            weights: &[Row],
             values: &Tile<C>,
-            keys: &[u8],
             shrink: &[v::V; N],
-            out: &mut [Row<W>],
+            out: &mut [Row],
         ) {
-            assert!(out.len() == C * v::LANES && keys.len() <= KEYS);
+            assert!(out.len() == C * v::LANES);
             match N {
-                1 => add_elements::<C, W, N, 2>(weights, values, keys, shrink, out),
-                _ => add_elements::<C, W, N, 1>(weights, values, keys, shrink, out),
+                1 => add_elements::<C, N, 2>(weights, values, shrink, out),
+                _ => add_elements::<C, N, 1>(weights, values, shrink, out),
             }
         }
 
         /// The same, `G` times `DEEP` elements at a time.
         #[inline]
         #[target_feature(enable = $features)]
-        fn add_elements<const C: usize, const W: usize, const N: usize, const G: usize>(
-            weights: &[Row<W>; KEYS],
+        fn add_elements<const C: usize, const N: usize, const G: usize>(
+            weights: &[Row],
             values: &Tile<C>,
-            keys: &[u8],
             shrink: &[v::V; N],
-            out: &mut [Row<W>],
+            out: &mut [Row],
         ) {
             let groups = out.as_chunks_mut::<DEEP>().0.as_chunks_mut::<G>().0;
             for (at, out) in groups.iter_mut().enumerate() {
@@ -589,13 +517,17 @@ macro_rules! attend_lanes {
                         }
                     }
                 }
-                for (i, key) in keys.iter().enumerate() {
+                for (weights, value) in weights.iter().zip(values) {
                     let mut weight = [v::splat(0.0); N];
                     for w in 0..N {
-                        weight[w] = v::load(&weights[i][w]);
+                        weight[w] = v::load(&weights[w]);
                     }
-                    let value = values[usize::from(*key) % KEYS].as_flattened();
-                    let value = &value.as_chunks::<DEEP>().0.as_chunks::<G>().0[at];
+                    let value = &value
+                        .as_flattened()
+                        .as_chunks::<DEEP>()
+                        .0
+                        .as_chunks::<G>()
+                        .0[at];
                     for g in 0..G {
                         for b in 0..DEEP {
                             let value = v::splat(value[g][b]);

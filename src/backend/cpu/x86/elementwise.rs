@@ -76,10 +76,10 @@ macro_rules! elementwise {
             ranking::rank(scores, keys)
         }
 
-        /// See [`ranking::count`].
+        /// See [`ranking::divide`].
         #[target_feature(enable = $features)]
-        pub(crate) fn count(keys: &[i32], least: i32, n: &mut usize) {
-            ranking::count(keys, least, n)
+        pub(crate) fn divide(keys: &[i32], at: i32, sides: &mut ranking::Sides) {
+            ranking::divide(keys, at, sides)
         }
 
         /// See [`ranking::mark`].

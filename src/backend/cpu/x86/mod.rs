@@ -4,6 +4,7 @@
 //! A level's `floats.rs` names a vector type `V`, the number of its `LANES` and some twenty operations.
 
 pub(super) mod attend;
+pub(super) mod attend_chosen;
 pub(super) mod attend_few;
 pub(super) mod attend_lanes;
 pub(super) mod elementwise;

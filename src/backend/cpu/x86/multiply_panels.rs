@@ -6,8 +6,14 @@ macro_rules! multiply_panels {
         /// Vectors of a row of a panel.
         const WIDE: usize = PANEL_ROWS / v::LANES;
 
-        /// Queries that share what is loaded of a panel.
-        const QUERIES: usize = 8;
+        /// Queries that share what is loaded of a panel: more sums than the units are deep, and no more than registers.
+        const QUERIES: usize = if WIDE == 1 { 12 } else { 6 };
+
+        /// Channels that are added without looking whether there are more.
+        const DEEP: usize = 16;
+
+        /// The same of those that are left.
+        const FEW: usize = QUERIES / 3;
 
         /// See [`PanelProducts`].
         #[target_feature(enable = $features)]
@@ -20,13 +26,19 @@ macro_rules! multiply_panels {
                 let out = products.out.chunks_mut(QUERIES * n_out);
                 for (queries, out) in queries.zip(out) {
                     let out = &mut out[i * PANEL_ROWS..];
-                    match queries.len() == QUERIES * n {
-                        true => some::<QUERIES>(queries, panel, out, n_out),
-                        false => {
-                            let rows = out.chunks_mut(n_out);
-                            for (query, out) in queries.chunks_exact(n).zip(rows) {
-                                some::<1>(query, panel, out, n_out);
-                            }
+                    if queries.len() == QUERIES * n {
+                        some::<QUERIES>(queries, panel, out, n_out);
+                        continue;
+                    }
+                    let rows = out.chunks_mut(FEW * n_out);
+                    for (queries, out) in queries.chunks(FEW * n).zip(rows) {
+                        if queries.len() == FEW * n {
+                            some::<FEW>(queries, panel, out, n_out);
+                            continue;
+                        }
+                        let rows = out.chunks_mut(n_out);
+                        for (query, out) in queries.chunks_exact(n).zip(rows) {
+                            some::<1>(query, panel, out, n_out);
                         }
                     }
                 }
@@ -41,22 +53,45 @@ macro_rules! multiply_panels {
             out: &mut [f32],
             n_out: usize,
         ) {
-            let queries: [&[f32]; Q] =
-                std::array::from_fn(|i| &queries[i * panel.len()..][..panel.len()]);
+            let n = panel.len();
             let mut sums = [[v::splat(0.0); WIDE]; Q];
-            for (c, rows) in panel.iter().enumerate() {
-                let rows = rows.as_chunks::<{ v::LANES }>().0;
-                for i in 0..Q {
-                    let q = v::splat(queries[i][c]);
-                    for w in 0..WIDE {
-                        sums[i][w] = v::fma(q, v::load(&rows[w]), sums[i][w]);
-                    }
-                }
+            let (deep, rest) = panel.as_chunks::<DEEP>();
+            for (at, rows) in deep.iter().enumerate() {
+                let queries: [&[f32; DEEP]; Q] = std::array::from_fn(|i| {
+                    let query = queries[i * n + at * DEEP..].first_chunk();
+                    query.expect("a query has as many channels as a panel")
+                });
+                add(queries, rows, &mut sums);
+            }
+            for (at, rows) in rest.iter().enumerate() {
+                let channel = deep.len() * DEEP + at;
+                let queries =
+                    std::array::from_fn(|i| std::array::from_ref(&queries[i * n + channel]));
+                add(queries, std::array::from_ref(rows), &mut sums);
             }
             for i in 0..Q {
                 let out = out[i * n_out..].as_chunks_mut::<{ v::LANES }>().0;
                 for w in 0..WIDE {
                     v::store(sums[i][w], &mut out[w]);
+                }
+            }
+        }
+
+        /// Adds the products of `D` channels.
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn add<const Q: usize, const D: usize>(
+            queries: [&[f32; D]; Q],
+            rows: &[[f32; PANEL_ROWS]; D],
+            sums: &mut [[v::V; WIDE]; Q],
+        ) {
+            for c in 0..D {
+                let rows = rows[c].as_chunks::<{ v::LANES }>().0;
+                for i in 0..Q {
+                    let q = v::splat(queries[i][c]);
+                    for w in 0..WIDE {
+                        sums[i][w] = v::fma(q, v::load(&rows[w]), sums[i][w]);
+                    }
                 }
             }
         }
