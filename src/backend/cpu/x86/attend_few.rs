@@ -28,6 +28,9 @@ macro_rules! attend_few {
             /// Keys whose scores are held at a time.
             const KEYS: usize = 256;
 
+            /// Bytes from a key to those that are asked for while it is multiplied.
+            const AHEAD: usize = 2048;
+
             /// Queries, or their sums: heads of `H` blocks.
             type Heads<const H: usize, const Q: usize> = [[[[f32; v::LANES]; IN_BLOCK]; H]; Q];
 
@@ -141,7 +144,7 @@ macro_rules! attend_few {
             $(mod $name {
                 use std::ops::Range;
 
-                use super::{Heads, IN_BLOCK, KEYS, v};
+                use super::{AHEAD, Heads, IN_BLOCK, KEYS, v};
                 use crate::backend::cpu::x86::prefetch;
 
                 type Block = $block;
@@ -175,6 +178,9 @@ macro_rules! attend_few {
                                 prefetch(&values[at * value_bytes], bytes);
                             }
                             let key = &rows[at];
+                            for bytes in (0..size_of_val(key)).step_by(64) {
+                                prefetch(key, AHEAD + bytes);
+                            }
                             let mut sum = [v::splat(0.0); Q];
                             for h in 0..H {
                                 for i in 0..IN_BLOCK {
