@@ -110,22 +110,7 @@ pub(super) fn select(
         if let Some(next) = least.checked_add(1) {
             ranking.mark.run(of, next, better);
         }
-        // Of those with the least score that is read the first, and of the last of these the first keys.
-        let mut left = left - above;
-        let (mut last, mut n_cut) = (0, 0);
-        for (word, (marked, better)) in marked.iter_mut().zip(better).enumerate() {
-            let mut equal = *marked & !*better;
-            while equal != 0 {
-                let i = word * u64::BITS as usize + equal.trailing_zeros() as usize;
-                if left == 0 {
-                    *marked &= !(1 << (i % u64::BITS as usize));
-                } else {
-                    (last, n_cut) = (i, n_keys(i).saturating_sub(left));
-                    left -= n_keys(i) - n_cut;
-                }
-                equal &= equal - 1;
-            }
-        }
+        let (last, n_cut) = cut(marked, better, left - above, &n_keys);
         for_runs(marked, &mut |run| {
             let keys_of = |run: Range<usize>| {
                 keys(between.start + run.start).start..keys(between.start + run.end - 1).end
@@ -164,19 +149,14 @@ fn least_read(
         0 => (best.most, 0),
         _ => (best.least, 0),
     };
-    for step in 0.. {
-        if low >= high || n_low < left + few {
-            break;
-        }
-        let at = between(
-            step,
-            (low, high),
-            (n_low - left) as f32 / (n_low - n_high) as f32,
-        );
-        match divide(at) {
+    let mut step = 0;
+    while low < high && n_low >= left + few {
+        let share = (n_low - left) as f32 / (n_low - n_high) as f32;
+        match divide(between(step, (low, high), share)) {
             (n, sides) if n >= left => (low, n_low) = (sides.least, n),
             (n, sides) => (high, n_high) = (sides.most, n),
         }
+        step += 1;
     }
     // A short one may not be needed.
     while low < high {
@@ -187,6 +167,32 @@ fn least_read(
         low = sides.least;
     }
     Some((low, n_high))
+}
+
+/// Leaves of the chunks in `marked` that are not in `better`, all of one score, the first with `left` keys in all. Returns
+/// the last of them, and how many keys at its end are too many.
+fn cut(
+    marked: &mut [u64],
+    better: &[u64],
+    mut left: usize,
+    n_keys: &dyn Fn(usize) -> usize,
+) -> (usize, usize) {
+    let (mut last, mut n_cut) = (0, 0);
+    for (word, (marked, better)) in marked.iter_mut().zip(better).enumerate() {
+        let mut equal = *marked & !*better;
+        while equal != 0 {
+            let bit = equal.trailing_zeros();
+            equal &= equal - 1;
+            if left == 0 {
+                *marked &= !(1 << bit);
+                continue;
+            }
+            last = word * u64::BITS as usize + bit as usize;
+            n_cut = n_keys(last).saturating_sub(left);
+            left -= n_keys(last) - n_cut;
+        }
+    }
+    (last, n_cut)
 }
 
 /// A number above `low`, and up to `high`, where to look next: by turns at `share` of the scores between, halfway of them,

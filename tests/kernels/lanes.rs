@@ -162,15 +162,12 @@ impl Case {
                 }
                 words
             });
-            let (n_queries, n) = (n_tokens * self.group, self.head_dim);
-            let (frame, room) = match words {
-                Some(_) => (
-                    LanesBatch::FRAME_TO_CHOOSE,
-                    LanesBatch::room_to_choose(n_queries, n),
-                ),
-                None => (self.frame, LanesBatch::room(n_queries, n, self.frame)),
+            let frame = match words {
+                Some(_) => LanesBatch::FRAME_TO_CHOOSE,
+                None => self.frame,
             };
-            let mut room = vec![f32::NAN; room];
+            let mut room =
+                vec![f32::NAN; LanesBatch::room(n_tokens * self.group, self.head_dim, frame)];
             let mut batch = LanesBatch {
                 attend: AttendBatch {
                     q: &self.q[at * row..],

@@ -77,10 +77,10 @@ impl Lanes {
             && matches!(head_dim, 64 | 128 | 256)
     }
 
-    /// Floats that a task of `n_tokens` takes where they choose keys.
-    pub(super) fn room_to_choose(self, shape: &Attention, n_tokens: usize) -> usize {
+    /// Floats that a task of `n_tokens` takes.
+    pub(super) fn room(self, shape: &Attention, n_tokens: usize) -> usize {
         let n_queries = n_tokens * (shape.n_heads / shape.n_kv_heads);
-        LanesBatch::room_to_choose(n_queries, shape.head_dim)
+        LanesBatch::room(n_queries, shape.head_dim, self.frame)
     }
 
     /// Tokens of a task.
@@ -92,11 +92,9 @@ impl Lanes {
     }
 
     fn scratch(self, shape: &Attention, n_tokens: usize, n_threads: usize) -> Vec<usize> {
-        let group = shape.n_heads / shape.n_kv_heads;
         let task_tokens = Self::task_tokens(shape, n_tokens, n_threads);
         let n_tasks = n_tokens.div_ceil(task_tokens) * shape.n_kv_heads;
-        let n_queries = n_tokens.min(task_tokens) * group;
-        let room = LanesBatch::room(n_queries, shape.head_dim, self.frame);
+        let room = self.room(shape, n_tokens.min(task_tokens));
         vec![room; n_tasks.min(n_threads)]
     }
 }
@@ -142,9 +140,7 @@ impl Cpu {
             .run_tiles(&mut outputs, (task_tokens, group * n), &|tile| {
                 let kv_head = tile.first_col / (group * n);
                 let start = start + tile.first_row;
-                let n_queries = tile.out.n_tokens() * group;
-                let floats = LanesBatch::room(n_queries, n, lanes.frame);
-                let mut room = self.scratch.take(floats);
+                let mut room = self.scratch.take(lanes.room(shape, tile.out.n_tokens()));
                 let pages = attend.pages(start..start + tile.out.n_tokens());
                 let rows = |page| attend.rows(page, kv_head).into();
                 let (keys, values): (Vec<_>, Vec<_>) = pages.clone().map::<(_, _), _>(rows).unzip();

@@ -86,7 +86,7 @@ fn task(
             let task_tokens = Lanes::task_tokens(shape, n_tokens, n_threads);
             let n_words = attention::pages(shape, positions).len() * (PAGE / WORD);
             let n_tokens = n_tokens.min(task_tokens);
-            let room = lanes.room_to_choose(shape, n_tokens);
+            let room = lanes.room(shape, n_tokens);
             (task_tokens, [scaled, n_tokens * n_words, room])
         }
         None => (TASK_TOKENS, [scaled, Sums::floats(group, n), 0]),
@@ -368,7 +368,7 @@ impl Selected<'_> {
         });
         let rows = |page| self.attend.rows(page, kv_head).into();
         let (keys, values): (Vec<_>, Vec<_>) = pages.map::<(_, _), _>(rows).unzip();
-        let mut room = scratch.take(lanes.room_to_choose(shape, n_tokens));
+        let mut room = scratch.take(lanes.room(shape, n_tokens));
         self.attend.operations.attend_lanes.run(&mut LanesBatch {
             attend: AttendBatch {
                 q: &self.q[tile.first_row * n_cols + tile.first_col..],

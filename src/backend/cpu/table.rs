@@ -549,7 +549,7 @@ pub struct AttendBatch<'a> {
 pub struct LanesBatch<'a> {
     /// What attends to what; heads of any length.
     pub attend: AttendBatch<'a>,
-    /// Keys of a frame, a multiple of 32 of which a page is a multiple.
+    /// Keys of a frame, a multiple of 32 of which a page is a multiple; [`LanesBatch::FRAME_TO_CHOOSE`] where tokens choose.
     pub frame: usize,
     /// Frames that begin before this position are exact.
     pub sink: usize,
@@ -570,8 +570,8 @@ pub struct LanesBatch<'a> {
 /// Keys that each token of a batch reads.
 #[derive(Clone, Copy)]
 pub struct Chosen<'a> {
-    /// A word of each token, then the next: bit `j` of word `i` is the key `32 i + j` after the first. Whole frames, and
-    /// those of the last key at least.
+    /// `(n_words, n_tokens)`: bit `j` of word `i` is the key `32 i + j` after the first. Words of whole frames, as far as
+    /// any key is read.
     pub words: &'a [u32],
 }
 
@@ -582,20 +582,7 @@ impl LanesBatch<'_> {
 
     /// Floats for `n_queries`.
     pub fn room(n_queries: usize, head_dim: usize, frame: usize) -> usize {
-        Self::room_of_tiles(n_queries.next_multiple_of(64), head_dim, frame)
-    }
-
-    /// The same where tokens choose keys, in smaller tiles.
-    pub fn room_to_choose(n_queries: usize, head_dim: usize) -> usize {
-        Self::room_of_tiles(
-            n_queries.next_multiple_of(32),
-            head_dim,
-            Self::FRAME_TO_CHOOSE,
-        )
-    }
-
-    fn room_of_tiles(n_queries: usize, head_dim: usize, frame: usize) -> usize {
-        let tiles = n_queries * (2 * head_dim + 2);
+        let tiles = n_queries.next_multiple_of(64) * (2 * head_dim + 2);
         // Keys, values, changes, their channels; where those of a key end.
         tiles + frame * (3 * head_dim + head_dim / 4 + 1) + 4 * 16 + head_dim
     }
@@ -700,7 +687,7 @@ impl Logits {
 pub struct Ranking {
     /// Ranks by one query more.
     pub rank: Ready<Rank>,
-    /// How many rank so high.
+    /// What ranks so high, and what does not.
     pub divide: Ready<Divide>,
     /// Which these are.
     pub mark: Ready<Mark>,
@@ -1267,7 +1254,7 @@ rows! {
     }
 }
 rows! {
-    /// How many chunks rank so high.
+    /// What chunks rank so high, and what do not.
     DIVIDE: Divide {
         #[cfg(target_arch = "x86_64")]
         "divide_avx512vnni", Avx512Vnni, avx512vnni::elementwise::divide;

@@ -100,7 +100,7 @@ crate::backend::cpu::x86::floats::operations! { "avx2,fma,f16c":
         let inside = _mm256_castsi256_ps(_mm256_andnot_si256(before, inside));
         _mm256_blendv_ps(splat(f32::NEG_INFINITY), x, inside)
     };
-    /// Minus infinity where the bit of a lane's word is not set.
+    /// Minus infinity where the bit of a lane is not set.
     fn only_bits(x: V, bits: &[u8; 1]) -> V = {
         let lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
         let chosen = _mm256_and_si256(_mm256_set1_epi32(i32::from(bits[0])), lanes);

@@ -9,11 +9,11 @@ macro_rules! multiply_panels {
         /// Queries that share what is loaded of a panel: more sums than the units are deep, and no more than registers.
         const QUERIES: usize = if WIDE == 1 { 12 } else { 6 };
 
+        /// Of those that are left.
+        const FEW: usize = QUERIES / 3;
+
         /// Channels that are added without looking whether there are more.
         const DEEP: usize = 16;
-
-        /// The same of those that are left.
-        const FEW: usize = QUERIES / 3;
 
         /// See [`PanelProducts`].
         #[target_feature(enable = $features)]
@@ -21,30 +21,22 @@ macro_rules! multiply_panels {
             let n = products.n_in;
             let panels = products.panels.as_chunks::<PANEL_ROWS>().0;
             let n_out = panels.len() / n * PANEL_ROWS;
+            let n_queries = products.queries.len() / n;
             for (i, panel) in panels.chunks_exact(n).enumerate() {
-                let queries = products.queries.chunks(QUERIES * n);
-                let out = products.out.chunks_mut(QUERIES * n_out);
-                for (queries, out) in queries.zip(out) {
-                    let out = &mut out[i * PANEL_ROWS..];
-                    if queries.len() == QUERIES * n {
-                        some::<QUERIES>(queries, panel, out, n_out);
-                        continue;
-                    }
-                    let rows = out.chunks_mut(FEW * n_out);
-                    for (queries, out) in queries.chunks(FEW * n).zip(rows) {
-                        if queries.len() == FEW * n {
-                            some::<FEW>(queries, panel, out, n_out);
-                            continue;
-                        }
-                        let rows = out.chunks_mut(n_out);
-                        for (query, out) in queries.chunks_exact(n).zip(rows) {
-                            some::<1>(query, panel, out, n_out);
-                        }
-                    }
+                let mut at = 0;
+                while at < n_queries {
+                    let queries = &products.queries[at * n..];
+                    let out = &mut products.out[at * n_out + i * PANEL_ROWS..];
+                    at += match n_queries - at {
+                        QUERIES.. => some::<QUERIES>(queries, panel, out, n_out),
+                        FEW.. => some::<FEW>(queries, panel, out, n_out),
+                        _ => some::<1>(queries, panel, out, n_out),
+                    };
                 }
             }
         }
 
+        /// The first `Q` of `queries`.
         #[inline]
         #[target_feature(enable = $features)]
         fn some<const Q: usize>(
@@ -52,7 +44,7 @@ macro_rules! multiply_panels {
             panel: &[[f32; PANEL_ROWS]],
             out: &mut [f32],
             n_out: usize,
-        ) {
+        ) -> usize {
             let n = panel.len();
             let mut sums = [[v::splat(0.0); WIDE]; Q];
             let (deep, rest) = panel.as_chunks::<DEEP>();
@@ -75,6 +67,7 @@ macro_rules! multiply_panels {
                     v::store(sums[i][w], &mut out[w]);
                 }
             }
+            Q
         }
 
         /// Adds the products of `D` channels.
