@@ -158,8 +158,11 @@ crate::backend::cpu::x86::floats::operations! { "avx2,fma,f16c":
     };
     /// The sums of eight vectors.
     fn fold(x: [V; 8]) -> V = {
-        let (a, b) = (fold4([x[0], x[1], x[2], x[3]]), fold4([x[4], x[5], x[6], x[7]]));
-        add(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b))
+        fold_fours([fold4([x[0], x[1], x[2], x[3]]), fold4([x[4], x[5], x[6], x[7]])])
+    };
+    /// The sums of eight vectors of which fours are [folded](fold4).
+    fn fold_fours(x: [V; 2]) -> V = {
+        add(_mm256_permute2f128_ps::<0x20>(x[0], x[1]), _mm256_permute2f128_ps::<0x31>(x[0], x[1]))
     };
     /// In each run of four lanes the sums of that run of four vectors.
     fn fold4(x: [V; 4]) -> V = {

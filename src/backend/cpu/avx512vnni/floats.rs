@@ -143,16 +143,15 @@ crate::backend::cpu::x86::floats::operations! { "avx512bw,avx512dq,avx512vl,avx5
     };
     /// The sums of sixteen vectors.
     fn fold(x: [V; 16]) -> V = {
-        let [a, b, c, d] = [
+        fold_fours([
             fold4([x[0], x[1], x[2], x[3]]),
             fold4([x[4], x[5], x[6], x[7]]),
             fold4([x[8], x[9], x[10], x[11]]),
             fold4([x[12], x[13], x[14], x[15]]),
-        ];
-        let ab = halve(a, b);
-        let cd = halve(c, d);
-        halve(ab, cd)
+        ])
     };
+    /// The sums of sixteen vectors of which fours are [folded](fold4).
+    fn fold_fours(x: [V; 4]) -> V = halve(halve(x[0], x[1]), halve(x[2], x[3]));
     /// In each run of four lanes the sums of that run of four vectors.
     fn fold4(x: [V; 4]) -> V = {
         let ab = add(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));

@@ -167,37 +167,60 @@ macro_rules! attend_few {
                     out: &mut [[f32; KEYS]; Q],
                 ) {
                     let rows = bytemuck::cast_slice::<_, Block>(rows).as_chunks::<H>().0;
-                    // Values are asked for while keys are multiplied.
                     let value_bytes = values.len() / rows.len();
-                    let rows = &rows[..keys.end];
-                    for g in 0..keys.len().div_ceil(v::LANES).min(KEYS / v::LANES) {
-                        let mut sums = [[v::splat(0.0); v::LANES]; Q];
-                        for j in 0..v::LANES {
-                            let at = (keys.start + g * v::LANES + j).min(rows.len() - 1);
-                            for bytes in (0..value_bytes).step_by(64) {
-                                prefetch(&values[at * value_bytes], bytes);
-                            }
-                            let key = &rows[at];
+                    let values = &values[keys.start * value_bytes..keys.end * value_bytes];
+                    let (full, rest) = rows[keys].as_chunks::<{ v::LANES }>();
+                    for (g, out_at) in (0..full.len()).zip((0..KEYS).step_by(v::LANES)) {
+                        let values = &values[g * v::LANES * value_bytes..];
+                        products(q, &full[g], (values, value_bytes), out_at, out);
+                    }
+                    if let Some(last) = rest.last() {
+                        let mut some = [*last; v::LANES];
+                        some[..rest.len()].copy_from_slice(rest);
+                        let at = full.len() * v::LANES;
+                        if at < KEYS {
+                            let values = &values[at * value_bytes..];
+                            products(q, &some, (values, value_bytes), at, out);
+                        }
+                    }
+                }
+
+                /// Those with as many keys as a vector has lanes, to `at..`; their values and keys from [`AHEAD`] on are asked for.
+                #[inline]
+                #[target_feature(enable = $features)]
+                fn products<const H: usize, const Q: usize>(
+                    q: &Heads<H, Q>,
+                    keys: &[[Block; H]; v::LANES],
+                    (values, value_bytes): (&[u8], usize),
+                    at: usize,
+                    out: &mut [[f32; KEYS]; Q],
+                ) {
+                    let mut fours = [[v::splat(0.0); v::LANES / 4]; Q];
+                    for f in 0..v::LANES / 4 {
+                        let mut sums = [[v::splat(0.0); 4]; Q];
+                        for j in 0..4 {
+                            let (at, key) = (4 * f + j, &keys[4 * f + j]);
                             for bytes in (0..size_of_val(key)).step_by(64) {
+                                prefetch(&values[0], at * value_bytes + bytes);
                                 prefetch(key, AHEAD + bytes);
                             }
-                            let mut sum = [v::splat(0.0); Q];
                             for h in 0..H {
                                 for i in 0..IN_BLOCK {
                                     let key = load(&key[h], i);
                                     for r in 0..Q {
-                                        sum[r] = v::fma(key, v::load(&q[r][h][i]), sum[r]);
+                                        let q = v::load(&q[r][h][i]);
+                                        sums[r][j] = v::fma(key, q, sums[r][j]);
                                     }
                                 }
                             }
-                            for r in 0..Q {
-                                sums[r][j] = sum[r];
-                            }
                         }
                         for r in 0..Q {
-                            let out = &mut out[r].as_chunks_mut::<{ v::LANES }>().0[g];
-                            v::store(v::fold(sums[r]), out);
+                            fours[r][f] = v::fold4(sums[r]);
                         }
+                    }
+                    for r in 0..Q {
+                        let out = &mut out[r].as_chunks_mut::<{ v::LANES }>().0[at / v::LANES];
+                        v::store(v::fold_fours(fours[r]), out);
                     }
                 }
 
