@@ -59,6 +59,7 @@ impl Case {
                 q: &self.q,
                 k: Rows::new(kv.keys, &ka[..k.len()]),
                 v: Rows::new(kv.values, &va[..v.len()]),
+                next: &[],
                 head_dim: n,
                 decode: visible.iter().all(|keys| *keys == visible[0]),
                 visible: &visible,

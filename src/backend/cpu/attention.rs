@@ -530,10 +530,19 @@ impl Attend<'_> {
         })
     }
 
-    /// Adds one page to the sums of queries `q`, of which the first is at `position` and each position has a group.
-    fn add_page(&self, page: usize, kv_head: usize, q: &[f32], position: usize, sums: &mut Sums) {
+    /// Adds one page to the sums of queries `q`, of which the first is at `position` and each position has a group; `next` is
+    /// the page and head after it.
+    fn add_page(
+        &self,
+        (page, kv_head): (usize, usize),
+        next: Option<(usize, usize)>,
+        q: &[f32],
+        position: usize,
+        sums: &mut Sums,
+    ) {
         let n = self.shape.head_dim;
         let [k, v] = self.rows(page, kv_head);
+        let next = next.map_or(&[][..], |(page, head)| self.rows(page, head)[0].bytes());
         for first in (0..sums.max.len()).step_by(MAX_QUERIES) {
             let queries = first..(first + MAX_QUERIES).min(sums.max.len());
             let mut visible = [(0, 0); MAX_QUERIES];
@@ -546,6 +555,7 @@ impl Attend<'_> {
                 q: &q[queries.start * n..queries.end * n],
                 k,
                 v,
+                next,
                 head_dim: n,
                 decode: self.decode,
                 visible: &visible[..queries.len()],
@@ -571,11 +581,13 @@ impl Attend<'_> {
             .scratch
             .take(self.shape.n_kv_heads * pages.len() * floats);
         pool.run_pieces(&mut partial, floats, &|i, buffer| {
-            let (kv_head, page) = (i / pages.len(), pages.start + i % pages.len());
+            let piece = |i: usize| (pages.start + i % pages.len(), i / pages.len());
+            let next = Some(piece(i + 1)).filter(|(_, head)| *head < self.shape.n_kv_heads);
+            let (_, kv_head) = piece(i);
             let mut sums = Sums::fresh(buffer, group);
             self.add_page(
-                page,
-                kv_head,
+                piece(i),
+                next,
                 &scaled[kv_head * group * n..][..group * n],
                 position,
                 &mut sums,
@@ -624,7 +636,7 @@ impl Attend<'_> {
             let mut sums = Sums::fresh(&mut buffer, n_queries);
             let first = self.start + tile.first_row;
             for page in self.pages(first..first + tile.out.n_tokens()) {
-                self.add_page(page, kv_head, &scaled, first, &mut sums);
+                self.add_page((page, kv_head), None, &scaled, first, &mut sums);
             }
             for t in 0..tile.out.n_tokens() {
                 for (i, out) in tile.out.row(t).chunks_exact_mut(n).enumerate() {

@@ -506,6 +506,7 @@ impl Attend<'_> {
                     q,
                     k,
                     v,
+                    next: &[],
                     head_dim: n,
                     // Whatever the step: the sums are this token's alone.
                     decode: true,

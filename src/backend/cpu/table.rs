@@ -487,6 +487,8 @@ pub struct AttendSpan<'a> {
     pub k: Rows<'a>,
     /// Values.
     pub v: Rows<'a>,
+    /// Keys of the span that will be read after this one, where that is known: they may be asked for ahead.
+    pub next: &'a [u8],
     /// Elements of a head, whole blocks of the types of `k` and `v`.
     pub head_dim: usize,
     /// Whether these are the queries of one decoded token, whose sums may run in another order than those of a prefill.

@@ -67,7 +67,7 @@ macro_rules! attend_few {
                                 sum: group_sum,
                                 out: group_out,
                             },
-                            (span.k, span.v),
+                            (span.k, span.v, span.next),
                             span.visible[0],
                         );
                     }};
@@ -86,7 +86,7 @@ macro_rules! attend_few {
             #[target_feature(enable = $features)]
             fn add_keys<const H: usize, const Q: usize>(
                 group: Group<H, Q>,
-                (keys, values): (Rows, Rows),
+                (keys, values, next): (Rows, Rows, &[u8]),
                 (mut first, n_keys): (usize, usize),
             ) {
                 let mut weights = [[0.0f32; KEYS]; Q];
@@ -104,7 +104,8 @@ macro_rules! attend_few {
                     }
                     match values {
                         $(Rows::$rows(values) => {
-                            $name::add_values(&weights, shrink, values, first..end, group.out)
+                            let next = if end == n_keys { next } else { &[] };
+                            $name::add_values(&weights, shrink, (values, next), first..end, group.out)
                         })*
                     }
                     first = end;
@@ -224,13 +225,13 @@ macro_rules! attend_few {
                     }
                 }
 
-                /// `out = out * shrink + weights * values` for each query.
+                /// `out = out * shrink + weights * values` for each query, while `next` is asked for.
                 #[inline]
                 #[target_feature(enable = $features)]
                 pub(super) fn add_values<const H: usize, const Q: usize>(
                     weights: &[[f32; KEYS]; Q],
                     shrink: [f32; Q],
-                    rows: &[impl bytemuck::Pod],
+                    (rows, next): (&[impl bytemuck::Pod], &[u8]),
                     keys: Range<usize>,
                     out: &mut Heads<H, Q>,
                 ) {
@@ -247,6 +248,12 @@ macro_rules! attend_few {
                         }
                         for key in 0..rows.len().min(KEYS) {
                             let row = &rows[key];
+                            let mut ahead = key * size_of_val(row);
+                            let end = next.len().min(ahead + size_of_val(row));
+                            while at == 0 && ahead < end {
+                                prefetch(&next[ahead], 0);
+                                ahead += 64;
+                            }
                             let mut value = [v::splat(0.0); W];
                             for w in 0..W {
                                 value[w] = load(&row[(at + w) / IN_BLOCK], (at + w) % IN_BLOCK);

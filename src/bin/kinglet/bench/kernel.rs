@@ -675,6 +675,7 @@ fn attend(name: &'static str, case: &Case) -> Prepared {
             q: &q,
             k: Rows::new(kv.keys, &keys),
             v: Rows::new(kv.values, &values),
+            next: &[],
             head_dim: k,
             decode: true,
             visible: &visible,
