@@ -1,8 +1,5 @@
 //! The loops of a GEMV, around what a level and a format do with a unit of blocks.
 
-/// How far ahead of its use a weight is asked for, in bytes (for float formats: at least).
-pub(in crate::backend::cpu) const AHEAD: usize = 1536;
-
 /// Defines `gemv` for a format from functions of its file: `prepare`, what rows share of the activations that meet
 /// `$unit` blocks, and either `dot`, which adds the products of `$unit` blocks to a row's partial sums, or, named with
 /// `together`, `dot4`, which adds those of four rows to the sums of a vector with four lanes to each.
@@ -72,7 +69,7 @@ macro_rules! gemv_loops {
             x: &crate::backend::cpu::acts::Acts,
             y: &mut crate::backend::cpu::pool::OutCols,
         ) {
-            use crate::backend::cpu::x86::gemv::AHEAD;
+            let ahead = crate::backend::cpu::x86::reads().row_ahead;
             let n_blocks = x.n_in / <$block as crate::quant::Block>::LEN;
             if n_blocks < $unit {
                 return crate::backend::cpu::scalar::gemv::q8::<$block>(w, x, y);
@@ -95,19 +92,19 @@ macro_rules! gemv_loops {
                     // Near the end of its stream a row asks for the start of the next call's, which the thread will
                     // most likely run next.
                     let to_end = (quarter - r) * n_blocks * size_of::<$block>();
-                    let beyond = if to_end > AHEAD {
+                    let beyond = if to_end > ahead {
                         0
                     } else {
                         size_of_val(w) - size_of_val(a)
                     };
-                    let sums = products(rows, &x, &last, AHEAD + beyond);
+                    let sums = products(rows, &x, &last, ahead + beyond);
                     for k in 0..4 {
                         y[k * quarter + r] = sums[k];
                     }
                 }
                 for (y, row) in y[4 * quarter..].iter_mut().zip(rest.chunks_exact(n_blocks)) {
                     // At most three rows: not worth code of their own.
-                    [*y, ..] = products([row; 4], &x, &last, AHEAD);
+                    [*y, ..] = products([row; 4], &x, &last, ahead);
                 }
             }
         }
@@ -120,7 +117,7 @@ macro_rules! gemv_loops {
             x: &crate::backend::cpu::acts::Acts,
             y: &mut [f32],
         ) {
-            use crate::backend::cpu::x86::gemv::AHEAD;
+            let ahead = crate::backend::cpu::x86::reads().row_ahead;
             let n_blocks = x.n_in / <$block as crate::quant::Block>::LEN;
             if n_blocks < $unit {
                 return crate::backend::cpu::scalar::gemv::q8_picked::<$block>(w, picks, x, y);
@@ -133,13 +130,13 @@ macro_rules! gemv_loops {
             let quarter = picks.len() / 4;
             for i in 0..quarter {
                 let rows = [0, 1, 2, 3].map(|k| row(k * quarter + i));
-                let sums = products(rows, &x, &last, AHEAD);
+                let sums = products(rows, &x, &last, ahead);
                 for k in 0..4 {
                     y[k * quarter + i] = sums[k];
                 }
             }
             for i in 4 * quarter..picks.len() {
-                [y[i], ..] = products([row(i); 4], &x, &last, AHEAD);
+                [y[i], ..] = products([row(i); 4], &x, &last, ahead);
             }
         }
 
@@ -219,8 +216,7 @@ macro_rules! gemv_float {
         pub(crate) fn $name(w: &[u8], x: &Acts, y: &mut OutCols) {
             #[inline]
             #[target_feature(enable = $features)]
-            fn products<const R: usize>(w: [&[$block]; R], x: &[f32]) -> [f32; R] {
-                use crate::backend::cpu::x86::gemv::AHEAD;
+            fn products<const R: usize>(w: [&[$block]; R], x: &[f32], ahead: usize) -> [f32; R] {
                 assert!(w.iter().all(|w| w.len() == x.len()));
                 let (x, x_rest) = x.as_chunks::<{ v::LANES }>();
                 let n_units = x.len();
@@ -233,7 +229,7 @@ macro_rules! gemv_float {
                     let x = v::load(&x[i]);
                     for r in 0..R {
                         let w = &rows[r][i];
-                        crate::backend::cpu::x86::prefetch(w, AHEAD);
+                        crate::backend::cpu::x86::prefetch(w, ahead);
                         sums[r] = v::fma($widen(w), x, sums[r]);
                     }
                 }
@@ -249,6 +245,7 @@ macro_rules! gemv_float {
                 }
                 y
             }
+            let ahead = crate::backend::cpu::x86::reads().row_ahead;
             let w = blocks::<$block>(w);
             let n = x.n_in;
             let quarter = y.n_cols() / 4;
@@ -256,13 +253,13 @@ macro_rules! gemv_float {
                 let (x, y) = (x.row(t), y.row(t));
                 for r in 0..quarter {
                     let row = |k: usize| &w[(k * quarter + r) * n..][..n];
-                    let sums = products([row(0), row(1), row(2), row(3)], x);
+                    let sums = products([row(0), row(1), row(2), row(3)], x, ahead);
                     for k in 0..4 {
                         y[k * quarter + r] = sums[k];
                     }
                 }
                 for r in 4 * quarter..y.len() {
-                    [y[r]] = products([&w[r * n..][..n]], x);
+                    [y[r]] = products([&w[r * n..][..n]], x, ahead);
                 }
             }
         }

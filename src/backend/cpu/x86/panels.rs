@@ -2,14 +2,6 @@
 
 use crate::backend::cpu::acts::Q8Row;
 
-/// Panels that are read at a time: long streams far apart, which share what is made of the activations.
-pub(in crate::backend::cpu) const STREAMS: usize = 2;
-
-/// How far ahead of its use a weight is asked for, in bytes. A block of Q6_K or Q4_K is longer than what may be on its way
-/// from one stream, so that only one of them waits for memory at a time: with half of this those came at 17 and 28 GB/s
-/// on one thread of an EPYC, with this at 27 and 32. With half as much again two threads lose what one gains.
-pub(in crate::backend::cpu) const AHEAD: usize = 3072;
-
 /// The activations that meet a packed block: `G` groups of 32.
 pub(in crate::backend::cpu) struct Groups<'a, const G: usize> {
     /// Of each group two times sixteen, four to a line.
@@ -46,8 +38,8 @@ macro_rules! panels {
             Line, PanelQ4_0, PanelQ4_1, PanelQ4K, PanelQ5_0, PanelQ6K, PanelQ8_0, ROWS,
         };
         use crate::backend::cpu::pool::OutCols;
-        use crate::backend::cpu::x86::panels::{AHEAD, Groups, STREAMS, groups};
-        use crate::backend::cpu::x86::prefetch;
+        use crate::backend::cpu::x86::panels::{Groups, groups};
+        use crate::backend::cpu::x86::{prefetch, reads};
 
         /// Asks for what lies `ahead` of `x`. Little by little: of fifty lines at once some are not fetched. Where it is
         /// a little more than whole lines, the hardware finds the rest.
@@ -200,30 +192,27 @@ macro_rules! gemvs {
                 let w: &[$packed] = bytemuck::cast_slice(w);
                 let n_blocks = x.n_in / (32 * $groups);
                 let n_panels = y.n_cols() / ROWS;
-                let each = n_panels / STREAMS;
+                let reads = reads();
+                let ahead = reads.panel_ahead;
+                let pairs = if reads.pairs { n_panels / 2 } else { 0 };
                 let panel = |i: usize| &w[i * n_blocks..(i + 1) * n_blocks];
                 for t in 0..x.n_tokens {
                     let x = x.q8_row(t);
                     let y = y.row(t).as_chunks_mut::<ROWS>().0;
-                    for i in 0..each {
-                        let mut panels = [panel(i); STREAMS];
-                        for (stream, panel_of_stream) in panels.iter_mut().enumerate() {
-                            *panel_of_stream = panel(stream * each + i);
-                        }
+                    for i in 0..pairs {
                         // Near its end a stream asks for the start of the next call's, as in the others.
-                        let to_end = (each - i) * size_of_val(panels[0]);
-                        let beyond = if to_end > AHEAD {
+                        let bytes = size_of_val(panel(i));
+                        let beyond = if (pairs - i) * bytes > ahead {
                             0
                         } else {
-                            size_of_val(w) - each * size_of_val(panels[0])
+                            size_of_val(w) - pairs * bytes
                         };
-                        let sums = products(panels, &x, AHEAD + beyond);
-                        for (stream, sums) in sums.into_iter().enumerate() {
-                            v::store(sums, &mut y[stream * each + i]);
-                        }
+                        let sums = products([panel(i), panel(pairs + i)], &x, ahead + beyond);
+                        v::store(sums[0], &mut y[i]);
+                        v::store(sums[1], &mut y[pairs + i]);
                     }
-                    for (i, y) in y.iter_mut().enumerate().skip(STREAMS * each) {
-                        let [sums] = products([panel(i)], &x, AHEAD);
+                    for (i, y) in y.iter_mut().enumerate().skip(2 * pairs) {
+                        let [sums] = products([panel(i)], &x, ahead);
                         v::store(sums, y);
                     }
                 }
