@@ -41,13 +41,14 @@ macro_rules! panels {
         use crate::backend::cpu::x86::panels::{Groups, groups};
         use crate::backend::cpu::x86::{prefetch, reads};
 
-        /// Asks for what lies `ahead` of `x`. Little by little: of fifty lines at once some are not fetched. Where it is
-        /// a little more than whole lines, the hardware finds the rest.
+        /// Asks for what lies `ahead` of one of some parts of `x`, from the first to the last evenly: of fifty lines at
+        /// once some are not fetched.
         #[inline]
         #[target_feature(enable = $features)]
-        fn ask<T>(x: &T, ahead: usize) {
-            for line in 0..(size_of::<T>() + 32) / 64 {
-                prefetch(x, ahead + 64 * line);
+        fn ask<T>(x: &T, ahead: usize, part: usize, parts: usize) {
+            let bytes = size_of::<T>() / parts;
+            for line in 0..bytes.div_ceil(64) {
+                prefetch(x, ahead + part * bytes + 64 * line);
             }
         }
 
@@ -66,7 +67,7 @@ macro_rules! panels {
         crate::backend::cpu::x86::panels::gemvs! { $features:
             /// `d * dx * (dot(q, x) - 8 * sum(x))`.
             q4_0: PanelQ4_0, 1, |w, x, sum, ahead| {
-                ask(w, ahead);
+                ask(w, ahead, 0, 1);
                 let dot = v::start(-8 * (x.n[0][0] + x.n[0][1]));
                 let dot = v::dot(dot, nibbles(&w.qs, false), &x.q[0][0]);
                 let dot = v::dot(dot, nibbles(&w.qs, true), &x.q[0][1]);
@@ -74,7 +75,7 @@ macro_rules! panels {
             };
             /// `d * dx * dot(q, x) + m * dx * sum(x)`.
             q4_1: PanelQ4_1, 1, |w, x, sum, ahead| {
-                ask(w, ahead);
+                ask(w, ahead, 0, 1);
                 let dot = v::dot(v::start(0), nibbles(&w.qs, false), &x.q[0][0]);
                 let dot = v::dot(dot, nibbles(&w.qs, true), &x.q[0][1]);
                 let sum = v::fma(v::halves(&w.m), v::splat(x.s[0]), sum);
@@ -82,7 +83,7 @@ macro_rules! panels {
             };
             /// `d * dx * (dot(q, x) - 16 * sum(x))`.
             q5_0: PanelQ5_0, 1, |w, x, sum, ahead| {
-                ask(w, ahead);
+                ask(w, ahead, 0, 1);
                 let mut dot = v::start(-16 * (x.n[0][0] + x.n[0][1]));
                 let bits = v::line(&w.qh);
                 for half in 0..2 {
@@ -96,7 +97,7 @@ macro_rules! panels {
             };
             /// `d * dx * dot(q, x)`.
             q8_0: PanelQ8_0, 1, |w, x, sum, ahead| {
-                ask(w, ahead);
+                ask(w, ahead, 0, 1);
                 let mut dot = v::start_signed(x.n[0][0] + x.n[0][1]);
                 for half in 0..2 {
                     let mut q = [v::start(0); 4];
@@ -111,17 +112,13 @@ macro_rules! panels {
             q4_k: PanelQ4K, 8, |w, x, sum, ahead| {
                 let (mut products, mut mins) = (v::splat(0.0), v::splat(0.0));
                 for group in 0..8 {
-                    if group % 2 == 0 {
-                        ask(&w.qs[group / 2], ahead);
-                    }
+                    ask(w, ahead, group, 8);
                     let [first, last]: &[[Line; 4]; 2] = bytemuck::cast_ref(&w.qs[group / 2]);
                     let dot = v::dot(v::start(0), nibbles(first, group % 2 == 1), &x.q[group][0]);
                     let dot = v::dot(dot, nibbles(last, group % 2 == 1), &x.q[group][1]);
                     products = v::fma(v::scaled(dot, x.d[group]), v::bytes(&w.scales[group]), products);
                     mins = v::fma(v::bytes(&w.mins[group]), v::splat(-x.s[group]), mins);
                 }
-                ask(&w.scales, ahead);
-                ask(&w.mins, ahead);
                 let sum = v::fma(v::halves(&w.dmin), mins, sum);
                 v::fma(v::halves(&w.d), products, sum)
             };
@@ -132,11 +129,7 @@ macro_rules! panels {
                     for part in 0..2 {
                         let lines = &w.q[half][part];
                         for j in 0..4 {
-                            match j {
-                                0 | 1 => ask(&lines.ql[j], ahead),
-                                2 => ask(&lines.qh, ahead),
-                                _ => {}
-                            }
+                            ask(w, ahead, 8 * half + 4 * part + j, 16);
                             let mut q = nibbles(&lines.ql[j % 2], j >= 2);
                             for i in 0..4 {
                                 let bits = v::up(v::line(&lines.qh[i]), 4 - 2 * j as i32);
@@ -149,7 +142,6 @@ macro_rules! panels {
                         }
                     }
                 }
-                ask(&w.scales, ahead);
                 v::fma(v::halves(&w.d), products, sum)
             };
         }
