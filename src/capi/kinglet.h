@@ -128,7 +128,7 @@ kinglet_status kinglet_runtime_notify(kinglet_runtime *runtime, kinglet_event ev
 /* --- Model -------------------------------------------------------------------------------------------------------- */
 
 typedef enum kinglet_repack {
-    KINGLET_REPACK_AUTO = 0,    /* for models of at most four times the last-level cache, where `memory` is 0 */
+    KINGLET_REPACK_AUTO = 0,    /* for models of at most four times the last-level cache and 256 MiB, where `memory` is 0 */
     KINGLET_REPACK_ON = 1,
     KINGLET_REPACK_OFF = 2
 } kinglet_repack;
