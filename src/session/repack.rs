@@ -1,8 +1,8 @@
 //! Whether a model gets a copy of its matrices in panels, which decoding reads faster.
 //!
 //! On two cores of an EPYC (Zen 5) with 32 MiB of last-level cache, files of 50 to 700 MB: 11 to 40 % with one thread, 2 to
-//! 20 % with two, which memory holds up; 90 MB are copied in 30 ms, 490 MB in 500. On a Xeon with 300 MiB of it files of 50
-//! to 100 MB gain, 217 MB do not, and 693 MB are a tenth to a fifth slower: there memory likes the four streams of rows.
+//! 20 % with two, which memory holds up; 90 MB are copied in 30 ms, 490 MB in 500. On a Xeon with 300 MiB of it, alone there,
+//! files of 50 to 100 MB gain, 217 MB do not, and 693 MB are a tenth to a fifth slower: there memory likes the four streams of rows.
 
 use super::{LoadOptions, experts};
 use crate::backend::BackendKind;
