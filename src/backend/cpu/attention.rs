@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::Cpu;
 use super::attention_lanes::Lanes;
+use super::pages::{Page, Pages};
 use super::pool::{Output, Pool};
 use super::scratch::Scratch;
 use super::table::{AttendBatch, AttendSpan, AttendTokens, Operations, Ready, Rows, ToF16};
@@ -17,7 +18,7 @@ use crate::backend::predictor::Predictor;
 pub(super) use crate::backend::select::runs;
 use crate::backend::select::{Chunking, Chunks, KvOptions, Select, seen_from};
 use crate::backend::{Attention, KV_PAGE, KvType, KvTypes, Step};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::profile::Work;
 use crate::quant;
 
@@ -41,6 +42,7 @@ const TILE_HEAD: usize = 64;
 pub struct KvCache {
     keys: Vec<Arc<Page>>,
     values: Vec<Arc<Page>>,
+    pages: Arc<Pages>,
     kinds: KvTypes,
     n_kv_heads: usize,
     head_dim: usize,
@@ -57,19 +59,19 @@ pub struct KvCache {
     thresholds: Arc<[f32]>,
 }
 
-type Page = Vec<u8>;
-
 /// Bytes of a page of keys and the same page of values.
 pub(in crate::backend) fn page_bytes(shape: &Attention, kinds: KvTypes) -> usize {
     kinds.row_bytes(shape.n_kv_heads * PAGE * shape.head_dim)
 }
 
 impl KvCache {
-    pub(super) fn new(attention: &Attention, options: &KvOptions) -> Self {
+    pub(super) fn new(attention: &Attention, options: &KvOptions, pages: &Arc<Pages>) -> Self {
         let (n_kv_heads, head_dim) = (attention.n_kv_heads, attention.head_dim);
+        pages.expect(options.layer, page_bytes(attention, options.kinds));
         Self {
             keys: Vec::new(),
             values: Vec::new(),
+            pages: Arc::clone(pages),
             kinds: options.kinds,
             n_kv_heads,
             head_dim,
@@ -190,16 +192,10 @@ impl KvCache {
     /// Makes room to write at `positions`.
     pub(super) fn reserve(&mut self, positions: Range<usize>) -> Result<()> {
         let elements = self.n_kv_heads * PAGE * self.head_dim;
+        let source = &self.pages;
         let fresh = |kind: KvType, from: &[u8]| {
-            let bytes = kind.row_bytes(elements);
-            let mut page = Page::new();
-            let no_memory = |_| Error::OutOfMemory {
-                what: "keys and values".into(),
-                bytes,
-            };
-            page.try_reserve_exact(bytes).map_err(no_memory)?;
-            page.extend_from_slice(from);
-            page.resize(bytes, 0);
+            let mut page = source.take(kind.row_bytes(elements))?;
+            page[..from.len()].copy_from_slice(from);
             Ok(Arc::new(page))
         };
         let (first, end) = (positions.start / PAGE, positions.end.div_ceil(PAGE));

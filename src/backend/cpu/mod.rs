@@ -21,6 +21,7 @@ mod neon;
 #[cfg(target_arch = "aarch64")]
 mod neon_dotprod;
 mod pace;
+mod pages;
 pub mod panels;
 pub mod pool;
 pub mod ranking;
@@ -44,6 +45,7 @@ use self::attention::KvCache;
 use self::attention_lanes::Lanes;
 use self::attention_selected::Plans;
 use self::isa::Isa;
+use self::pages::Pages;
 use self::panels::{Copies, Panels};
 use self::pool::{Output, Pool};
 use self::residency::{Place, Residency};
@@ -76,6 +78,8 @@ pub struct Cpu {
     copies: Option<Arc<Copies>>,
     plans: Plans,
     scratch: Scratch,
+    /// For keys and values.
+    pages: Arc<Pages>,
     top: Top,
     cancel: Cancel,
     work: Work,
@@ -213,6 +217,7 @@ impl Cpu {
             operations: Operations::best(),
             copies: None,
             scratch: Scratch::default(),
+            pages: Arc::default(),
             top: Top::default(),
             plans: Plans::default(),
             cancel: Cancel::default(),
@@ -503,7 +508,7 @@ impl Backend for Cpu {
     }
 
     fn kv(&self, attention: &Attention, options: &KvOptions) -> KvCache {
-        KvCache::new(attention, options)
+        KvCache::new(attention, options, &self.pages)
     }
 
     fn kv_reserve(&self, kv: &mut KvCache, positions: Range<usize>) -> Result<()> {
