@@ -18,6 +18,7 @@ macro_rules! attend_few {
         mod few {
             use super::v;
             use crate::backend::cpu::table::{AttendSpan, Rows};
+            use crate::backend::cpu::x86::prefetch;
 
             /// Elements of a head that are taken together: a block of the quantized types.
             pub(super) const LEN: usize = 32;
@@ -28,8 +29,37 @@ macro_rules! attend_few {
             /// Keys whose scores are held at a time.
             const KEYS: usize = 256;
 
-            /// Bytes from a key to those that are asked for while it is multiplied.
-            const AHEAD: usize = 2048;
+            /// Bytes of values, at least, of which all columns are summed before the next ones.
+            const BLOCK: usize = 8192;
+
+            /// Bytes from what is multiplied to what is asked for. It is a constant, and each line is looked for by itself:
+            /// what is faster than that from the cache was slower from memory.
+            const AHEAD: usize = 8192;
+
+            /// What is read one after the other, so that it can be asked for in that order.
+            #[derive(Clone, Copy)]
+            struct Stream<'a>([&'a [u8]; 2]);
+
+            impl<'a> Stream<'a> {
+                fn new<T: bytemuck::Pod>(rows: &'a [T], then: &'a [u8]) -> Self {
+                    Self([bytemuck::cast_slice(rows), then])
+                }
+
+                /// Asks for the lines that begin [`AHEAD`] of the bytes `from..end`.
+                #[inline]
+                #[target_feature(enable = $features)]
+                fn ask(self, from: usize, end: usize) {
+                    let Self([first, then]) = self;
+                    for line in (AHEAD + from).div_ceil(64)..(AHEAD + end).div_ceil(64) {
+                        let at = 64 * line;
+                        if at < first.len() {
+                            prefetch(&first[at], 0);
+                        } else if at - first.len() < then.len() {
+                            prefetch(&then[at - first.len()], 0);
+                        }
+                    }
+                }
+            }
 
             /// Queries, or their sums: heads of `H` blocks.
             type Heads<const H: usize, const Q: usize> = [[[[f32; v::LANES]; IN_BLOCK]; H]; Q];
@@ -145,8 +175,7 @@ macro_rules! attend_few {
             $(mod $name {
                 use std::ops::Range;
 
-                use super::{AHEAD, Heads, IN_BLOCK, KEYS, v};
-                use crate::backend::cpu::x86::prefetch;
+                use super::{BLOCK, Heads, IN_BLOCK, KEYS, Stream, v};
 
                 type Block = $block;
 
@@ -170,47 +199,50 @@ macro_rules! attend_few {
                     let rows = bytemuck::cast_slice::<_, Block>(rows).as_chunks::<H>().0;
                     let value_bytes = values.len() / rows.len();
                     let values = &values[keys.start * value_bytes..keys.end * value_bytes];
-                    let (full, rest) = rows[keys].as_chunks::<{ v::LANES }>();
+                    let rows = &rows[keys];
+                    let stream = Stream::new(rows, values);
+                    let (full, rest) = rows.as_chunks::<{ v::LANES }>();
                     for (g, out_at) in (0..full.len()).zip((0..KEYS).step_by(v::LANES)) {
-                        let values = &values[g * v::LANES * value_bytes..];
-                        products(q, &full[g], (values, value_bytes), out_at, out);
+                        products(q, &full[g], stream, out_at, out);
                     }
                     if let Some(last) = rest.last() {
                         let mut some = [*last; v::LANES];
                         some[..rest.len()].copy_from_slice(rest);
                         let at = full.len() * v::LANES;
                         if at < KEYS {
-                            let values = &values[at * value_bytes..];
-                            products(q, &some, (values, value_bytes), at, out);
+                            products(q, &some, stream, at, out);
                         }
                     }
                 }
 
-                /// Those with as many keys as a vector has lanes, to `at..`; their values and keys from [`AHEAD`] on are asked for.
+                /// Those with as many keys as a vector has lanes, to `at..`.
                 #[inline]
                 #[target_feature(enable = $features)]
                 fn products<const H: usize, const Q: usize>(
                     q: &Heads<H, Q>,
                     keys: &[[Block; H]; v::LANES],
-                    (values, value_bytes): (&[u8], usize),
+                    stream: Stream,
                     at: usize,
                     out: &mut [[f32; KEYS]; Q],
                 ) {
                     let mut fours = [[v::splat(0.0); v::LANES / 4]; Q];
                     for f in 0..v::LANES / 4 {
                         let mut sums = [[v::splat(0.0); 4]; Q];
-                        for j in 0..4 {
-                            let (at, key) = (4 * f + j, &keys[4 * f + j]);
-                            for bytes in (0..size_of_val(key)).step_by(64) {
-                                prefetch(&values[0], at * value_bytes + bytes);
-                                prefetch(key, AHEAD + bytes);
-                            }
-                            for h in 0..H {
-                                for i in 0..IN_BLOCK {
-                                    let key = load(&key[h], i);
+                        let keys = &keys[4 * f..4 * f + 4];
+                        let start = (at + 4 * f) * size_of::<[Block; H]>();
+                        for h in 0..H {
+                            for i in 0..IN_BLOCK {
+                                let step = h * IN_BLOCK + i;
+                                let bytes = 4 * size_of::<Block>() / IN_BLOCK;
+                                stream.ask(start + step * bytes, start + (step + 1) * bytes);
+                                let mut qs = [v::splat(0.0); Q];
+                                for r in 0..Q {
+                                    qs[r] = v::load(&q[r][h][i]);
+                                }
+                                for j in 0..4 {
+                                    let key = load(&keys[j][h], i);
                                     for r in 0..Q {
-                                        let q = v::load(&q[r][h][i]);
-                                        sums[r][j] = v::fma(key, q, sums[r][j]);
+                                        sums[r][j] = v::fma(key, qs[r], sums[r][j]);
                                     }
                                 }
                             }
@@ -238,37 +270,43 @@ macro_rules! attend_few {
                     const W: usize = v::WIDTH;
                     let rows = bytemuck::cast_slice::<_, Block>(rows).as_chunks::<H>().0;
                     let rows = &rows[keys];
-                    for at in (0..H * IN_BLOCK).step_by(W) {
-                        let mut sums = [[v::splat(0.0); W]; Q];
-                        for r in 0..Q {
-                            let out = out[r].as_flattened();
-                            for w in 0..W {
-                                sums[r][w] = v::mul(v::load(&out[at + w]), v::splat(shrink[r]));
-                            }
-                        }
-                        for key in 0..rows.len().min(KEYS) {
-                            let row = &rows[key];
-                            let mut ahead = key * size_of_val(row);
-                            let end = next.len().min(ahead + size_of_val(row));
-                            while at == 0 && ahead < end {
-                                prefetch(&next[ahead], 0);
-                                ahead += 64;
-                            }
-                            let mut value = [v::splat(0.0); W];
-                            for w in 0..W {
-                                value[w] = load(&row[(at + w) / IN_BLOCK], (at + w) % IN_BLOCK);
-                            }
+                    let stream = Stream::new(rows, next);
+                    let row_bytes = size_of::<[Block; H]>();
+                    let bytes = W * size_of::<Block>() / IN_BLOCK;
+                    let in_block = BLOCK.div_ceil(row_bytes);
+                    for first in (0..rows.len().min(KEYS)).step_by(in_block) {
+                        let block = &rows[first..rows.len().min(KEYS).min(first + in_block)];
+                        let mut start = first * row_bytes;
+                        for at in (0..H * IN_BLOCK).step_by(W) {
+                            let mut sums = [[v::splat(0.0); W]; Q];
                             for r in 0..Q {
-                                let weight = v::splat(weights[r][key]);
+                                let out = out[r].as_flattened();
                                 for w in 0..W {
-                                    sums[r][w] = v::fma(weight, value[w], sums[r][w]);
+                                    sums[r][w] = v::load(&out[at + w]);
+                                    if first == 0 {
+                                        sums[r][w] = v::mul(sums[r][w], v::splat(shrink[r]));
+                                    }
                                 }
                             }
-                        }
-                        for r in 0..Q {
-                            let out = out[r].as_flattened_mut();
-                            for w in 0..W {
-                                v::store(sums[r][w], &mut out[at + w]);
+                            for (key, row) in (first..KEYS).zip(block) {
+                                stream.ask(start, start + bytes);
+                                start += bytes;
+                                let mut value = [v::splat(0.0); W];
+                                for w in 0..W {
+                                    value[w] = load(&row[(at + w) / IN_BLOCK], (at + w) % IN_BLOCK);
+                                }
+                                for r in 0..Q {
+                                    let weight = v::splat(weights[r][key]);
+                                    for w in 0..W {
+                                        sums[r][w] = v::fma(weight, value[w], sums[r][w]);
+                                    }
+                                }
+                            }
+                            for r in 0..Q {
+                                let out = out[r].as_flattened_mut();
+                                for w in 0..W {
+                                    v::store(sums[r][w], &mut out[at + w]);
+                                }
                             }
                         }
                     }
