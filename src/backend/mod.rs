@@ -374,6 +374,11 @@ pub trait Backend {
     /// Bytes that the cache holds.
     fn kv_bytes(&self, kv: &Self::Kv) -> usize;
 
+    /// Bytes that all caches of a session together may take beside their own, which are so many.
+    fn kv_spare_bytes(&self, _bytes: usize) -> usize {
+        0
+    }
+
     /// Bytes that the memory of a convolution holds.
     fn conv_bytes(&self, conv: &Self::Conv) -> usize;
 

@@ -7,6 +7,7 @@ use super::cpu::acts::{BF16_TOKENS, bf16_floats, q8_floats};
 use super::cpu::attention;
 use super::cpu::attention_noted;
 use super::cpu::attention_selected;
+use super::cpu::pages::spare_bytes;
 use super::cpu::scratch::{Buffer, Scratch};
 use super::cpu::table::{ActFormat, Operations};
 use super::notes::NoteShape;
@@ -218,6 +219,10 @@ impl Backend for Planner {
         _: &mut dyn FnMut(&mut [u8]) -> Result<()>,
     ) -> Result<()> {
         Err(no_numbers())
+    }
+
+    fn kv_spare_bytes(&self, bytes: usize) -> usize {
+        spare_bytes(bytes)
     }
 
     fn kv_bytes(&self, kv: &Kv) -> usize {

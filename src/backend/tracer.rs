@@ -314,6 +314,10 @@ impl<B: Backend> Backend for Tracer<B> {
         self.inner.kv_load(kv, n, source)
     }
 
+    fn kv_spare_bytes(&self, bytes: usize) -> usize {
+        self.inner.kv_spare_bytes(bytes)
+    }
+
     fn kv_bytes(&self, kv: &B::Kv) -> usize {
         self.inner.kv_bytes(kv)
     }

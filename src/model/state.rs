@@ -138,11 +138,12 @@ impl<B: Backend> State<B> {
 
     /// Bytes of keys and values, and of convolution memory.
     pub fn bytes(&self, backend: &B) -> (usize, usize) {
-        self.layers
-            .iter()
-            .fold((0, 0), |(kv_bytes, conv_bytes), layer| match layer {
+        let layers = self.layers.iter();
+        let (kv_bytes, conv_bytes) =
+            layers.fold((0, 0), |(kv_bytes, conv_bytes), layer| match layer {
                 LayerState::Kv(kv) => (kv_bytes + backend.kv_bytes(kv), conv_bytes),
                 LayerState::Conv(conv) => (kv_bytes, conv_bytes + backend.conv_bytes(conv)),
-            })
+            });
+        (kv_bytes + backend.kv_spare_bytes(kv_bytes), conv_bytes)
     }
 }

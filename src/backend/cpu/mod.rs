@@ -21,7 +21,7 @@ mod neon;
 #[cfg(target_arch = "aarch64")]
 mod neon_dotprod;
 mod pace;
-mod pages;
+pub(super) mod pages;
 pub mod panels;
 pub mod pool;
 pub mod ranking;
@@ -535,6 +535,10 @@ impl Backend for Cpu {
         source: &mut dyn FnMut(&mut [u8]) -> Result<()>,
     ) -> Result<()> {
         kv.load(n, source)
+    }
+
+    fn kv_spare_bytes(&self, bytes: usize) -> usize {
+        pages::spare_bytes(bytes)
     }
 
     fn kv_bytes(&self, kv: &KvCache) -> usize {

@@ -17,8 +17,9 @@ use crate::error::{Error, Result};
 /// Bytes of a large page, where the system has those of this size.
 const LARGE: usize = 2 << 20;
 
-/// Bytes of a mapping, about, once a session is known to go on. What is not used of it takes no memory, but for a large page.
-const TOGETHER: usize = 16 << 20;
+/// Bytes of keys and values from which on mappings are as large as that, and large pages lie across the ends of what is
+/// taken at a time; before, none is used that is not taken whole at once.
+const MANY: usize = 32 << 20;
 
 /// Pages begin on cache lines.
 const ALIGN: usize = 64;
@@ -34,6 +35,8 @@ struct Room {
     last: Option<Arc<Mapping>>,
     /// Bytes of the last mapping that were taken.
     taken: usize,
+    /// Of all mappings.
+    mapped: usize,
     /// What was given back.
     free: Vec<Piece>,
 }
@@ -62,6 +65,11 @@ struct Piece {
 pub(super) struct Page {
     piece: Piece,
     home: Arc<Pages>,
+}
+
+/// Bytes of memory, at most, that keys and values of so many bytes take beside themselves: of a large page.
+pub(in crate::backend) fn spare_bytes(bytes: usize) -> usize {
+    if bytes < MANY { 0 } else { LARGE }
 }
 
 impl Pages {
@@ -94,11 +102,12 @@ impl Pages {
             Some(mapping) => mapping,
             None => {
                 let step: usize = room.layers.iter().map(|(_, bytes)| bytes).sum();
-                let n_steps = match room.last {
-                    Some(_) => TOGETHER.div_ceil(step.max(1)),
-                    None => 1,
+                let n_steps = match room.mapped < MANY {
+                    true => 1,
+                    false => MANY.div_ceil(step.max(1)),
                 };
                 let new = Arc::new(Mapping::new(bytes.max(n_steps * step))?);
+                room.mapped += new.bytes;
                 room.last = Some(Arc::clone(&new));
                 room.taken = 0;
                 new
@@ -200,6 +209,13 @@ mod tests {
         }
         let more = sizes.map(|n| pages.take(n).unwrap());
         assert!(!is_same(&more[0], &step[0]) && is_same(&more[0], &more[3]));
+        // A long session's mappings are those of several steps.
+        let mut long = Vec::new();
+        while pages.room().mapped < MANY {
+            long.push(pages.take(LARGE).unwrap());
+        }
+        let steps = [LARGE; 9].map(|n| pages.take(n).unwrap());
+        assert!(is_same(&steps[2], &steps[8]));
     }
 
     #[test]
