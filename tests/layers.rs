@@ -47,6 +47,7 @@ const FENCE: &[&str] = &[
     "src/experts/disk/uring.rs",
     "src/backend/cpu/pool.rs",
     "src/backend/cpu/pace.rs",
+    "src/backend/cpu/pages.rs",
     "src/backend/cpu/roofline.rs",
     "src/backend/cpu/table.rs",
     "src/backend/cpu/avx2/mod.rs",
