@@ -37,9 +37,9 @@ const RULES: &[(&str, &[&str])] = &[
     ),
 ];
 
-/// Where `unsafe` is allowed: the map, the memory of experts and advice about their files, the pool and what its
-/// workers ask of the system, the map of a measurement, the kernel table, the loads and stores of each instruction-set
-/// level, the calls into ggml, shaders without run-time checks, and the pointers and callbacks of C.
+/// Where `unsafe` is allowed: the map, the memory of experts and advice about their files, that of keys and values, the
+/// pool and what its workers ask of the system, the map of a measurement, the kernel table, the loads and stores of each
+/// instruction-set level, the calls into ggml, shaders without run-time checks, and the pointers and callbacks of C.
 const FENCE: &[&str] = &[
     "src/gguf/map.rs",
     "src/experts/arena.rs",

@@ -7,10 +7,9 @@
 )]
 
 use std::ops::{Deref, DerefMut};
-use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use memmap2::MmapMut;
+use memmap2::{MmapMut, MmapRaw};
 
 use crate::error::{Error, Result};
 
@@ -43,15 +42,11 @@ struct Room {
 
 /// Memory of some pages. Nothing but they look into it.
 struct Mapping {
-    _map: MmapMut,
-    start: NonNull<u8>,
+    map: MmapRaw,
+    /// Where they begin.
+    start: usize,
     bytes: usize,
 }
-
-// SAFETY: memory may be used and unmapped by any thread, and a mapping is never looked into by way of this.
-unsafe impl Send for Mapping {}
-// SAFETY: as above.
-unsafe impl Sync for Mapping {}
 
 /// Bytes of a mapping.
 #[derive(Clone)]
@@ -132,18 +127,16 @@ impl Mapping {
         };
         let large = bytes / LARGE * LARGE;
         let spare = if large > 0 { LARGE } else { 0 };
-        let mut map = MmapMut::map_anon(bytes + spare).map_err(no_memory)?;
-        let before = match spare {
+        let map = MmapMut::map_anon(bytes + spare).map_err(no_memory)?;
+        let start = match spare {
             0 => 0,
             _ => map.as_ptr().addr().next_multiple_of(LARGE) - map.as_ptr().addr(),
         };
         // Whole ones alone: what is not taken stays without memory. Where there are none, small pages do.
         #[cfg(target_os = "linux")]
-        let _ = map.advise_range(memmap2::Advice::HugePage, before, large);
-        let start = map.as_mut_ptr().wrapping_add(before);
-        let start = NonNull::new(start).expect("a mapping is not at zero");
+        let _ = map.advise_range(memmap2::Advice::HugePage, start, large);
         Ok(Self {
-            _map: map,
+            map: map.into(),
             start,
             bytes,
         })
@@ -152,11 +145,8 @@ impl Mapping {
 
 impl Page {
     fn start(&self) -> *mut u8 {
-        self.piece
-            .mapping
-            .start
-            .as_ptr()
-            .wrapping_add(self.piece.at)
+        let Piece { mapping, at, .. } = &self.piece;
+        mapping.map.as_mut_ptr().wrapping_add(mapping.start + at)
     }
 }
 
